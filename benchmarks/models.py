@@ -1,0 +1,99 @@
+"""Test and demo models, made on the spot: no model hub is ever asked.
+
+Every model has a real byte-level BPE tokenizer trained here and seeded weights written as safetensors, so that vLLM's
+real loading code runs.  The weights are drawn wide enough that greedy tokens vary from step to step: vLLM's own
+``--load-format dummy`` weights repeat one token, which hides errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+VOCAB = 1024
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+# hidden, layers, heads, kv heads of the models that benchmarks and the design document name.
+SIZES: dict[str, dict[str, int]] = {
+    "llama8": dict(hidden_size=256, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2),
+    "llama16": dict(hidden_size=256, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=2),
+    "llama80": dict(hidden_size=256, num_hidden_layers=80, num_attention_heads=8, num_key_value_heads=2),
+}
+
+
+def train_tokenizer(folder: Path) -> None:
+    """Train a byte-level BPE tokenizer of `VOCAB` entries on Python's own manual and save it in `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make(folder: Path, config: Any, *, seed: int = 0, gain: float = 1.5) -> Path:
+    """Write a complete model folder for a transformers `config` and return it; an existing one is kept.
+
+    Matrices get seeded normal weights of standard deviation ``gain / sqrt(fan_in)`` in bfloat16; norms and biases keep
+    the values that transformers gives them.
+    """
+    if (folder / "model.safetensors").exists():
+        return folder
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    encoder = config.model_type in ("bert", "roberta")
+    model = (AutoModel if encoder else AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, gain / parameter.shape[-1] ** 0.5)
+    train_tokenizer(folder)
+    model.save_pretrained(folder, max_shard_size="50GB")
+    return folder
+
+
+def llama(folder: Path, size: str = "llama8", *, seed: int = 0, **overrides: Any) -> Path:
+    """A Llama of one of `SIZES` in `folder`; `overrides` go to transformers' `LlamaConfig`."""
+    from transformers import LlamaConfig
+
+    values = SIZES[size] | dict(
+        vocab_size=VOCAB,
+        intermediate_size=4 * SIZES[size]["hidden_size"],
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+        torch_dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    return make(folder, LlamaConfig(**(values | overrides)), seed=seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="make a model folder")
+    parser.add_argument("size", choices=sorted(SIZES))
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    print(llama(args.folder, args.size))
+
+
+if __name__ == "__main__":
+    main()

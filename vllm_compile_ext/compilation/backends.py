@@ -1,0 +1,51 @@
+"""`vllm.compilation.backends`: upstream's backend, able to run on CPU and to get over a damaged cache."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from vllm_compile_ext.upstream import backends as upstream
+
+logger = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(upstream, name)
+
+
+class CompilerManager(upstream.CompilerManager):
+    """Upstream's manager; a cache that cannot be read costs a warning and a compilation, not the start."""
+
+    def initialize_cache(self, cache_dir: str, disable_cache: bool = False, prefix: str = "") -> None:
+        index = Path(cache_dir) / "vllm_compile_cache.py"
+        try:
+            super().initialize_cache(cache_dir, disable_cache, prefix)
+        except (OSError, SyntaxError, TypeError, ValueError) as error:
+            logger.warning("compiling again: %s cannot be read (%s: %s)", index, type(error).__name__, error)
+            index.unlink(missing_ok=True)
+            super().initialize_cache(cache_dir, disable_cache, prefix)
+
+    def load(self, graph: Any, example_inputs: list[Any], graph_index: int, compile_range: Any) -> Any:
+        try:
+            return super().load(graph, example_inputs, graph_index, compile_range)
+        except Exception as error:
+            entry = self.cache.pop((compile_range, graph_index, self.compiler.name), None)
+            handle = entry["graph_handle"] if isinstance(entry, dict) else entry
+            logger.warning("compiling again: %s cannot be loaded (%s: %s)", handle, type(error).__name__, error)
+            return None
+
+
+class VllmBackend(upstream.VllmBackend):
+    """Upstream's backend with `CompilerManager` above and, on CPU, a pass manager that CPU can run."""
+
+    def __init__(self, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> None:
+        super().__init__(vllm_config, prefix, is_encoder)
+        from vllm.platforms import current_platform
+
+        self.compiler_manager = CompilerManager(self.compilation_config)
+        if current_platform.is_cpu():
+            from vllm_compile_ext.compilation.cpu_passes import CpuPassManager
+
+            self.pass_manager = CpuPassManager()

@@ -1,0 +1,97 @@
+"""`vllm.compilation.wrapper`: upstream's, with the decompiler off the start path and a seal behind the artifact."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from vllm_compile_ext import envs
+from vllm_compile_ext.artifacts import seal
+from vllm_compile_ext.bytecode import buffers, dump
+from vllm_compile_ext.compilation import inductor_files
+from vllm_compile_ext.upstream import wrapper as upstream
+
+logger = logging.getLogger(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(upstream, name)
+
+
+def inspect_bytecode(model: Any, code: CodeType, artifact: str | Path | None = None) -> None:
+    """Check and dump the transformed bytecode `code` of one compiled callable of `model`.
+
+    The dump goes beside `artifact`, the file that the callable is or will be saved in, into the folder that holds
+    upstream's ``computation_graph.py``, and into the debug dump folder when one is set.  Raises `RuntimeError` when the
+    code assigns module buffers and CUDA graphs are on.
+    """
+    from vllm.config import CUDAGraphMode
+
+    config = model.vllm_config
+    places = [config.compilation_config.local_cache_dir, config.compile_debug_dump_path()]
+    if artifact is not None:
+        rank_folder = Path(artifact).parent
+        places.append(rank_folder)
+        if places[0] == str(rank_folder.parent):  # a warm start: upstream made no folder for its graph
+            places.pop(0)
+    dump.write(
+        [Path(place) for place in places if place],
+        f"{type(model).__qualname__}.forward [{getattr(model, '_compile_tag', '') or 'model'}]",
+        code,
+        decompile=envs.load().VLLM_COMPILE_DEPYF,
+    )
+    if config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        buffers.forbid(code)
+
+
+def aot_bytecode(compiled: Any) -> CodeType:
+    """The transformed bytecode inside a `torch._dynamo.aot_compile.AOTCompiledFunction` (torch 2.13)."""
+    code: CodeType = compiled._artifacts.runtime_env.bytecode
+    return code
+
+
+def _save_sealed(compiled: Any, path: str) -> None:
+    """Write what upstream's `save_compiled_function` would, with a seal behind it.
+
+    `path` is the temporary name in the rank's folder that upstream then renames; Inductor's files lie in the folder
+    ``inductor_cache`` beside that folder (vLLM 0.32.0, `compilation/decorators.py`).
+    """
+    root = Path(path).parent.parent
+    payload = type(compiled).serialize(compiled).serialized_data
+    Path(path).write_bytes(seal.seal(payload, root, inductor_files.loaded(root / "inductor_cache")))
+
+
+def _compiled_frame(old_code: CodeType) -> Any:
+    """The frame that Dynamo is compiling, found in the locals of `convert_frame._compile` further up the stack."""
+    caller: Any = sys._getframe()
+    while caller is not None:
+        where = Path(caller.f_code.co_filename).name
+        if (caller.f_code.co_name, where) == ("_compile", "convert_frame.py"):
+            compiled = caller.f_locals["frame"]
+            return compiled if compiled.f_code is old_code else None
+        caller = caller.f_back
+    return None
+
+
+class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
+    """Upstream's wrapper; only what happens to the transformed bytecode differs."""
+
+    def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
+        compiled = super().aot_compile(*args, **kwargs)
+        inspect_bytecode(self, aot_bytecode(compiled), getattr(self, "_aot_compilation_path", None))
+        compiled.save_compiled_function = functools.partial(_save_sealed, compiled)
+        return compiled
+
+    def bytecode_hook(self, old_code: CodeType, new_code: CodeType) -> None:
+        """Keep `new_code` for direct execution if it is this instance's: Dynamo calls the hooks of all instances."""
+        if old_code is not self.original_code_object():
+            return
+        frame = _compiled_frame(old_code)
+        if frame is None or frame.f_locals.get("self") is not self:
+            return
+        self._compiled_bytecode = new_code
+        inspect_bytecode(self, new_code)

@@ -1,0 +1,90 @@
+"""Every environment variable of the plugin: name, type, default, meaning.
+
+`Settings` is the one table.  The command ``vllm-compile-ext env``, the docs page and the registration with vLLM are all
+made from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+class EnvError(ValueError):
+    """A variable holds a value that its type does not allow; the message names both and what is allowed."""
+
+
+def _switch(*, default: bool, meaning: str, in_key: bool = False) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "in_key": in_key})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The plugin's variables, one field each, parsed.  A field's metadata holds:
+
+    ``meaning``: what the variable does, in a sentence or two;
+    ``in_key``: True where the value changes the compiled code, and so belongs in vLLM's compile cache key.
+    """
+
+    VLLM_COMPILE_EXT: bool = _switch(
+        default=True,
+        meaning="0 leaves vLLM exactly as it is without the plugin.",
+    )
+    VLLM_COMPILE_EXT_STRICT: bool = _switch(
+        default=False,
+        meaning="1 makes it an error when the plugin cannot take over (an unsupported version, a bad variable). "
+        "With 0 vLLM starts stock and one line says why.",
+    )
+    VLLM_COMPILE_DEPYF: bool = _switch(
+        default=False,
+        meaning="1 decompiles Dynamo's bytecode of every compiled callable into transformed_code.py, in the model's "
+        "cache folder and, when one is set, the debug dump folder. 0 decompiles nothing while starting.",
+    )
+
+
+def _parse(name: str, raw: str) -> bool:
+    value = raw.strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise EnvError(f"{name}={raw!r} is not allowed: use one of {', '.join((*_TRUE, *_FALSE))}, or unset it")
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Parse the variables that are set; an empty value counts as unset.  Raises `EnvError` on the first bad one."""
+    return Settings(**{f.name: _parse(f.name, environ[f.name]) for f in fields(Settings) if environ.get(f.name)})
+
+
+def strict() -> bool:
+    """Whether ``VLLM_COMPILE_EXT_STRICT`` is on, whatever the other variables hold; a bad value of it counts as on."""
+    name = "VLLM_COMPILE_EXT_STRICT"
+    try:
+        return load({name: os.environ.get(name, "")}).VLLM_COMPILE_EXT_STRICT
+    except EnvError:
+        return True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table that people read."""
+
+    name: str
+    allowed: str
+    default: str
+    in_key: bool
+    meaning: str
+
+
+def table() -> list[Row]:
+    """The variables as rows, in the order of `Settings`."""
+    rows = []
+    for f in fields(Settings):
+        assert f.default is not MISSING
+        rows.append(Row(f.name, "0 or 1", str(int(f.default)), f.metadata["in_key"], f.metadata["meaning"]))
+    return rows

@@ -1,0 +1,158 @@
+"""Everything that the plugin changes outside its own modules, in one table, each with its undo.
+
+The import hook of `vllm_compile_ext.swap` is the first line of the table; `docs/changes.md` is made from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_compile_ext import envs, platforms, swap
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to global state: what is changed, why, and the function that makes it and returns its undo."""
+
+    what: str
+    why: str
+    make: Callable[[], Undo]
+
+
+def _swap() -> Undo:
+    swap.install()
+    return swap.uninstall
+
+
+def _logger() -> Undo:
+    ours, theirs = logging.getLogger("vllm_compile_ext"), logging.getLogger("vllm")
+    before = ours.parent
+    ours.parent = theirs
+
+    def undo() -> None:
+        ours.parent = before
+
+    return undo
+
+
+def _late_line() -> Undo:
+    import vllm.logger
+
+    from vllm_compile_ext import plugin
+
+    upstream = vllm.logger.configure_logging
+
+    def configure_logging(config: Any) -> None:
+        upstream(config)
+        plugin.announce()
+
+    vllm.logger.configure_logging = configure_logging
+
+    def undo() -> None:
+        vllm.logger.configure_logging = upstream
+
+    return undo
+
+
+def _variables() -> Undo:
+    import vllm.envs
+
+    def getter(name: str) -> Callable[[], Any]:
+        def get() -> Any:
+            try:
+                return getattr(envs.load(), name)
+            except envs.EnvError:  # reported by the plugin; vLLM reads all variables at once and must not fail here
+                return os.environ.get(name)
+
+        return get
+
+    known = vllm.envs.environment_variables
+    added = [row.name for row in envs.table() if row.name not in known]
+    known.update({name: getter(name) for name in added})
+
+    def undo() -> None:
+        for name in added:
+            del known[name]
+
+    return undo
+
+
+def _cache_key(*, active: bool) -> Undo:
+    import vllm.envs
+
+    from vllm_compile_ext import __version__
+
+    upstream = vllm.envs.compile_factors
+    dropped = [row.name for row in envs.table() if not row.in_key]
+
+    def compile_factors() -> dict[str, object]:
+        factors: dict[str, object] = {k: v for k, v in upstream().items() if k not in dropped}
+        if active:
+            factors["vllm_compile_ext"] = __version__
+        return factors
+
+    vllm.envs.compile_factors = compile_factors
+
+    def undo() -> None:
+        vllm.envs.compile_factors = upstream
+
+    return undo
+
+
+# Made also when the plugin is switched off, so that its variables are no news to vLLM and leave its cache key alone.
+ALWAYS = (
+    Change("the parent of the logger 'vllm_compile_ext'", "our lines go where vLLM's go, in vLLM's format", _logger),
+    Change(
+        "vllm.logger.configure_logging",
+        "vLLM's front end loads plugins before it sets up logging: the plugin's line is said right after",
+        _late_line,
+    ),
+    Change("vllm.envs.environment_variables", "vLLM warns of VLLM_* variables that it does not know", _variables),
+)
+OFF = (
+    *ALWAYS,
+    Change(
+        "vllm.envs.compile_factors",
+        "our variables must not change the compile cache key of stock vLLM",
+        lambda: _cache_key(active=False),
+    ),
+)
+ACTIVE = (
+    *ALWAYS,
+    Change(
+        "vllm.envs.compile_factors",
+        "variables that cannot change compiled code stay out of the compile cache key; the plugin's version goes in, "
+        "so that stock's entries are neither read nor overwritten",
+        lambda: _cache_key(active=True),
+    ),
+    Change(
+        "vllm.platforms.cpu.CpuPlatform.check_and_update_config",
+        "the compilation mode that the user asked for survives on CPU",
+        platforms.keep_mode_on_cpu,
+    ),
+    Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
+)
+
+
+def make(changes: tuple[Change, ...]) -> list[Undo]:
+    """Make `changes` in order and return their undos; when one fails, the ones before it are undone and it raises."""
+    undos: list[Undo] = []
+    try:
+        for change in changes:
+            undos.append(change.make())
+    except BaseException:
+        undo(undos)
+        raise
+    return undos
+
+
+def undo(undos: list[Undo]) -> None:
+    """Undo in reverse order and empty the list."""
+    while undos:
+        undos.pop()()
