@@ -40,7 +40,7 @@ def uses(vllm: Path) -> list[Use]:
     found: set[Use] = set()
     for path in sorted(vllm.rglob("*.py")):
         text = path.read_text(errors="replace")
-        if "compilation" in text:
+        if "compilation" in text or path.is_relative_to(vllm / "compilation"):
             found.update(_uses_in(path.relative_to(vllm), text))
     return sorted(found, key=lambda use: (use.module, use.name, use.where))
 

@@ -1,0 +1,105 @@
+"""Stock, cold and warm starts of a real CPU engine."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests import engine
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "root"
+
+
+@pytest.fixture(scope="module")
+def stock(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> engine.Run:
+    return engine.run(llama, tmp_path_factory.mktemp("stock") / "root", VLLM_COMPILE_EXT="0")
+
+
+@pytest.fixture(scope="module")
+def eager(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> engine.Run:
+    return engine.run(llama, tmp_path_factory.mktemp("eager") / "root", {"enforce_eager": True})
+
+
+@pytest.fixture(scope="module")
+def cold(llama: Path, cache: Path) -> engine.Run:
+    return engine.run(llama, cache)
+
+
+@pytest.fixture(scope="module")
+def warm(llama: Path, cache: Path, cold: engine.Run) -> engine.Run:
+    return engine.run(llama, cache)
+
+
+def test_the_model_is_a_fair_judge(stock: engine.Run) -> None:
+    assert all(len(set(tokens)) > 8 for tokens in stock.tokens), "greedy tokens must vary"
+    assert len({tuple(tokens) for tokens in stock.tokens}) == len(engine.PROMPTS)
+
+
+def test_kill_switch_runs_stock(stock: engine.Run) -> None:
+    assert stock.backends.endswith("/vllm/compilation/backends.py")
+    assert stock.mode == "DYNAMO_TRACE_ONCE"
+    assert stock.output.lines("vllm-compile-ext", "is off")
+
+
+def test_cold_start_compiles_pieces_and_saves(cold: engine.Run) -> None:
+    assert cold.backends.endswith("vllm_compile_ext/compilation/backends.py")
+    assert (cold.mode, cold.sizes) == ("VLLM_COMPILE", [])
+    assert cold.counters["num_graphs_seen"] == 1
+    assert cold.counters["num_piecewise_capturable_graphs_seen"] == 5  # 4 layers split at attention
+    assert cold.counters["num_compiled_artifacts_saved"] == 3  # first, middle, last
+    assert (cold.counters["num_aot_artifacts_saved"], cold.loaded) == (1, 0)
+    (line,) = cold.output.lines("vllm-compile-ext", "is active")
+    assert "INFO" in line
+
+
+def test_warm_start_loads_and_compiles_nothing(warm: engine.Run) -> None:
+    assert (warm.loaded, warm.compiled, warm.counters["num_graphs_seen"]) == (1, 0, 0)
+    assert warm.counters["num_compiled_artifacts_loaded"] == 3
+    assert warm.counters["num_aot_artifacts_saved"] == 0
+
+
+def test_same_answers(stock: engine.Run, eager: engine.Run, cold: engine.Run, warm: engine.Run) -> None:
+    assert cold.tokens == warm.tokens
+    assert cold.logprobs == warm.logprobs, "the same kernels give the same bits"
+    assert cold.tokens == stock.tokens
+    for ours, other in ((cold, stock), (cold, eager)):
+        for mine, theirs in zip(ours.logprobs, other.logprobs, strict=True):
+            # The first token of a prompt: later ones follow from it.
+            assert math.isclose(mine[0], theirs[0], abs_tol=0.1), "within bf16 noise"
+
+
+def test_nothing_is_decompiled_on_the_start_path(cold: engine.Run, warm: engine.Run) -> None:
+    assert cold.decompiled == warm.decompiled == []
+    files = list(Path(cold.folder).glob("transformed_code.py"))
+    assert len(files) == 1
+    assert "VLLM_COMPILE_DEPYF=1" in files[0].read_text()
+
+
+def test_depyf_fills_the_files_on_a_warm_start_too(llama: Path, cache: Path, warm: engine.Run, tmp_path: Path) -> None:
+    options = {"compilation_config": {"debug_dump_path": str(tmp_path / "dump")}}
+    run = engine.run(llama, cache, options, VLLM_COMPILE_DEPYF="1")
+    assert (run.loaded, run.compiled) == (1, 0), "neither the variable nor the dump path is in the key"
+    assert run.decompiled == ["forward"]
+    assert run.tokens == warm.tokens
+    dumps = [*(tmp_path / "dump").rglob("transformed_code.py"), *Path(run.folder).rglob("transformed_code.py")]
+    assert len(dumps) == 2
+    for path in dumps:
+        assert "def forward(self, input_ids" in path.read_text()
+        compile(path.read_text(), str(path), "exec")
+
+
+def test_two_engines_starting_cold_at_once_both_end_well(llama2: Path, tmp_path: Path) -> None:
+    started = [engine.begin(llama2, tmp_path / "root", tmp_path / name) for name in ("a", "b")]
+    first, second = (engine.end(p, tmp_path / name) for p, name in zip(started, ("a", "b"), strict=True))
+    assert first.tokens == second.tokens
+    third = engine.run(llama2, tmp_path / "root")
+    assert (third.loaded, third.compiled) == (1, 0)
+    assert third.tokens == first.tokens
+    assert not third.output.lines("compiling")

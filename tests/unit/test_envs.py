@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from vllm_compile_ext import envs
+from vllm_compile_ext.cli.env import markdown
+
+
+def test_defaults_when_nothing_is_set() -> None:
+    assert envs.load({}) == envs.Settings(
+        VLLM_COMPILE_EXT=True, VLLM_COMPILE_EXT_STRICT=False, VLLM_COMPILE_DEPYF=False
+    )
+
+
+@pytest.mark.parametrize(("raw", "value"), [("1", True), ("TRUE", True), ("on", True), ("0", False), (" no ", False)])
+def test_switches_are_parsed(raw: str, value: bool) -> None:
+    assert envs.load({"VLLM_COMPILE_DEPYF": raw}).VLLM_COMPILE_DEPYF is value
+
+
+def test_an_empty_value_counts_as_unset() -> None:
+    assert envs.load({"VLLM_COMPILE_EXT": ""}).VLLM_COMPILE_EXT is True
+
+
+def test_a_bad_value_names_variable_value_and_choices() -> None:
+    with pytest.raises(envs.EnvError) as error:
+        envs.load({"VLLM_COMPILE_DEPYF": "banana"})
+    for word in ("VLLM_COMPILE_DEPYF", "'banana'", "1", "0", "unset it"):
+        assert word in str(error.value)
+
+
+def test_strict_does_not_depend_on_the_other_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_DEPYF", "banana")
+    monkeypatch.delenv("VLLM_COMPILE_EXT_STRICT", raising=False)
+    assert envs.strict() is False
+    monkeypatch.setenv("VLLM_COMPILE_EXT_STRICT", "1")
+    assert envs.strict() is True
+
+
+def test_the_docs_page_is_the_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "environment.md"
+    assert page.read_text() == markdown(), "run: vllm-compile-ext env --markdown > docs/environment.md"
