@@ -46,11 +46,12 @@ def train_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def make(folder: Path, config: Any, *, seed: int = 0, gain: float = 1.5) -> Path:
+def make(folder: Path, config: Any, *, dtype: str = "float32", seed: int = 0) -> Path:
     """Write a complete model folder for a transformers `config` and return it; an existing one is kept.
 
-    Matrices get seeded normal weights of standard deviation ``gain / sqrt(fan_in)`` in bfloat16; norms and biases keep
-    the values that transformers gives them.
+    `dtype` is "float32" or "bfloat16".  In float32 every way of compiling a model gives the same greedy tokens and
+    logprobs within 1e-4, so tests use it.  In bfloat16 logits are rounded to 1/32 or coarser and exact ties are common;
+    `_settle` keeps the top two tokens apart, so that greedy tokens agree there too.
     """
     if (folder / "model.safetensors").exists():
         return folder
@@ -59,18 +60,39 @@ def make(folder: Path, config: Any, *, seed: int = 0, gain: float = 1.5) -> Path
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
+    config.dtype = getattr(torch, dtype)
     encoder = config.model_type in ("bert", "roberta")
-    model = (AutoModel if encoder else AutoModelForCausalLM).from_config(config, dtype=torch.bfloat16)
+    model = (AutoModel if encoder else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.normal_(0.0, gain / parameter.shape[-1] ** 0.5)
+                parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5)
+        if dtype == "bfloat16":
+            _settle(model)
     train_tokenizer(folder)
-    model.save_pretrained(folder, max_shard_size="50GB")
+    model.to(config.dtype).save_pretrained(folder, max_shard_size="50GB")
     return folder
 
 
-def llama(folder: Path, size: str = "llama8", *, seed: int = 0, **overrides: Any) -> Path:
+def _settle(model: Any) -> None:
+    """Let the embedding outweigh the layers, and the head prefer a fixed permutation of the token just seen.
+
+    Greedy tokens then walk through the vocabulary, about one in thirty decided by the context, with the two best logits
+    at least 1/8 apart: measured with vLLM 0.32.0 on an 8-layer Llama, 12 prompts of 32 tokens, where eager, stock and
+    piecewise compilation agree on every token.  Needs an untied head.
+    """
+    import torch
+
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding.normal_(0.0, 1.0)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_(1 / 3)
+    order = torch.randperm(len(head))
+    head[order] = 3.0 / head.shape[-1] ** 0.5 * (torch.randn_like(head) + 1.4 * embedding)
+
+
+def llama(folder: Path, size: str = "llama8", *, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """A Llama of one of `SIZES` in `folder`; `overrides` go to transformers' `LlamaConfig`."""
     from transformers import LlamaConfig
 
@@ -81,18 +103,18 @@ def llama(folder: Path, size: str = "llama8", *, seed: int = 0, **overrides: Any
         bos_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=False,
-        torch_dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    return make(folder, LlamaConfig(**(values | overrides)), seed=seed)
+    return make(folder, LlamaConfig(**(values | overrides)), dtype=dtype, seed=seed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="make a model folder")
     parser.add_argument("size", choices=sorted(SIZES))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
-    print(llama(args.folder, args.size))
+    print(llama(args.folder, args.size, dtype=args.dtype))
 
 
 if __name__ == "__main__":

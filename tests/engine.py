@@ -66,7 +66,8 @@ def begin(
     model: Path, cache: Path, folder: Path, options: dict[str, Any] | None = None, **env: str | None
 ) -> subprocess.Popen[bytes]:
     """Start an engine for `model` on the cache root `cache`; `options` go to `vllm.LLM`."""
-    arguments = json.dumps({"model": str(model)} | (options or {}))
+    # "auto" would turn a float32 model into bfloat16; see benchmarks/models.py on what float32 is for.
+    arguments = json.dumps({"model": str(model), "dtype": "float32"} | (options or {}))
     code = ENGINE.replace("PROMPTS", repr(list(PROMPTS)))
     return process.start(code, folder, arguments, VLLM_CACHE_ROOT=str(cache), **env)
 
