@@ -107,7 +107,7 @@ def _cache_key(*, active: bool) -> Undo:
 
 # Made also when the plugin is switched off, so that its variables are no news to vLLM and leave its cache key alone.
 ALWAYS = (
-    Change("the parent of the logger 'vllm_compile_ext'", "our lines go where vLLM's go, in vLLM's format", _logger),
+    Change("logging.getLogger('vllm_compile_ext').parent", "our lines go where vLLM's go, in vLLM's format", _logger),
     Change(
         "vllm.logger.configure_logging",
         "vLLM's front end loads plugins before it sets up logging: the plugin's line is said right after",
@@ -156,3 +156,20 @@ def undo(undos: list[Undo]) -> None:
     """Undo in reverse order and empty the list."""
     while undos:
         undos.pop()()
+
+
+def markdown() -> str:
+    """The table as the docs page."""
+    head = (
+        "# What the plugin changes outside its own modules\n\n"
+        "Made by `python -m vllm_compile_ext.monkeypatches` from `vllm_compile_ext/monkeypatches.py`; do not edit.\n\n"
+        "`vllm_compile_ext.plugin.unregister` undoes each; tests use it. Switched off (`VLLM_COMPILE_EXT=0`), or where "
+        'it cannot take over, the plugin makes only those marked "active or off".\n'
+    )
+    rows = [f"| active or off | `{change.what}` | {change.why} |" for change in OFF]
+    rows += [f"| active | `{change.what}` | {change.why} |" for change in ACTIVE if change not in ALWAYS]
+    return "\n".join([head, "| when | what | why |", "|---|---|---|", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,43 @@
+"""The real `vllm serve`, front end, engine core and worker in processes of their own, cold and then warm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.serve import Server
+
+pytestmark = pytest.mark.engine
+
+ARGS = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256")
+
+
+def serve(model: Path, folder: Path, name: str) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """One start on the cache in `folder`: the log, the phases and the answers to two requests."""
+    with Server(model, folder / f"{name}.log", folder / "cache", args=ARGS) as server:
+        server.wait_ready()
+        common = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
+        answers = [
+            server.post("/v1/completions", common | {"prompt": "def f(x):", "logprobs": 1}),
+            server.post("/v1/chat/completions", common | {"messages": [{"role": "user", "content": "hello"}]}),
+        ]
+        phases = vars(server.phases())
+    return (folder / f"{name}.log").read_text(), phases, [answer["choices"][0] for answer in answers]
+
+
+def test_cold_then_warm(llama: Path, tmp_path: Path) -> None:
+    cold_log, _, cold = serve(llama, tmp_path, "cold")
+    warm_log, _, warm = serve(llama, tmp_path, "warm")
+    assert cold == warm
+    assert cold[0]["text"]
+    assert cold[1]["message"]["content"]
+    for log in (cold_log, warm_log):
+        said = [line for line in log.splitlines() if "vllm-compile-ext" in line and "is active" in line]
+        processes = ("MainProcess", "EngineCore", "Worker")  # vLLM's front end has no other name yet
+        assert [sum(name in line for line in said) for name in processes] == [1, 1, 1], "each process says it once"
+        assert "Unknown vLLM environment variable" not in log
+    assert "saved AOT compiled function" in cold_log
+    assert "Directly load AOT compilation" in warm_log
+    assert "saved AOT compiled function" not in warm_log
