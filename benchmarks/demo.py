@@ -30,6 +30,8 @@ from vllm_compile_ext import __version__, compat
 
 FOLDER = Path(".demo")
 SIZE = "llama16"
+# What users run; the model's own choice of type ("auto") would follow however its files happen to be stored.
+ARGS = ("--dtype", "bfloat16", "--max-num-batched-tokens", "512", "--max-model-len", "512")
 TOKENS = 32  # generated for each request
 PROMPTS = (
     "Hello world, this is",
@@ -134,12 +136,12 @@ class Progress:
             self._status.update(f"{self._text} ({self.seconds():.0f} s)")
 
 
-def make_model(progress: Progress) -> Path:
+def make_model(progress: Progress, size: str = SIZE) -> Path:
     """Make the model in a process of its own, so that its memory is free again when the servers run."""
-    folder, log = FOLDER / "model", FOLDER / "model.log"
-    title = f"making {SIZE}: tokenizer and seeded weights"
+    folder, log = FOLDER / size, FOLDER / f"{size}.log"
+    title = f"making {size}: tokenizer and seeded weights"
     progress.task(title)
-    _call([sys.executable, "-m", "benchmarks.models", SIZE, str(folder)], log)
+    _call([sys.executable, "-m", "benchmarks.models", size, str(folder)], log)
     progress.done(title)
     return folder
 
@@ -160,9 +162,9 @@ def _call(command: Sequence[str], log: Path, env: dict[str, str] | None = None) 
         raise ServerError(f"{' '.join(command[1:3])} ended with status {done.returncode}", log)
 
 
-def measure(run: Run, number: int, model: Path, progress: Progress) -> Result:
-    """Start one server, ask it everything, end it."""
-    title = f"[{number}/{len(RUNS)}] {run.title}"
+def measure(run: Run, number: int, of: int, model: Path, progress: Progress) -> Result:
+    """Start one server, number `number` of `of`, ask it everything, end it."""
+    title = f"[{number}/{of}] {run.title}"
 
     def listen(line: Line) -> None:
         for mark, step in STEPS.items():
@@ -171,7 +173,7 @@ def measure(run: Run, number: int, model: Path, progress: Progress) -> Result:
 
     progress.task(f"{title}: importing vLLM")
     cache, env = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}
-    with Server(model, run.log, cache, env=env, listen=listen) as server:
+    with Server(model, run.log, cache, env=env, args=ARGS, listen=listen) as server:
         server.wait_ready()
         progress.step(f"{title}: answering requests")
         answers, seconds = ask(server)
@@ -351,18 +353,20 @@ def report(error: ServerError, console: Console) -> None:
 
 
 def main() -> int:
-    # A terminated demo takes its server along, as one that is interrupted does.
+    # A terminated or hung-up demo takes its server along, as one that is interrupted does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda got, _: sys.exit(128 + got))
     console = Console() if sys.stdout.isatty() else Console(width=100)
     begin = time.monotonic()
     prepare()
     console.print(f"Three starts of vllm serve, logs in {FOLDER}/. This takes 2 to 8 minutes.", markup=False)
+    if (load := os.getloadavg()[0]) > 0.5:
+        console.print(f"The machine is busy (load {load:.1f}, 1 minute): the figures will be noisy.", style="yellow")
     try:
         with Progress(console) as progress:
             model = make_model(progress)
             read_ahead(progress)
-            results = [measure(run, number, model, progress) for number, run in enumerate(RUNS, 1)]
+            results = [measure(run, number, len(RUNS), model, progress) for number, run in enumerate(RUNS, 1)]
     except ServerError as error:
         report(error, console)
         return 1

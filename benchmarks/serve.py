@@ -26,8 +26,9 @@ from vllm_compile_ext import compat
 HOST = "127.0.0.1"
 # A CPU engine refuses to start when less than this share of a NUMA node's memory is free (vLLM 0.32.0, default 0.92).
 MEMORY_SHARE = 0.4
-READY_TIMEOUT = 400.0  # seconds
+READY_TIMEOUT = 900.0  # seconds
 STOP_TIMEOUT = 15.0  # seconds between the polite signal and the final one
+STOP_TIMEOUT_STARTING = 2.0  # the same, for a server that is still starting: it has nothing to finish
 # A proxy that the environment names is not asked for loopback addresses.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -150,10 +151,11 @@ class Server:
         self.ready_at: float | None = None
         self._listen = listen
         self._env = environment(cache, env or {})
-        # The script beside this interpreter, as a user would start it.
-        vllm = str(Path(sys.executable).parent / "vllm")
+        # The script beside this interpreter, as a user would start it, or what that script runs.
+        script = Path(sys.executable).parent / "vllm"
+        vllm = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
         where = ["--host", HOST, "--port", str(self.port), "--gpu-memory-utilization", str(MEMORY_SHARE)]
-        self._command = [vllm, "serve", str(model), "--served-model-name", "model", *where, *args]
+        self._command = [*vllm, "serve", str(model), "--served-model-name", "model", *where, *args]
 
     def __enter__(self) -> Server:
         self._started = time.monotonic()
@@ -176,7 +178,7 @@ class Server:
         try:
             self._signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_TIMEOUT)
+                self._process.wait(STOP_TIMEOUT if self.ready_at is not None else STOP_TIMEOUT_STARTING)
         finally:
             # Also where a second Ctrl-C cuts the wait short, and for children that outlive the front end.
             self._signal(signal.SIGKILL)

@@ -19,6 +19,10 @@ ENGINE = """
     import depyf
     real = depyf.decompile
     depyf.decompile = lambda code: decompiled.append(code.co_name) or real(code)
+    embeds = options.pop("embeds", False)
+    if options.pop("upstream", False):
+        import vllm_compile_ext.compilation.rules as rules
+        rules.why_upstream = lambda config: "asked for by a test"
     from vllm import LLM, SamplingParams
     limits = dict(max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.4)
     llm = LLM(disable_log_stats=True, **limits, **options)
@@ -27,8 +31,13 @@ ENGINE = """
     config = llm.llm_engine.vllm_config.compilation_config
     counters = dataclasses.asdict(compilation_counter)
     params = SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=True)
-    outputs = [o.outputs[0] for o in llm.generate(PROMPTS, params, use_tqdm=False)]
+    outputs, vectors = [], []
+    if embeds:
+        vectors = [o.outputs.embedding for o in llm.embed(PROMPTS, use_tqdm=False)]
+    else:
+        outputs = [o.outputs[0] for o in llm.generate(PROMPTS, params, use_tqdm=False)]
     report(dict(
+        vectors=vectors,
         tokens=[list(o.token_ids) for o in outputs],
         logprobs=[[p[t].logprob for p, t in zip(o.logprobs, o.token_ids)] for o in outputs],
         counters=counters, mode=config.mode.name, sizes=config.compile_sizes, backends=backends.__file__,
@@ -43,6 +52,7 @@ class Run:
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
+    vectors: list[list[float]]
     counters: dict[str, int]
     mode: str
     sizes: list[int] | None
@@ -65,7 +75,11 @@ class Run:
 def begin(
     model: Path, cache: Path, folder: Path, options: dict[str, Any] | None = None, **env: str | None
 ) -> subprocess.Popen[bytes]:
-    """Start an engine for `model` on the cache root `cache`; `options` go to `vllm.LLM`."""
+    """Start an engine for `model` on the cache root `cache`; `options` go to `vllm.LLM`.
+
+    Two options are the test's own: ``upstream`` sends the model through upstream's path of compilation, piece by piece
+    and layer by layer; ``embeds`` asks for embeddings instead of tokens.
+    """
     # "auto" would turn a float32 model into bfloat16; see benchmarks/models.py on what float32 is for.
     arguments = json.dumps({"model": str(model), "dtype": "float32"} | (options or {}))
     code = ENGINE.replace("PROMPTS", repr(list(PROMPTS)))

@@ -20,14 +20,18 @@ class EnvError(ValueError):
 
 
 def _switch(*, default: bool, meaning: str, in_key: bool = False) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "in_key": in_key})
+    return field(default=default, metadata={"meaning": meaning, "in_key": in_key, "allowed": "0 or 1"})
+
+
+def _count(*, default: int, meaning: str, in_key: bool = False) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "in_key": in_key, "allowed": "a whole number from 0"})
 
 
 @dataclass(frozen=True)
 class Settings:
     """The plugin's variables, one field each, parsed.  A field's metadata holds:
 
-    ``meaning``: what the variable does, in a sentence or two;
+    ``meaning``: what the variable does, in a sentence or two; ``allowed``: its values, for people;
     ``in_key``: True where the value changes the compiled code, and so belongs in vLLM's compile cache key.
     """
 
@@ -45,10 +49,18 @@ class Settings:
         meaning="1 decompiles Dynamo's bytecode of every compiled callable into transformed_code.py, in the model's "
         "cache folder and, when one is set, the debug dump folder. 0 decompiles nothing while starting.",
     )
+    VLLM_COMPILE_WORKERS: int = _count(
+        default=0,
+        meaning="How many kernels compile at a time in a cold start. 0 stands for the cores that the process may use.",
+    )
 
 
-def _parse(name: str, raw: str) -> bool:
+def _parse(name: str, raw: str, kind: type) -> bool | int:
     value = raw.strip().lower()
+    if kind is int:
+        if value.isdecimal():
+            return int(value)
+        raise EnvError(f"{name}={raw!r} is not allowed: use a whole number from 0, or unset it")
     if value in _TRUE:
         return True
     if value in _FALSE:
@@ -58,7 +70,8 @@ def _parse(name: str, raw: str) -> bool:
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Parse the variables that are set; an empty value counts as unset.  Raises `EnvError` on the first bad one."""
-    return Settings(**{f.name: _parse(f.name, environ[f.name]) for f in fields(Settings) if environ.get(f.name)})
+    found = [f for f in fields(Settings) if environ.get(f.name)]
+    return Settings(**{f.name: _parse(f.name, environ[f.name], type(f.default)) for f in found})
 
 
 def strict() -> bool:
@@ -86,5 +99,6 @@ def table() -> list[Row]:
     rows = []
     for f in fields(Settings):
         assert f.default is not MISSING
-        rows.append(Row(f.name, "0 or 1", str(int(f.default)), f.metadata["in_key"], f.metadata["meaning"]))
+        about = f.metadata
+        rows.append(Row(f.name, about["allowed"], str(int(f.default)), about["in_key"], about["meaning"]))
     return rows

@@ -90,7 +90,9 @@ def _take_over(settings: envs.Settings) -> Status:
             "call vllm_compile_ext.plugin.register() before importing vLLM's models"
         )
     _undos.extend(monkeypatches.make(monkeypatches.ACTIVE))
-    switched = [f"{row.name}=1" for row in envs.table() if getattr(settings, row.name) and row.default == "0"]
+    defaults = envs.Settings()
+    changed = [row.name for row in envs.table() if getattr(settings, row.name) != getattr(defaults, row.name)]
+    switched = [f"{name}={int(getattr(settings, name))}" for name in changed]
     line = (
         f"vllm-compile-ext {__version__} is active (vllm {vllm}, torch {torch}): "
         f"vllm.compilation.{{{','.join(swap.REPLACED)}}} swapped"

@@ -29,7 +29,10 @@ def serve(model: Path, folder: Path, name: str) -> tuple[str, dict[str, Any], li
 
 def test_cold_then_warm(llama: Path, tmp_path: Path) -> None:
     cold_log, _, cold = serve(llama, tmp_path, "cold")
+    kernels = set(tmp_path.rglob("*.main.so"))
     warm_log, _, warm = serve(llama, tmp_path, "warm")
+    assert kernels
+    assert set(tmp_path.rglob("*.main.so")) == kernels, "the compiler's command line is the same in both starts"
     assert cold == warm
     assert cold[0]["text"]
     assert cold[1]["message"]["content"]

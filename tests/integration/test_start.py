@@ -72,11 +72,11 @@ def test_same_answers(stock: engine.Run, eager: engine.Run, cold: engine.Run, wa
             assert mine == pytest.approx(theirs, abs=1e-3)
 
 
-def test_nothing_is_decompiled_on_the_start_path(cold: engine.Run, warm: engine.Run) -> None:
+def test_nothing_is_decompiled_on_the_start_path(cache: Path, cold: engine.Run, warm: engine.Run) -> None:
     assert cold.decompiled == warm.decompiled == []
-    files = list(Path(cold.folder).glob("transformed_code.py"))
-    assert len(files) == 1
-    assert "VLLM_COMPILE_DEPYF=1" in files[0].read_text()
+    (file,) = cache.rglob("transformed_code.py")
+    assert (file.parent / "model").exists()
+    assert "VLLM_COMPILE_DEPYF=1" in file.read_text()
 
 
 def test_depyf_fills_the_files_on_a_warm_start_too(llama: Path, cache: Path, warm: engine.Run, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_depyf_fills_the_files_on_a_warm_start_too(llama: Path, cache: Path, war
     assert run.decompiled == ["forward"]
     assert run.tokens == warm.tokens
     dumps = [*(tmp_path / "dump").rglob("transformed_code.py"), *Path(run.folder).rglob("transformed_code.py")]
-    assert len(dumps) == 2
+    assert len(dumps) == 2, "the debug dump folder and the model's cache folder"
     for path in dumps:
         assert "def forward(self, input_ids" in path.read_text()
         compile(path.read_text(), str(path), "exec")

@@ -1,11 +1,14 @@
-"""`vllm.compilation.backends`: upstream's backend, able to run on CPU and to get over a damaged cache."""
+"""`vllm.compilation.backends`: upstream's backend, which compiles each distinct piece once, and what CPU needs."""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_compile_ext.compilation import session as sessions
 from vllm_compile_ext.upstream import backends as upstream
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class CompilerManager(upstream.CompilerManager):
 
 
 class VllmBackend(upstream.VllmBackend):
-    """Upstream's backend with `CompilerManager` above and, on CPU, a pass manager that CPU can run."""
+    """Upstream's backend; inside a `session` it compiles every distinct piece once."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> None:
         super().__init__(vllm_config, prefix, is_encoder)
@@ -49,3 +52,33 @@ class VllmBackend(upstream.VllmBackend):
             from vllm_compile_ext.compilation.cpu_passes import CpuPassManager
 
             self.pass_manager = CpuPassManager()
+
+    def __call__(self, graph: Any, example_inputs: Sequence[Any]) -> Any:
+        session = sessions.current()
+        if session is None:
+            return super().__call__(graph, example_inputs)
+        from vllm_compile_ext.compilation import once
+
+        return once.compile_model(self, graph, example_inputs, session)
+
+
+def folder_of(backend: VllmBackend) -> Path:
+    """The folder of this model, rank and prefix below the model's cache folder; made when it does not exist.
+
+    The model's cache folder is the user's `cache_dir`, or else the one that upstream's decorator keeps the model's
+    artifact in (vLLM 0.32.0, `compilation/decorators.py`).
+    """
+    config = backend.compilation_config
+    parallel = backend.vllm_config.parallel_config
+    folder: Path = Path(config.cache_dir or config.local_cache_dir)
+    folder = folder / f"rank_{parallel.rank}_{parallel.data_parallel_index}" / backend.prefix
+    folder.mkdir(parents=True, exist_ok=True)
+    config.local_cache_dir = str(folder)
+    return folder
+
+
+def seconds_since_start() -> float:
+    """Seconds since upstream's monitor started timing this compilation."""
+    from vllm.compilation import monitor
+
+    return time.perf_counter() - float(monitor.torch_compile_start_time)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext.artifacts import seal
+from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.compilation.wrapper import aot_bytecode, inspect_bytecode
 from vllm_compile_ext.upstream import decorators as upstream
 
@@ -56,6 +57,9 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
         return None
     compiled = _upstream_load(model, aot_compilation_path)
     if compiled is not None:
+        function = compiled._artifacts.compiled_fn
+        if isinstance(function, PlanFunction):
+            function.bind(model)
         inspect_bytecode(model, aot_bytecode(compiled), path)
     return compiled
 

@@ -12,7 +12,8 @@ from typing import Any
 from vllm_compile_ext import envs
 from vllm_compile_ext.artifacts import seal
 from vllm_compile_ext.bytecode import buffers, dump
-from vllm_compile_ext.compilation import inductor_files
+from vllm_compile_ext.compilation import inductor_files, rules, workers
+from vllm_compile_ext.compilation.session import Session
 from vllm_compile_ext.upstream import wrapper as upstream
 
 logger = logging.getLogger(__name__)
@@ -25,19 +26,19 @@ def __getattr__(name: str) -> Any:
 def inspect_bytecode(model: Any, code: CodeType, artifact: str | Path | None = None) -> None:
     """Check and dump the transformed bytecode `code` of one compiled callable of `model`.
 
-    The dump goes beside `artifact`, the file that the callable is or will be saved in, into the folder that holds
-    upstream's ``computation_graph.py``, and into the debug dump folder when one is set.  Raises `RuntimeError` when the
-    code assigns module buffers and CUDA graphs are on.
+    The dump goes beside `artifact`, the file that the callable is or will be saved in; where upstream keeps its graph
+    elsewhere, there too; and into the debug dump folder when one is set.  Raises `RuntimeError` when the code assigns
+    module buffers and CUDA graphs are on.
     """
     from vllm.config import CUDAGraphMode
 
     config = model.vllm_config
-    places = [config.compilation_config.local_cache_dir, config.compile_debug_dump_path()]
+    places = [config.compile_debug_dump_path()]
+    graph = Path(config.compilation_config.local_cache_dir)
     if artifact is not None:
-        rank_folder = Path(artifact).parent
-        places.append(rank_folder)
-        if places[0] == str(rank_folder.parent):  # a warm start: upstream made no folder for its graph
-            places.pop(0)
+        places.append(Path(artifact).parent)
+    if artifact is None or not graph.is_relative_to(Path(artifact).parent.parent):
+        places.append(graph)
     dump.write(
         [Path(place) for place in places if place],
         f"{type(model).__qualname__}.forward [{getattr(model, '_compile_tag', '') or 'model'}]",
@@ -78,10 +79,36 @@ def _compiled_frame(old_code: CodeType) -> Any:
 
 
 class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
-    """Upstream's wrapper; only what happens to the transformed bytecode differs."""
+    """Upstream's wrapper; the model is traced once a kind of layer, and the transformed bytecode is looked at."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if rules.why_upstream(self.vllm_config) is None:
+            workers.prepare()
+
+    def _trace_once(self, *args: Any, **kwargs: Any) -> Any | None:
+        """Compile with identical layers traced once; None, after a line that says why, where upstream has to do it."""
+        tag = f"[{getattr(self, '_compile_tag', '')}] "
+        if reason := rules.why_upstream(self.vllm_config):
+            logger.info("%severy layer is traced, as in stock vLLM: %s", tag, reason)
+            return None
+        session = Session(self)
+        try:
+            with session.active():
+                return super().aot_compile(*args, **kwargs)
+        except Exception as error:
+            if session.compiling:
+                raise
+            # Whatever it is, tracing as stock does it either works or gives the error that stock gives.
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            logger.info("%severy layer is traced, as in stock vLLM: %s", tag, why)
+            logger.debug("%strace once gave up", tag, exc_info=True)
+            return None
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
-        compiled = super().aot_compile(*args, **kwargs)
+        compiled = self._trace_once(*args, **kwargs)
+        if compiled is None:
+            compiled = super().aot_compile(*args, **kwargs)
         inspect_bytecode(self, aot_bytecode(compiled), getattr(self, "_aot_compilation_path", None))
         compiled.save_compiled_function = functools.partial(_save_sealed, compiled)
         return compiled

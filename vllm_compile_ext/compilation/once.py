@@ -1,0 +1,141 @@
+"""From Dynamo's graph of a model that was traced once to the compiled model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.compilation.compiler_interface import is_compile_cache_enabled
+from vllm.compilation.counter import compilation_counter
+from vllm.compilation.partition_rules import should_split
+from vllm.compilation.piecewise_backend import PiecewiseBackend
+
+from vllm_compile_ext import envs
+from vllm_compile_ext.compilation import backends, workers
+from vllm_compile_ext.compilation.plan_function import PlanFunction
+from vllm_compile_ext.compilation.progress import Progress
+from vllm_compile_ext.compilation.session import Session
+from vllm_compile_ext.graph import plan as plans
+from vllm_compile_ext.graph.fingerprint import Unfingerprintable, fingerprint
+from vllm_compile_ext.graph.split import Piece, decompose_sizes, extract, split
+from vllm_compile_ext.graph.stitch import stitch
+
+logger = logging.getLogger(__name__)
+
+
+def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[Any], session: Session) -> PlanFunction:
+    """Stitch, split, fingerprint, compile the distinct pieces and plan.
+
+    Up to the first piece that is compiled nothing of `backend` changes, so that the model can be traced again as
+    upstream does it when the graph is not understood (`Session.compiling`).
+    """
+    tag = f"[{backend.prefix}] " if backend.prefix else ""
+    config = backend.compilation_config
+    dynamo = backends.seconds_since_start()
+    started = time.perf_counter()
+    extras = stitch(graph.graph, inputs)
+    decompose_sizes(graph.graph)
+    operators = config.splitting_ops or []
+    pieces = split(graph.graph, lambda node: should_split(node, operators))
+    numbers, firsts = deduplicate(pieces, graph)
+    modules = [extract(piece, graph) for piece in firsts]
+    plan = plans.write(graph.graph, pieces, numbers, extras)
+    session.compiling = True
+
+    tracer = session.tracer
+    compilation_counter.num_graphs_seen += 1
+    compilation_counter.num_piecewise_graphs_seen += len(pieces)
+    compilation_counter.num_piecewise_capturable_graphs_seen += len(plan.calls)
+    logger.info("%sDynamo bytecode transform time: %.2f s", tag, dynamo)
+    logger.info(
+        "%straced %d layers and copied %d; %d pieces to compile, %d of them distinct (%.2f s)",
+        tag,
+        tracer.traced,
+        tracer.stamped,
+        len(plan.calls),
+        len(firsts),
+        time.perf_counter() - started,
+    )
+    reasons = list(dict.fromkeys(tracer.reasons))
+    if reasons and not tracer.stamped:
+        logger.info("%severy layer is traced, as in stock vLLM: %s", tag, reasons[0])
+    for reason in reasons:
+        logger.debug("%snot copied: %s", tag, reason)
+
+    folder = backends.folder_of(backend)
+    config.traced_files.clear()
+    disabled = not is_compile_cache_enabled(backend.inductor_config)
+    backend.configure_post_pass()
+    backend.compiler_manager.initialize_cache(str(folder), disabled, backend.prefix)
+    _write_graph(folder, plan, modules)
+    compiled = _compile(backend, modules, len(plan.calls), tag)
+    backend._called = True
+    function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
+    function.bind(session.model)
+    return function
+
+
+def deduplicate(pieces: Sequence[Piece], graph: torch.fx.GraphModule) -> tuple[list[int | None], list[Piece]]:
+    """Number of the distinct piece that each piece is, None for splitting operators; and the distinct pieces.
+
+    A piece that holds something whose identity cannot be told is distinct from all others.
+    """
+    known: dict[str, int] = {}
+    numbers: list[int | None] = []
+    firsts: list[Piece] = []
+    for piece in pieces:
+        if piece.splitting:
+            numbers.append(None)
+            continue
+        try:
+            key = fingerprint(piece, graph)
+        except Unfingerprintable as why:
+            logger.debug("piece %d is compiled on its own: %s", len(numbers), why)
+            key = f"piece {len(numbers)}"
+        if key not in known:
+            known[key] = len(firsts)
+            firsts.append(piece)
+        numbers.append(known[key])
+    return numbers, firsts
+
+
+def _compile(backend: Any, modules: Sequence[torch.fx.GraphModule], sites: int, tag: str) -> list[Any]:
+    count = envs.load().VLLM_COMPILE_WORKERS or workers.cores()
+    started = time.perf_counter()
+    with Progress(f"{tag}compiling", len(modules), sites) as progress, workers.compiling(count) as kernels:
+        compiled = []
+        for number, module in enumerate(modules):
+            symbols = [n for n in module.graph.find_nodes(op="placeholder")]
+            compiled.append(
+                PiecewiseBackend(
+                    module,
+                    backend.vllm_config,
+                    number,
+                    len(modules),
+                    [i for i, node in enumerate(symbols) if isinstance(node.meta["example_value"], torch.SymInt)],
+                    backend,
+                    True,
+                    submod_name=f"piece_{number}",
+                )
+            )
+            progress.advance()
+        progress.phase("waiting for kernels")
+        kernels.wait()
+    logger.info(
+        "%scompiled %d pieces with %d workers (%.2f s)", tag, len(modules), count, time.perf_counter() - started
+    )
+    return compiled
+
+
+def _write_graph(folder: Path, plan: plans.Plan, modules: Sequence[torch.fx.GraphModule]) -> None:
+    """The plan and the distinct pieces as Python text, for people; upstream keeps its graph under the same name."""
+    parts = [f"# what calls the pieces: f0, f1, ... are the call sites of the pieces {plan.calls}\n{plan.source}"]
+    parts += [f"# piece {n}\n{module.print_readable(print_output=False)}" for n, module in enumerate(modules)]
+    try:
+        (folder / "computation_graph.py").write_text("\n\n".join(parts))
+    except OSError as error:
+        logger.warning("cannot write the graph to %s: %s", folder, error)

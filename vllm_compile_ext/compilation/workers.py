@@ -1,0 +1,126 @@
+"""Compilers that run beside Python: g++ and the probe for the CPU's instruction set in threads, Triton in processes.
+
+vLLM pins Inductor to one compile thread (`TORCHINDUCTOR_COMPILE_THREADS=1`, `vllm/env_override.py`): its workers may be
+daemonic and must not fork.  Threads that wait for g++ fork nothing of ours (`subprocess` starts a program), and
+Inductor's own pool of Triton compilers is started the same way when its start method is "subprocess".
+
+Memory stays bounded: at most `count` compilers run at a time, each on one kernel, and pieces are lowered one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_probe: threading.Thread | None = None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prepare() -> None:
+    """Start what compiling or loading will need, in the background and once: called when a model is constructed."""
+    from vllm.platforms import current_platform
+
+    global _probe
+    if _probe is not None or not current_platform.is_cpu():
+        return
+    # Inductor's settings live in context variables: the thread sees what this one does.
+    context = contextvars.copy_context()
+    _probe = threading.Thread(target=context.run, args=(_know_instruction_set,), daemon=True, name="isa-probe")
+    _probe.start()
+
+
+def _know_instruction_set() -> None:
+    """Let Inductor choose among one instruction set, the best that works, instead of probing all that the CPU names.
+
+    Inductor compiles, and loads in a child process, a probe for each of up to five sets and their combinations (torch
+    2.13.0, `_inductor/cpu_vec_isa.py`): 7 s of a cold start and 1 s of a warm one, measured on an AMX machine.  The
+    first of its list is the one that it picks.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    if platform.machine() != "x86_64" or sys.platform != "linux" or os.environ.get("ATEN_CPU_CAPABILITY"):
+        return
+    try:
+        flags = cpu_vec_isa.x86_isa_checker()
+        named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
+        best = next((isa for isa in named if isa), None)
+    except Exception as error:
+        logger.debug("the instruction set is left to Inductor: %s", error)
+        return
+    if best is not None:
+        cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [best])
+
+
+def wait() -> None:
+    """Wait for what `prepare` started."""
+    if _probe is not None:
+        _probe.join()
+
+
+class Kernels:
+    """C++ kernels that compile in a thread pool while Inductor lowers the next piece.
+
+    A kernel is a stand-in until `wait` puts the real one into the generated modules.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="compile")
+        self._made: list[tuple[dict[str, Any], _StandIn]] = []
+
+    def make(self, argtypes: list[str], source: str) -> _StandIn:
+        """Start compiling the kernel `source`; called by a module that Inductor generated."""
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        load = CppPythonBindingsCodeCache.load_pybinding_async
+        kernel = _StandIn(load(argtypes, source, submit_fn=self._pool.submit))
+        self._made.append((sys._getframe(1).f_globals, kernel))
+        return kernel
+
+    def wait(self) -> None:
+        """Raise what the compiler says about the first kernel that does not compile; else all are real afterwards."""
+        for module, kernel in self._made:
+            real = kernel.result()
+            module.update({name: real for name, value in module.items() if value is kernel})
+        self._made.clear()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class _StandIn:
+    def __init__(self, result: Callable[[], Any]) -> None:
+        self.result = result
+
+    def __call__(self, *args: Any) -> Any:
+        return self.result()(*args)
+
+
+@contextlib.contextmanager
+def compiling(count: int) -> Iterator[Kernels]:
+    """Compile with `count` workers inside; what is changed of Inductor for that is restored."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait()
+    kernels = Kernels(count)
+    upstream = AsyncCompile.__dict__["cpp_pybinding"]
+    AsyncCompile.cpp_pybinding = lambda _, argtypes, source: kernels.make(argtypes, source)
+    try:
+        yield kernels
+    finally:
+        AsyncCompile.cpp_pybinding = upstream
+        kernels.close()
