@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,25 @@ class Read:
     key: Any
     value: Any
     direct: bool
+
+    @functools.cached_property
+    def inside(self) -> frozenset[int]:
+        """ids of what is inside of `value`, a module or container.
+
+        Dynamo does not record again a read from a container or module that it has gone through before.
+        """
+        found: dict[int, Any] = {}
+        todo = [self.value]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, torch.nn.Module):
+                parts: list[Any] = [v for m in value.modules() for v in (m, *m._parameters.values(), *m._buffers.values())]
+                found.update((id(v), v) for v in parts)
+            elif type(value) in (list, tuple, set, frozenset, dict):
+                parts = [*value.keys(), *value.values()] if type(value) is dict else list(value)
+                todo += [v for v in parts if id(v) not in found]
+                found.update((id(v), v) for v in parts)
+        return frozenset(found)
 
 
 UNKNOWN: Any = object()

@@ -96,20 +96,14 @@ def check(found: list[Read], lifted: set[tuple[int, Any]], comparison: Compariso
                 raise NotOnce(f"{read.name}: cannot tell whether it differs")
             if read.owner is d.owner and (id(d.owner), d.key) not in lifted:
                 raise NotOnce(f"reads {d.path}: {str(d.left)[:60]!r} / {str(d.right)[:60]!r}")
-        if id(read.owner) in pairs or not read.direct:
+        if not read.direct:
             continue
-        # From outside, by a path that is the same for both layers, to something that belongs to one of them.
-        for value in (read.value, *_inside(read.value)):
-            if id(value) in pairs or id(value) in rights:
-                raise NotOnce(f"reads {read.name}, which leads to a part of one layer")
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    if type(value) in (list, tuple, set, frozenset):
-        return value  # type: ignore[no-any-return]
-    if type(value) is dict:
-        return (*value.keys(), *value.values())
-    return ()
+        # By a path that is the same for both layers, to something that belongs to one of them.
+        if id(read.value) in pairs or id(read.value) in rights:
+            if id(read.owner) not in pairs:
+                raise NotOnce(f"reads {read.name}, a part of one layer, from outside of it")
+        elif not (read.inside.isdisjoint(pairs) and read.inside.isdisjoint(rights)):
+            raise NotOnce(f"reads {read.name}, which has parts of one layer in it")
 
 
 def lifted_strings(inputs: Iterable[Any], found: list[Read], guarded: list[Read]) -> set[tuple[int, Any]]:

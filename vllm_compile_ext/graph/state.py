@@ -69,7 +69,10 @@ class Snapshot:
 
 
 def _name(variable: Any) -> str:
-    return variable.source.name if getattr(variable, "source", None) is not None else type(variable).__name__
+    try:
+        return str(variable.source.name)
+    except (AttributeError, NotImplementedError):  # no source, or one of Dynamo's own making
+        return type(variable).__name__
 
 
 def _realized(variable: Any) -> Any:

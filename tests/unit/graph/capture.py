@@ -71,7 +71,7 @@ def splits(node: fx.Node) -> bool:
 
 
 def run(s: Stitched, model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, plan.Plan]:
-    """What the plan gives, each unique piece run eagerly, on real inputs in place of the captured ones."""
+    """What the plan gives with each unique piece run eagerly, and the plan.  `args` are for the symbols."""
     decompose_sizes(s.graph)
     pieces = split(s.graph, splits)
     known: dict[str, int] = {}
@@ -91,14 +91,12 @@ def run(s: Stitched, model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, plan
     for extra, value in zip(s.extras, gather(), strict=True):
         assert value is extra.value if extra.ctor is None else value == extra.value
     call = made.load([compiled[i] for i in made.calls])
-    examples = [node.meta["example_value"] for node in s.graph.find_nodes(op="placeholder")]
-    own = examples[: len(s.inputs)]
-    real = [_real(value, like, args) for value, like in zip(s.inputs, own, strict=True)]
+    real = [_real(value, args) for value in s.inputs]
     with torch.no_grad():
         return call(gather(), *real), made
 
 
-def _real(value: Any, like: Any, args: tuple[Any, ...]) -> Any:
+def _real(value: Any, args: tuple[Any, ...]) -> Any:
     if isinstance(value, torch.SymInt):
         return operator.index(args[0].shape[0])
     return getattr(value, "real_obj", value)

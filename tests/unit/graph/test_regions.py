@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.graph.capture import against_full_trace, run, stitched
+from tests.unit.graph.capture import against_full_trace, backend_input, run, stitched
 from tests.unit.graph.models import Layer, Name, each, stack
+from vllm_compile_ext.graph import hooks, regions
+from vllm_compile_ext.graph.bodies import NotOnce, region
+from vllm_compile_ext.graph.regions import Tracer
+from vllm_compile_ext.graph.stitch import stitch
 
 attn, attn_str = torch.ops.t.attn, torch.ops.t.attn_str
 GLOBAL = torch.ones(8)
@@ -333,8 +338,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
     ),
     "random number": (lambda: stack(lambda s, x: s.lin(x) + torch.zeros_like(x) * s.idx * 0, n=3), 0),
     "two lists": (
-        lambda: stack(prepare=lambda m: m.register_module("more", nn.ModuleList(m.layers[:3]))),
-        5,
+        lambda: stack(prepare=lambda m: m.register_module("more", nn.ModuleList(list(m.layers)[:3]))),
+        4,
     ),
     "size passed on": (lambda: stack(lambda s, x: s.lin(x).view(x.size(0), -1) + x.shape[0]), 5),
 }
@@ -351,17 +356,109 @@ def test_stitched_is_full_trace(name: str) -> None:
     if stamped is not None:
         assert s.tracer.stamped == stamped, s.tracer.reasons
     assert s.tracer.traced + s.tracer.stamped <= 6 or s.tracer.reasons
+    if name in UNSTABLE:
+        return
+    # One row more than while it was traced; what layers change in place starts from the same values.
+    args = (torch.randn(7, 8),)
+    s.inputs = [args[0] if value is x else value for value in s.inputs]
+    before = copy.deepcopy(model.state_dict())
+    got, made = run(s, model, (args[0].clone(),))
+    model.load_state_dict(before)
     COUNTER = 0
-    eager_x = torch.randn(7, 8)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    (torch.manual_seed(1), None)
     with torch.no_grad():
-        fresh = torch.compile(model, backend="eager", fullgraph=True)
-        torch._dynamo.reset()
-        expected = fresh(eager_x.clone())
-    model.load_state_dict(state)
+        expected = model(args[0])
+    torch.testing.assert_close(got[0], expected, rtol=0, atol=0)
 
 
-def test_it_is_a_layer() -> None:
-    assert issubclass(Layer, nn.Module)
-    assert run is not None
+# Dropout gives another result each time.
+UNSTABLE = {"training flag"}
+
+
+def test_the_first_call_traces_and_counts() -> None:
+    model = stack()
+    s = stitched(model, (torch.randn(5, 8),))
+    assert (s.tracer.traced, s.tracer.stamped, s.tracer.reasons) == (1, 5, [])
+    assert isinstance(model.layers[0], Layer)
+
+
+def test_reasons_are_readable() -> None:
+    s = stitched(CASES["scalar per layer"][0](), (torch.randn(5, 8),))
+    assert "L['self']._modules['layers']._modules['1']: reads .scale: '0.0' / '1.0'" in s.tracer.reasons
+
+
+def test_fewer_than_least_are_left_alone() -> None:
+    s = stitched(stack(n=2), (torch.randn(5, 8),))
+    assert (s.tracer.traced, s.tracer.stamped) == (0, 0)
+
+
+def dynamo() -> list[Any]:
+    from torch._dynamo.variables import functions, nn_module
+    from torch._dynamo.variables.script_object import OpaqueObjectClassVariable
+
+    return [
+        nn_module.UnspecializedNNModuleVariable.call_function,
+        OpaqueObjectClassVariable.call_function,
+        functions.invoke_and_store_as_constant,
+        nn_module.invoke_and_store_as_constant,
+        set(torch.fx.node._side_effectful_functions),
+    ]
+
+
+def test_hooks_leave_with_the_last_tracer() -> None:
+    before = dynamo()
+    one, two = Tracer(stack()), Tracer(stack())
+    first, second = one.install(), two.install()
+    first.__enter__()
+    second.__enter__()
+    with one.install(), one.install():
+        assert hooks.installed()
+    first.__exit__(None, None, None)  # not in the order they came
+    assert hooks.installed()
+    second.__exit__(None, None, None)
+    assert not hooks.installed()
+    assert dynamo() == before
+
+
+def fails(self: Any, x: Any) -> Any:
+    if self.idx == 2:
+        raise ValueError("a layer's own error")
+    return self.lin(x)
+
+
+def test_a_failing_trace_leaves_nothing_behind() -> None:
+    before = dynamo()
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        stitched(stack(fails), (torch.randn(5, 8),))
+    assert dynamo() == before
+    model, x = stack(), torch.randn(5, 8)
+    assert against_full_trace(stitched(model, (x,)), model, (x,)) is None
+
+
+def test_a_failing_tracer_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dynamo()
+    monkeypatch.setattr(regions, "_stamp", lambda *a: 1 / 0)
+    with pytest.raises(Exception, match="division by zero"):
+        stitched(stack(), (torch.randn(5, 8),))
+    assert dynamo() == before
+
+
+def test_data_dependent_control_flow_is_dynamos_error() -> None:
+    model = stack(lambda s, x: s.lin(x) if x.sum() > 0 else x)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException) as ours:
+        stitched(model, (torch.randn(5, 8),))
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException) as theirs:
+        backend_input(model, (torch.randn(5, 8),))
+    assert type(ours.value) is type(theirs.value)
+    assert str(ours.value).splitlines()[0] == str(theirs.value).splitlines()[0]
+
+
+def test_a_body_that_lost_a_node_is_refused() -> None:
+    model, x = stack(), torch.randn(5, 8)
+    tracer = Tracer(model)
+    got = backend_input(model, (x,), tracer)
+    graph = got.graph_module.graph
+    body = next(n for n in graph.nodes if n.target is region).meta["vllm_compile_ext.call"].body
+    body.outputs[1].replace_all_uses_with(next(iter(graph.nodes)))
+    graph.erase_node(body.outputs[1])
+    with pytest.raises(NotOnce, match="erased"):
+        stitch(graph, list(got.example_inputs))
