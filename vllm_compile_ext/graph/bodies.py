@@ -65,7 +65,9 @@ class Read:
         while todo:
             value = todo.pop()
             if isinstance(value, torch.nn.Module):
-                parts: list[Any] = [v for m in value.modules() for v in (m, *m._parameters.values(), *m._buffers.values())]
+                parts: list[Any] = [
+                    v for m in value.modules() for v in (m, *m._parameters.values(), *m._buffers.values())
+                ]
                 found.update((id(v), v) for v in parts)
             elif type(value) in (list, tuple, set, frozenset, dict):
                 parts = [*value.keys(), *value.values()] if type(value) is dict else list(value)

@@ -6,6 +6,7 @@ _dynamo/variables/builder.py, `VariableBuilder._call_impl`), and a guard when th
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,7 +65,10 @@ def reads(tx: Any, looked_at: Iterable[Any], guarded: Iterable[Any] = ()) -> lis
             todo.append(source.base)
         base, key = split_source(source)
         if base is not None:
-            found.append(Read(source.name, value(base), key, value(source), source in direct))
+            owner = value(base)
+            if isinstance(owner, types.MethodType):  # a method has no identity to keep: it is where it was read from
+                owner = value(split_source(base)[0])
+            found.append(Read(source.name, owner, key, value(source), source in direct))
     return found
 
 

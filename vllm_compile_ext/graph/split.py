@@ -98,7 +98,7 @@ def _allocates(node: fx.Node) -> bool:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name in _ALLOCATING
-    return getattr(node.target, "_qualified_op_name", "") in _ALLOCATING
+    return str(getattr(node.target, "_qualified_op_name", "")) in _ALLOCATING
 
 
 def split(graph: fx.Graph, is_splitting: Callable[[fx.Node], bool]) -> list[Piece]:

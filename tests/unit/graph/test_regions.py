@@ -106,19 +106,35 @@ def other_class(model: Any) -> None:
     model.layers[3].lin.__class__ = Other
 
 
+def patched(layer: Any, k: int) -> Callable[[Any], Any]:
+    return lambda x: nn.functional.linear(x, layer.weight) * k
+
+
 def monkeypatch_forward(model: Any) -> None:
-    layer = model.layers[3]
-    layer.forward = lambda x: layer.lin(x) * 5
+    model.layers[3].forward = patched(model.layers[3].lin, 5)
 
 
 def patch_inner(model: Any) -> None:
-    lin = model.layers[3].lin
-    lin.forward = lambda x: nn.functional.linear(x, lin.weight) * 5
+    model.layers[3].lin.forward = patched(model.layers[3].lin, 5)
 
 
 def patch_all(model: Any) -> None:
     for i, layer in enumerate(model.layers):
-        layer.forward = (lambda layer, k: lambda x: layer.lin(x) * k)(layer, i)
+        layer.forward = patched(layer.lin, i)
+
+
+def puts_back(self: Any, x: Any) -> Any:
+    self.slot = self.idx
+    self.slots[0] = 1
+    x = self.lin(x)
+    self.slot = None
+    self.slots[0] = None
+    return x
+
+
+def grad_mode(model: Any, layer: Any, x: Any) -> Any:
+    with torch.set_grad_enabled(layer.idx == 3):
+        return layer(x)
 
 
 def special(model: Any) -> None:
@@ -151,7 +167,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
         lambda: stack(lambda s, x: attn(s.lin(x), Name(s.name)) * (2 if s.name.endswith("3") else 1)),
         0,
     ),
-    "inspected, then a name": (lambda: stack(lambda s, x: attn(s.lin(x) * (2 if "3" in s.name else 1), Name(s.name))), 0),
+    "inspected, then a name": (
+        lambda: stack(lambda s, x: attn(s.lin(x) * (2 if "3" in s.name else 1), Name(s.name))),
+        0,
+    ),
     "name inspected outside": (
         lambda: stack(
             lambda s, x: attn(s.lin(x), Name(s.name)), outer=lambda m, s, x: s(x) if s.name.endswith("1") else s(x) + 1
@@ -330,13 +349,27 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
     "function mode around some": (lambda: stack(outer=mode), None),
     "autocast around some": (lambda: stack(outer=autocast), None),
     "grad mode around some": (
-        lambda: stack(
-            lambda s, x: s.lin(x) * (2 if torch.is_grad_enabled() else 1),
-            outer=lambda m, s, x: torch.set_grad_enabled(s.idx == 3) and None or s(x),
-        ),
-        None,
+        lambda: stack(lambda s, x: s.lin(x) * (2 if torch.is_grad_enabled() else 1), outer=grad_mode),
+        4,
     ),
-    "random number": (lambda: stack(lambda s, x: s.lin(x) + torch.zeros_like(x) * s.idx * 0, n=3), 0),
+    "puts back what it changes": (
+        lambda: stack(puts_back, prepare=each(lambda s: (setattr(s, "slot", None), setattr(s, "slots", [None])))),
+        0,  # it reads the index
+    ),
+    "puts back what it changes, reading nothing": (
+        lambda: stack(lambda s, x: (setattr(s, "slot", 1), s.lin(x), setattr(s, "slot", None))[1], slot=lambda i: None),
+        5,
+    ),
+    "views across pieces": (
+        lambda: stack(lambda s, x: (lambda y: y + torch.sigmoid(y.view(-1)).view(-1, 8))(s.lin(x))),
+        5,
+    ),
+    "buffer written across pieces": (
+        lambda: stack(
+            lambda s, x: (lambda y, o: (torch.ops.t.attn_out(y, o), o + y)[1])(s.lin(x), torch.empty_like(x))
+        ),
+        5,
+    ),
     "two lists": (
         lambda: stack(prepare=lambda m: m.register_module("more", nn.ModuleList(list(m.layers)[:3]))),
         4,
@@ -362,7 +395,7 @@ def test_stitched_is_full_trace(name: str) -> None:
     args = (torch.randn(7, 8),)
     s.inputs = [args[0] if value is x else value for value in s.inputs]
     before = copy.deepcopy(model.state_dict())
-    got, made = run(s, model, (args[0].clone(),))
+    got, _ = run(s, model, (args[0].clone(),))
     model.load_state_dict(before)
     COUNTER = 0
     with torch.no_grad():
