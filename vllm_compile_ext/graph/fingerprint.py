@@ -2,8 +2,8 @@
 
 It depends on ops, constants with their types, wiring, order (and so on what mutates when), outputs, and on what is
 known of the inputs: sizes, strides, offset, dtype, device, layout, grad; how symbols relate, their ranges and what the
-trace has assumed of them; which inputs may overlap.  It does not depend on the names of nodes, parameters or symbols, nor on the
-data of tensors, on the name that a layer-name object holds, or on where in the model the piece is.
+trace has assumed of them; which inputs may overlap.  It does not depend on the names of nodes, parameters or symbols,
+nor on the data of tensors, on the name that a layer-name object holds, or on where in the model the piece is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def text(piece: Piece, owner: torch.nn.Module, extra: Iterable[str] = ()) -> lis
 
 
 class _Symbols:
-    """Symbols by order of appearance.  Where one expression brings several, their names order them: a miss, no error."""
+    """Symbols by order of appearance.  Where one expression brings several, their names order them: at worst a miss."""
 
     def __init__(self) -> None:
         self.names: dict[Any, sympy.Symbol] = {}

@@ -13,8 +13,18 @@ from typing import Any
 import torch
 from torch.fx.node import _get_qualified_name
 
-# Functions are found again only in these modules, and in modules below torch.
-_MODULES = ("_operator", "operator", "math", "builtins", "torch")
+# Functions are found again only in these modules; in torch itself only the ones that are ops, not `torch.load`.
+_MODULES = (
+    "_operator",
+    "math",
+    "torch.functional",
+    "torch.nn.functional",
+    "torch._C._nn",
+    "torch._C._fft",
+    "torch._C._linalg",
+    "torch._C._special",
+)
+_SYMBOLIC = ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum")
 _BUILTINS = ("abs", "bool", "divmod", "float", "int", "len", "max", "min", "pow", "round", "sum", "getattr")
 
 
@@ -41,7 +51,8 @@ def name(value: Any) -> str:
     if not callable(value):
         raise Unnameable(f"a {type(value).__name__}")
     try:
-        found = f"fn:{_get_qualified_name(value)}"
+        found = _get_qualified_name(value)
+        found = f"fn:{found}" if "." in found else f"fn:builtins.{found}"
         same = _function(found.removeprefix("fn:")) is value
     except Exception as error:  # torch's lookup raises many kinds
         raise Unnameable(f"function {value!r}: {error}") from error
@@ -58,9 +69,9 @@ def allowed(name: str) -> bool:
     module, _, last = rest.rpartition(".")
     if module == "builtins":
         return last in _BUILTINS
-    return module in _MODULES or module.startswith(
-        ("torch.nn.functional", "torch._C._nn", "torch.special", "torch.fft")
-    )
+    if module == "torch":
+        return last in _SYMBOLIC or hasattr(torch._C._VariableFunctions, last)
+    return module in _MODULES
 
 
 def find(name: str) -> Any:

@@ -98,7 +98,7 @@ def check(found: list[Read], lifted: set[tuple[int, Any]], comparison: Compariso
         for d in candidates:
             if read.owner is UNKNOWN:
                 raise NotOnce(f"{read.name}: cannot tell whether it differs")
-            if read.owner is d.owner and (id(d.owner), d.key) not in lifted:
+            if _is_owner(read.owner, d.owner) and (id(d.owner), d.key) not in lifted:
                 raise NotOnce(f"reads {d.path}: {str(d.left)[:60]!r} / {str(d.right)[:60]!r}")
         if not read.direct:
             continue
@@ -108,6 +108,11 @@ def check(found: list[Read], lifted: set[tuple[int, Any]], comparison: Compariso
                 raise NotOnce(f"reads {read.name}, a part of one layer, from outside of it")
         elif not (read.inside.isdisjoint(pairs) and read.inside.isdisjoint(rights)):
             raise NotOnce(f"reads {read.name}, which has parts of one layer in it")
+
+
+def _is_owner(owner: Any, wanted: Any) -> bool:
+    """Whether a read of `owner` reads `wanted`: itself, or by its `__dict__`."""
+    return owner is wanted or (type(owner) is dict and owner is getattr(wanted, "__dict__", None))
 
 
 def lifted_strings(inputs: Iterable[Any], found: list[Read], guarded: list[Read]) -> set[tuple[int, Any]]:

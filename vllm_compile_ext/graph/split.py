@@ -93,11 +93,11 @@ _ALLOCATING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::
 def _allocates(node: fx.Node) -> bool:
     """Whether a node only makes a tensor whose data nobody has written yet."""
     if node.op == "call_method":
-        return node.target == "new_empty"
+        return bool(node.target == "new_empty")
     if node.target in (torch.empty, torch.empty_like, torch.empty_strided):
         return True
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name in _ALLOCATING
+        return bool(node.target._schema.name in _ALLOCATING)
     return str(getattr(node.target, "_qualified_op_name", "")) in _ALLOCATING
 
 

@@ -144,6 +144,7 @@ class _Walk:
             self.out.differences.append(Difference(owner, key, path, x, y))
 
     def attributes(self, x: Any, y: Any, path: str) -> None:
+        self.corresponds(x.__dict__, y.__dict__, path)
         left, right = ({k: v for k, v in o.__dict__.items() if k != _WRITTEN_BY_DYNAMO} for o in (x, y))
         if left.keys() != right.keys():
             raise Unlike(f"{path or 'the layer'}: only one side has {sorted(map(str, left.keys() ^ right.keys()))}")
