@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +109,3 @@ def stack(
 def each(f: Callable[[Any], Any]) -> Callable[[Any], None]:
     """A preparation of every layer."""
     return lambda model: [f(layer) for layer in model.layers] and None
-
-
-scale = functools.partial(float)

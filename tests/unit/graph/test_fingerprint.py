@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -52,9 +52,6 @@ class Input:
     grad: bool = False
     base: int | None = None  # number of the input that it is a view of
 
-    def key(self) -> tuple[Any, ...]:
-        return (self.shape, self.dtype, self.device, self.stride, self.offset, self.grad, self.base)
-
 
 @dataclass(frozen=True)
 class Op:
@@ -73,7 +70,6 @@ class Description:
     extra: tuple[str, ...] = ()
     opaque: str | None = None  # a layer's name, an input that the first op takes
     data: int | None = None  # a constant tensor that the last op takes
-    names: dict[str, str] = field(default_factory=dict, compare=False)
 
     def digest(self, world: str = "s", name: str = "x", prefix: str = "") -> str:
         w = World(world)
@@ -150,8 +146,8 @@ def text_of(value: Any) -> str:
 
 RESPECTS = [
     "op", "constant", "constant type", "keyword", "dropped constant", "dtype", "shape", "symbol for number", "relation",
-    "stride", "offset", "device", "grad", "range", "alias", "order", "wiring", "swapped", "output choice", "output order",
-    "one more output", "one more input", "one more op", "extra", "extra order", "opaque", "data",
+    "stride", "offset", "device", "grad", "range", "alias", "order", "wiring", "swapped", "output choice",
+    "output order", "one more output", "one more input", "one more op", "extra", "extra order", "opaque", "data",
 ]  # fmt: skip
 
 
@@ -171,7 +167,6 @@ def mutations(draw: Any, d: Description) -> tuple[str, Description]:
         value = draw(st.sampled_from([0, 1]))
         kinds = draw(st.lists(st.sampled_from([int, float, bool, str, complex]), min_size=2, max_size=2, unique=True))
         made = [with_op(d, n, replace(op, constants=(kind(value),))) for kind in kinds]
-        assume(made[0].digest() != made[1].digest())  # fails the property below when they collide
         return respect, made[0] if text_of(kinds[0](value)) != text_of(op.constants[0]) else made[1]
     if respect == "keyword":
         changed = {(): (("alpha", 3),), (("alpha", 2),): (("alpha", True),)}.get(op.keywords, (("beta", 2.0),))
@@ -231,7 +226,8 @@ def mutations(draw: Any, d: Description) -> tuple[str, Description]:
             d, inputs=inputs, ops=tuple(shift), outputs=tuple(o + (o >= len(d.inputs)) for o in d.outputs)
         )
     if respect == "one more op":
-        return respect, replace(d, ops=(*d.ops, Op(torch.relu, (0,))), data=None) if d.data is None else d
+        assume(d.data is None)
+        return respect, replace(d, ops=(*d.ops, Op(torch.relu, (0,))))
     if respect == "extra":
         return respect, replace(d, extra=("range 1 512",))
     if respect == "extra order":
@@ -301,7 +297,7 @@ def test_order_of_mutations_is_told_apart() -> None:
     def of(*names: str) -> str:
         w = World()
         values = [w.tensor(("a", 8)), w.tensor(("a", 8))]
-        return digest(values, lambda g, p: [g.call_method(n, (p[0], p[1])) for n in names][:0] or p[:1])
+        return digest(values, lambda g, p: [g.call_method(n, (p[0], p[1])) for n in names] and p[:1])
 
     assert of("add_", "mul_") != of("mul_", "add_")
 

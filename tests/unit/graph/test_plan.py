@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import operator
 import os
 import pickle
 from typing import Any
@@ -113,9 +116,7 @@ def test_foreign_pickles_are_refused(what: Any) -> None:
         "dtype:load",
     ],
 )
-def test_foreign_names_are_refused(name: str, tmp_path: Any) -> None:
-    import io
-
+def test_foreign_names_are_refused(name: str) -> None:
     out = io.BytesIO()
     ByName(out).dump(("", ["!" + name], [], []))
     with pytest.raises(pickle.UnpicklingError):
@@ -137,9 +138,9 @@ def test_only_opaque_types_are_made() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        torch.add, torch.nn.functional.linear, torch.ops.aten.add, torch.ops.aten.add.Tensor, torch.ops.aten.relu.default,
-        torch.float32, torch.device("cpu"), torch.device("cuda", 1), torch.strided, torch.channels_last, torch.ops.t.attn,
-        __import__("operator").getitem, __import__("math").floor, len,
+        torch.add, torch.nn.functional.linear, torch.ops.aten.add, torch.ops.aten.add.Tensor,
+        torch.ops.aten.relu.default, torch.float32, torch.device("cpu"), torch.device("cuda", 1), torch.strided, torch.channels_last,
+        torch.ops.t.attn, operator.getitem, math.floor, len,
     ],
 )  # fmt: skip
 def test_names_lead_back(value: Any) -> None:

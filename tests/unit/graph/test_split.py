@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def graphs(draw: Any) -> fx.Graph:
             values.append(graph.call_function(torch.sigmoid, (a,)))
         elif kind == "split":  # a tuple: its getitems stay with it
             made = graph.call_function(torch.split, (a, 2, 1))
-            parts = [graph.call_function(__import__("operator").getitem, (made, i)) for i in (0, 1)]
+            parts = [graph.call_function(operator.getitem, (made, i)) for i in (0, 1)]
             values.append(graph.call_function(torch.cat, (parts, 1)))
         elif kind == "empty":
             made = graph.call_function(torch.empty_like, (a,))
@@ -58,9 +59,9 @@ def graphs(draw: Any) -> fx.Graph:
             values.append(graph.call_method("view", (b, size)))
         elif kind == "slice":
             size = graph.call_method("size", (a,))
-            first = graph.call_function(__import__("operator").getitem, (size, 0))
-            rest = graph.call_function(__import__("operator").getitem, (size, slice(1, None)))
-            last = graph.call_function(__import__("operator").getitem, (rest, -1))
+            first = graph.call_function(operator.getitem, (size, 0))
+            rest = graph.call_function(operator.getitem, (size, slice(1, None)))
+            last = graph.call_function(operator.getitem, (rest, -1))
             values.append(graph.call_method("reshape", (b, (first, last))))
         else:
             made = graph.call_function(torch.add, (a, 1))
