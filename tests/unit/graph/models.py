@@ -1,0 +1,111 @@
+"""Stacks of layers that set traps for a tracer which takes layers to be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._library.opaque_object as opaque
+from torch import nn
+from torch._opaque_base import OpaqueBase
+
+
+class Name(OpaqueBase):
+    """A layer's name that Dynamo lifts to a graph input, as vLLM's LayerName."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Name) and other.value == self.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __fx_repr__(self) -> tuple[str, dict[str, type]]:
+        return f"Name({self.value!r})", {"Name": Name}
+
+
+opaque.register_opaque_type(Name, typ="value", hoist=True)
+
+
+@torch.library.custom_op("t::attn", mutates_args=())
+def attn(x: torch.Tensor, name: Name) -> torch.Tensor:
+    return x.clone()
+
+
+@attn.register_fake
+def _(x: torch.Tensor, name: Name) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("t::attn_str", mutates_args=())
+def attn_str(x: torch.Tensor, name: str) -> torch.Tensor:
+    return x.clone()
+
+
+@attn_str.register_fake
+def _(x: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("t::attn_out", mutates_args=("out",))
+def attn_out(x: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(x)
+
+
+@attn_out.register_fake
+def _(x: torch.Tensor, out: torch.Tensor) -> None:
+    return None
+
+
+class Layer(nn.Module):
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.idx = i
+        self.name = f"layers.{i}"
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.lin(x).relu()
+
+
+def stack(
+    forward: Callable[..., Any] = Layer.forward,
+    *,
+    n: int = 6,
+    prepare: Callable[[Any], Any] | None = None,
+    outer: Callable[..., Any] | None = None,
+    **attributes: Any,
+) -> nn.Module:
+    """`n` layers with `forward`, called by `outer(model, layer, x)`.  `attributes`: name -> function of the number."""
+
+    class Kind(Layer):
+        pass
+
+    Kind.forward = forward  # type: ignore[method-assign]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Kind(i) for i in range(n)])
+            self.log: list[int] = []
+            for i, layer in enumerate(self.layers):
+                for key, value in attributes.items():
+                    setattr(layer, key, value(i))
+            if prepare is not None:
+                prepare(self)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x) if outer is None else outer(self, layer, x)
+            return x
+
+    torch.manual_seed(0)
+    return Model().requires_grad_(False)
+
+
+def each(f: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A preparation of every layer."""
+    return lambda model: [f(layer) for layer in model.layers] and None

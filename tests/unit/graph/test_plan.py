@@ -1,0 +1,186 @@
+"""Plans: plain data, one callable a call site, extras read anew at each call."""
+
+from __future__ import annotations
+
+import io
+import math
+import operator
+import os
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import nn
+
+from tests.unit.graph.capture import run, splits, stitched
+from tests.unit.graph.models import Name, stack
+from tests.unit.graph.test_regions import CASES
+from vllm_compile_ext.graph import access, names
+from vllm_compile_ext.graph.bodies import NotOnce
+from vllm_compile_ext.graph.plan import Bound, Plan, dumps, loads, write
+from vllm_compile_ext.graph.split import decompose_sizes, split
+
+
+def planned(model: nn.Module) -> tuple[Any, Plan]:
+    s = stitched(model, (torch.randn(5, 8),))
+    decompose_sizes(s.graph)
+    pieces = split(s.graph, splits)
+    return s, write(s.graph, pieces, [None if p.splitting else 0 for p in pieces], s.extras)
+
+
+def test_every_call_site_has_its_own_callable() -> None:
+    _, plan = planned(CASES["name"][0]())
+    assert len(plan.calls) == 6
+    order: list[int] = []
+
+    def site(number: int) -> Any:
+        def call(*args: Any) -> list[Any]:
+            order.append(number)
+            return [next(a for a in args if isinstance(a, torch.Tensor))]
+
+        return call
+
+    call = plan.load([site(i) for i in range(6)])
+    model = CASES["name"][0]()
+    inputs = call.__code__.co_argcount - 1
+    call(plan.gatherer(model)(), *[torch.ones(2, 8)] * (inputs - 1), Name("layers.0"))
+    assert order == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="2 callables for 6 call sites"):
+        plan.load([site(0), site(1)])
+
+
+def test_a_replaced_parameter_is_seen() -> None:
+    model = stack()
+    s, plan = planned(model)
+    gather = plan.gatherer(model)
+    assert all(a is b.value for a, b in zip(gather(), s.extras, strict=True))
+    model.layers[2].lin.weight = nn.Parameter(torch.zeros(8, 8), requires_grad=False)
+    assert any(v is model.layers[2].lin.weight for v in gather())
+
+
+def test_names_are_made_once() -> None:
+    model = CASES["name"][0]()
+    _, plan = planned(model)
+    gather = plan.gatherer(model)
+    one, two = ([v for v in gather() if isinstance(v, Name)] for _ in range(2))
+    assert [n.value for n in one] == [f"layers.{i}" for i in range(1, 6)]
+    assert all(a is b for a, b in zip(one, two, strict=True))
+
+
+def test_memory_is_let_go() -> None:
+    _, plan = planned(CASES["views across pieces"][0]())
+    made = [line.split(" = ")[0] for line in plan.source.splitlines() if " = " in line]
+    assert len(made) > 6
+    assert sum(line.strip().startswith("del ") for line in plan.source.splitlines()) >= 6
+
+
+def test_a_plan_survives_its_bytes() -> None:
+    for name in ("name", "views across pieces", "buffer written across pieces"):
+        _, plan = planned(CASES[name][0]())
+        assert loads(dumps(plan)) == plan
+
+
+def test_what_a_plan_cannot_hold_is_refused() -> None:
+    for constants in ([lambda: 0], [os.system], [Plan], [torch.ones(1)], [torch.load], [eval]):
+        with pytest.raises((names.Unnameable, pickle.UnpicklingError)):
+            loads(dumps(Plan("", constants, [])))
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("echo never",)
+
+
+class ByName(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> str | None:
+        return obj.removeprefix("!") if isinstance(obj, str) and obj.startswith("!") else None
+
+
+@pytest.mark.parametrize("what", [Evil(), os.system, Plan, torch.ones(1), getattr])
+def test_foreign_pickles_are_refused(what: Any) -> None:
+    with pytest.raises(pickle.UnpicklingError):
+        loads(pickle.dumps(("", [what], [], [])))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fn:os.system",
+        "fn:builtins.eval",
+        "fn:torch.load",
+        "fn:torch.hub.load",
+        "fn:torch.os.system",
+        "op:x",
+        "dtype:load",
+    ],
+)
+def test_foreign_names_are_refused(name: str) -> None:
+    out = io.BytesIO()
+    ByName(out).dump(("", ["!" + name], [], []))
+    with pytest.raises(pickle.UnpicklingError):
+        loads(out.getvalue())
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", pickle.dumps(1), pickle.dumps((1, 2))])
+def test_damaged_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(pickle.UnpicklingError):
+        loads(data)
+
+
+def test_only_opaque_types_are_made() -> None:
+    plan = Plan("", [], [], [Bound("L['self'].x", ("os", "system"), ("echo never",))])
+    with pytest.raises(NotOnce, match=r"os\.system is no opaque type"):
+        plan.gatherer(nn.Module())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.add, torch.nn.functional.linear, torch.ops.aten.add, torch.ops.aten.add.Tensor,
+        torch.ops.aten.relu.default, torch.float32, torch.device("cpu"), torch.device("cuda", 1), torch.strided, torch.channels_last,
+        torch.ops.t.attn, operator.getitem, math.floor, len,
+    ],
+)  # fmt: skip
+def test_names_lead_back(value: Any) -> None:
+    assert names.find(names.name(value)) == value
+
+
+def test_nodes_without_a_name_are_refused() -> None:
+    graph = fx.Graph()
+    graph.output((graph.call_function(lambda x: x, (graph.placeholder("x"),)),))
+    with pytest.raises(NotOnce, match="cannot hold"):
+        write(graph, split(graph, lambda n: False), [None], [])
+
+
+def test_reader_shares_prefixes() -> None:
+    model = stack()
+    expressions = [
+        f"L['self']._modules['layers']._modules['{i}']._modules['lin']._parameters['{p}']"
+        for i in range(6)
+        for p in ("weight", "bias")
+    ]
+    read = access.reader([*expressions, "L['self'].log", "L['self']"])
+    values = read(model)
+    assert values[3] is model.layers[1].lin.bias
+    assert values[-2:] == [model.log, model]
+    assert access.reader([])(model) == []
+
+
+@pytest.mark.parametrize("expression", ["G['x'].y", "L['a'].f()", "__import__('os')", "L", "L[x].y", "(", "L['a'] + 1"])
+def test_other_expressions_are_refused(expression: str) -> None:
+    with pytest.raises(NotOnce):
+        access.steps(expression)
+
+
+def test_extras_of_one_local_only() -> None:
+    with pytest.raises(NotOnce, match="several"):
+        access.reader(["L['a'].x", "L['b'].x"])
+
+
+def test_run_is_what_the_model_gives() -> None:
+    model, x = CASES["name"][0](), torch.randn(5, 8)
+    got, plan = run(stitched(model, (x,)), model, (x,))
+    torch.testing.assert_close(got[0], model(x))
+    assert plan.calls == [0, 0, 0, 0, 0, 0]

@@ -1,0 +1,123 @@
+"""What tracing a body has read, by Dynamo's own record, and whether a reading could differ for another layer.
+
+Dynamo adds a source to the tracer's `traced_sources` each time a value is looked at through an access path (torch 2.13,
+_dynamo/variables/builder.py, `VariableBuilder._call_impl`), and a guard when the trace depends on a value.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from vllm_compile_ext.graph.bodies import ANY, UNKNOWN, NotOnce, Opaque, Read
+from vllm_compile_ext.graph.structure import Comparison, Difference
+
+
+def split_source(source: Any) -> tuple[Any, Any]:
+    """(base, key) of the last attribute or item access of a Dynamo source.
+
+    (None, None) where there is none: a local or a global.  The key is `ANY` where it is not a plain one.
+    """
+    while hasattr(source, "base"):
+        for name in ("member", "index"):
+            key = getattr(source, name, None)
+            if key is not None:
+                return source.base, key if isinstance(key, str | int | bool | float | tuple) else ANY
+        if type(source).__name__ in ("DictGetItemSource", "GetItemSource"):  # the key is None itself
+            return source.base, ANY
+        source = source.base
+    return None, None
+
+
+def guards(tx: Any) -> set[Any]:
+    """The guards that the trace has so far."""
+    return set(tx.output.tracing_context.guards_context.dynamo_guards)
+
+
+def reads(tx: Any, looked_at: Iterable[Any], guarded: Iterable[Any] = ()) -> list[Read]:
+    """The accesses that the sources and everything on the way to them stand for, with the values they give.
+
+    `looked_at`: what the trace looked at, `guarded`: what its guards name.
+    """
+    found: list[Read] = []
+    values: dict[Any, Any] = {}
+
+    def value(source: Any) -> Any:
+        if source not in values:
+            try:
+                values[source] = tx.output.resolve_source_value(source)
+            except Exception:  # a source of Dynamo's own making, which no expression leads to
+                values[source] = UNKNOWN
+        return values[source]
+
+    seen: set[Any] = set()
+    direct = set(looked_at)
+    todo = [*direct, *guarded]
+    while todo:
+        source = todo.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        if hasattr(source, "base"):
+            todo.append(source.base)
+        base, key = split_source(source)
+        if base is not None:
+            owner = value(base)
+            if isinstance(owner, types.MethodType):  # a method has no identity to keep: it is where it was read from
+                owner = value(split_source(base)[0])
+            found.append(Read(source.name, owner, key, value(source), source in direct))
+    return found
+
+
+def identities(tx: Any, added: Iterable[Any]) -> list[Any]:
+    """The modules whose very identity the trace depends on, by the guards `added` to it."""
+    found = []
+    for guard in added:
+        if guard.create_fn_name() == "ID_MATCH":
+            try:
+                value = tx.output.resolve_source_value(guard.originating_source)
+            except Exception:  # no expression leads there, so it is no module of the model
+                continue
+            if isinstance(value, torch.nn.Module):
+                found.append(value)
+    return found
+
+
+def check(found: list[Read], lifted: set[tuple[int, Any]], comparison: Comparison) -> None:
+    """Raises `NotOnce` when a read may give something else for the other layer than the counterpart of what it gave.
+
+    `lifted`: (id of owner, key) of strings that only went into the constructor of an opaque graph input.
+    """
+    table = comparison.by_key()
+    pairs, rights = comparison.pairs, comparison.rights
+    for read in found:
+        candidates: Iterable[Difference] = comparison.differences if read.key is ANY else table.get(read.key, ())
+        for d in candidates:
+            if read.owner is UNKNOWN:
+                raise NotOnce(f"{read.name}: cannot tell whether it differs")
+            if _is_owner(read.owner, d.owner) and (id(d.owner), d.key) not in lifted:
+                raise NotOnce(f"reads {d.path}: {str(d.left)[:60]!r} / {str(d.right)[:60]!r}")
+        if not read.direct:
+            continue
+        # By a path that is the same for both layers, to something that belongs to one of them.
+        if id(read.value) in pairs or id(read.value) in rights:
+            if id(read.owner) not in pairs:
+                raise NotOnce(f"reads {read.name}, a part of one layer, from outside of it")
+        elif not (read.inside.isdisjoint(pairs) and read.inside.isdisjoint(rights)):
+            raise NotOnce(f"reads {read.name}, which has parts of one layer in it")
+
+
+def _is_owner(owner: Any, wanted: Any) -> bool:
+    """Whether a read of `owner` reads `wanted`: itself, or by its `__dict__`."""
+    return owner is wanted or (type(owner) is dict and owner is getattr(wanted, "__dict__", None))
+
+
+def lifted_strings(inputs: Iterable[Any], found: list[Read], guarded: list[Read]) -> set[tuple[int, Any]]:
+    """(id of owner, key) of each string that only went into an opaque object's constructor: no guard depends on it."""
+    inspected = {(id(r.owner), r.key) for r in guarded}
+    plain = {(id(r.owner), r.key) for r in found if isinstance(r.value, str)}
+    origins = {(id(o[0]), o[1]) for i in inputs if isinstance(i, Opaque) for o in i.origins if o is not None}
+    return (origins & plain) - inspected

@@ -1,0 +1,158 @@
+"""What a call passes and returns, in terms that compare equal between calls which may share a trace.
+
+A description is a nested tuple.  Arguments: ("tensor", class, number, metadata), ("sym", expression),
+("const", type, value), ("tuple", class, items).  Results: ("arg", number), ("node", node), ("const", value),
+("seq", class, items).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from vllm_compile_ext.graph.bodies import NotOnce
+
+
+def expression(value: Any) -> str:
+    """A size, stride or scalar as text: the symbolic expression where it is one."""
+    return str(value.node.expr) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else repr(value)
+
+
+def metadata(value: torch.Tensor) -> tuple[Any, ...]:
+    """What a trace can see of a fake tensor: class, dtype, sizes and strides in elements, device, ..."""
+    return (
+        type(value).__name__,
+        value.dtype,
+        tuple(map(expression, value.shape)),
+        tuple(map(expression, value.stride())),
+        expression(value.storage_offset()),
+        value.device,
+        value.requires_grad,
+        value.layout,
+        value.is_conj(),
+        value.is_neg(),
+    )
+
+
+def storage(node: fx.Node) -> int | None:
+    """Identity of the storage of a node's fake tensor, None when it has none."""
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+class Arguments:
+    """The arguments of one call: `signature` to compare, the `nodes` of its tensors in order, their `variables`.
+
+    Raises `NotOnce` when there is one of a kind that cannot be described.
+    """
+
+    def __init__(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+        self.nodes: list[fx.Node] = []
+        self.variables: list[Any] = []
+        self.effects = tx.output.side_effects
+        described = (tuple(map(self._one, args)), tuple((k, self._one(v)) for k, v in sorted(kwargs.items())))
+        storages = [storage(n) for n in self.nodes]
+        aliases = tuple(storages.index(s) for s in storages)
+        self.signature = (described, aliases, _surroundings(tx))
+
+    def _one(self, variable: Any) -> Any:
+        from torch._dynamo import variables as kinds
+
+        v = variable.realize()
+        if isinstance(v, kinds.TensorVariable):
+            if self.effects.store_attr_mutations.get(v):
+                raise NotOnce("an argument is a tensor with attributes set while tracing")
+            node = v.as_proxy().node
+            if node not in self.nodes:
+                self.nodes.append(node)
+                self.variables.append(v)
+            return ("tensor", type(v).__name__, self.nodes.index(node), metadata(node.meta["example_value"]))
+        if isinstance(v, kinds.SymNodeVariable):
+            return ("sym", expression(v.sym_num))
+        if isinstance(v, kinds.ConstantVariable):
+            return ("const", type(v.value), repr(v.value))
+        if type(v) is kinds.TupleVariable:
+            return ("tuple", tuple(map(self._one, v.items)))
+        raise NotOnce(f"an argument is a {type(v).__name__}")
+
+
+def _surroundings(tx: Any) -> tuple[Any, ...]:
+    """State of torch around the call that changes what is traced.  Raises `NotOnce` under a torch function mode."""
+    from torch.fx import traceback
+    from torch.utils._device import DeviceContext
+
+    functions = tx.symbolic_torch_function_state
+    for mode in functions.mode_stack:
+        if not isinstance(getattr(mode, "value", None), DeviceContext):
+            raise NotOnce(f"called under a torch function mode, {type(getattr(mode, 'value', mode)).__name__}")
+    devices = dict.fromkeys(("cpu", torch._C._get_accelerator().type))
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+        torch.is_autocast_cache_enabled(),
+        torch.get_default_dtype(),
+        len(functions.mode_stack),
+        functions.torch_function_subclass_enabled,
+        functions.torch_function_mode_enabled,
+        repr(traceback.current_meta.get("custom")),
+    )
+
+
+def results(variable: Any, nodes: set[fx.Node], args: list[fx.Node]) -> Any:
+    """The description of what a body returned.  Raises `NotOnce` when a later call cannot return the like of it."""
+    from torch._dynamo import variables as kinds
+
+    v = variable.realize()
+    if isinstance(v, kinds.TensorVariable):
+        node = v.as_proxy().node
+        if node in args:
+            return ("arg", args.index(node))
+        if node not in nodes:
+            raise NotOnce("returns a tensor from outside")
+        if type(v) is not kinds.TensorVariable:
+            raise NotOnce(f"returns a {type(v).__name__}")
+        return ("node", node)
+    if isinstance(v, kinds.ConstantVariable):
+        return ("const", v.value)
+    if type(v) in (kinds.TupleVariable, kinds.ListVariable):
+        return ("seq", type(v), [results(i, nodes, args) for i in v.items])
+    raise NotOnce(f"returns a {type(v).__name__}")
+
+
+def returned(outputs: Any) -> list[fx.Node]:
+    """The body's own nodes among its results, each once, in order."""
+
+    def visit(o: Any) -> Iterator[fx.Node]:
+        if o[0] == "node":
+            yield o[1]
+        elif o[0] == "seq":
+            for i in o[2]:
+                yield from visit(i)
+
+    return list(dict.fromkeys(visit(outputs)))
+
+
+def check_returned(outputs: list[fx.Node], others: list[fx.Node]) -> None:
+    """Raises `NotOnce` unless each result can be stood in for by a new tensor: no view of another one, no gradient."""
+    taken = {storage(n) for n in others}
+    for node in outputs:
+        value = node.meta.get("example_value")
+        if type(value) is not FakeTensor or value.layout != torch.strided or value.is_conj() or value.is_neg():
+            raise NotOnce(f"returns a tensor of kind {type(value).__name__}")
+        if value.requires_grad:
+            raise NotOnce("returns a tensor that needs a gradient")
+        if storage(node) in taken or value.storage_offset() != 0:
+            raise NotOnce("returns a view")
+        taken.add(storage(node))
+
+
+def first_difference(a: Any, b: Any) -> str:
+    """Where two descriptions differ, for people."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return next((first_difference(x, y) for x, y in zip(a, b, strict=True) if x != y), "nothing")
+    return f"{a} / {b}"
