@@ -18,8 +18,10 @@ BASE = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
+# A machine without FlashInfer has to say so, also to the processes of tests.
+KEPT = ("VLLM_USE_FLASHINFER_SAMPLER",)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Outcome:
 
 def environment(**env: str | None) -> dict[str, str]:
     """This process's environment without any VLLM_* variable, with `BASE` and `env`; None unsets."""
-    merged = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")} | BASE | env
+    merged = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_") or k in KEPT} | BASE | env
     return {k: v for k, v in merged.items() if v is not None}
 
 
