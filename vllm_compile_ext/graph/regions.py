@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from vllm_compile_ext.graph import hooks
-from vllm_compile_ext.graph.bodies import CALL, Body, Call, NotOnce, Opaque, Read, keep_alive, region
-from vllm_compile_ext.graph.reads import check, guards, identities, lifted_strings, reads, split_source
+from vllm_compile_ext.graph.bodies import CALL, UNKNOWN, Body, Call, Foreign, NotOnce, Opaque, Read, keep_alive, region
+from vllm_compile_ext.graph.reads import check, guards, identities, lifted_strings, reads, renamed, split_source
 from vllm_compile_ext.graph.signature import Arguments, check_returned, first_difference, results, returned
 from vllm_compile_ext.graph.state import Snapshot
 from vllm_compile_ext.graph.structure import Comparison, Unlike, compare
@@ -45,11 +45,16 @@ def find_groups(root: torch.nn.Module, least: int = 3) -> dict[int, int]:
 
 class Tracer:
     """One capture of `root`.  `traced` and `stamped` count the calls of repeated layers, `reasons` says why calls were
-    traced that might have been stamped."""
+    traced that might have been stamped.
 
-    def __init__(self, root: torch.nn.Module, least: int = 3) -> None:
+    `lookups`: functions that run while tracing (`assume_constant_result`) and make a string of a layer-name object,
+    which the model uses for nothing but to find the layer in a dict.  By default there are none.
+    """
+
+    def __init__(self, root: torch.nn.Module, least: int = 3, lookups: Collection[Callable[..., Any]] = ()) -> None:
         self.root = root
         self.groups = find_groups(root, least)
+        self.lookups = lookups
         self.reasons: list[str] = []
         self._restart(None)
 
@@ -57,7 +62,7 @@ class Tracer:
         self._output = output
         self._bodies: dict[tuple[int, type], list[_Traced]] = {}
         self._inside = False
-        self._foreign = False
+        self._foreign: list[Foreign] = []
         self.traced = 0
         self.stamped = 0
 
@@ -68,9 +73,9 @@ class Tracer:
             yield
         self._output = None  # a capture's graph is the caller's: do not keep it alive
 
-    def on_foreign(self) -> None:
-        """A function runs while tracing and may read anything."""
-        self._foreign = True
+    def on_foreign(self, fn: Callable[..., Any], args: list[Any]) -> None:
+        """A function runs while tracing and may read anything of `args`, which are Dynamo's variables."""
+        self._foreign.append(Foreign(fn, [_known(a) for a in args]))
 
     def on_call(self, module: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], trace: Callable[[], Any]) -> Any:
         """Dynamo is about to trace a call of an nn.Module; `trace` does it."""
@@ -115,7 +120,7 @@ class Tracer:
         before, guarded = set(tx.output.graph.nodes), guards(tx)
         tracer = tx.output.root_tracer
         outer, tracer.traced_sources = tracer.traced_sources, type(tracer.traced_sources)()
-        self._inside, self._foreign = True, False
+        self._inside, self._foreign = True, []
         try:
             result = trace()
         finally:
@@ -123,13 +128,12 @@ class Tracer:
             sources, tracer.traced_sources = tracer.traced_sources, outer
             outer.update(sources)
         try:
-            if self._foreign:
-                raise NotOnce("a function runs while it is traced (assume_constant_result)")
             after = Snapshot(tx)
             if after != state:
                 raise NotOnce(f"changes Python's state: {after.since(state)}")
             new = [n for n in tx.output.graph.nodes if n not in before and n.op != "placeholder"]
             traced = _Traced(tx, module, arguments, state, new, before, set(sources), guards(tx) - guarded)
+            traced.foreign, traced.lookups = self._foreign, self.lookups
             traced.finish(tx, result)
             family.append(traced)
         except NotOnce as why:
@@ -153,6 +157,8 @@ class _Traced:
     ) -> None:
         found = reads(tx, sources, {g.originating_source for g in added})
         self.before = before
+        self.foreign: list[Foreign] = []
+        self.lookups: Collection[Callable[..., Any]] = ()
         self.identities = identities(tx, added)
         self.body = Body(module.value, arguments.signature, nodes, arguments.nodes, found, state)
         for variable in arguments.variables:
@@ -192,7 +198,8 @@ class _Traced:
         if body.state != state:
             raise NotOnce(f"Python's state has changed: {state.since(body.state)}")
         comparison = compare(body.layer, layer)
-        check(body.reads, self.lifted, comparison)
+        opaque = [w for w in body.inputs.values() if isinstance(w, Opaque)]
+        check(body.reads, self.lifted, comparison, renamed(self.foreign, opaque, comparison, self.lookups))
         for module in self.identities:
             if id(module) in comparison.pairs:
                 raise NotOnce("the trace depends on which object the layer is")
@@ -201,6 +208,16 @@ class _Traced:
             if isinstance(what, Opaque) and (found := _arguments(what, comparison, source)):
                 call.lifted[node] = found
         return call
+
+
+def _known(variable: Any) -> Any:
+    """The value of a constant or an object of the model, `UNKNOWN` for anything else."""
+    from torch._dynamo.variables import ConstantVariable, UserDefinedObjectVariable
+
+    real = variable.realize()
+    if isinstance(real, ConstantVariable | UserDefinedObjectVariable):
+        return getattr(real.value, "real_obj", real.value)
+    return UNKNOWN
 
 
 def _arguments(what: Opaque, comparison: Comparison, source: str) -> tuple[tuple[Any, ...], str] | None:
