@@ -7,6 +7,7 @@ _dynamo/variables/builder.py, `VariableBuilder._call_impl`), and a guard when th
 from __future__ import annotations
 
 import types
+import types
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -86,6 +87,9 @@ def identities(tx: Any, added: Iterable[Any]) -> list[Any]:
     return found
 
 
+_PLAIN = (int, float, str, bool, complex, type(None), type, torch.dtype, torch.device, types.ModuleType)
+
+
 def renamed(
     foreign: list[Foreign], opaque: list[Opaque], comparison: Comparison, lookups: Collection[Callable[..., Any]]
 ) -> dict[str, str]:
@@ -99,7 +103,8 @@ def renamed(
     for call in foreign:
         theirs = [_counterpart(a, opaque, comparison) for a in call.args]
         for value in (*call.args, getattr(call.fn, "__self__", None)):
-            if value is UNKNOWN or id(value) in comparison.pairs or id(value) in comparison.rights:
+            plain = isinstance(value, _PLAIN) or any(_made(what, value) for what in opaque)
+            if not plain or id(value) in comparison.pairs or id(value) in comparison.rights:
                 raise NotOnce(f"a function runs while it is traced: {getattr(call.fn, '__name__', call.fn)}")
         if any(a is not b for a, b in zip(call.args, theirs, strict=True)):
             mine, other = (call.fn(*call.args), call.fn(*theirs)) if call.fn in lookups else (None, None)
@@ -108,9 +113,13 @@ def renamed(
     return found
 
 
+def _made(what: Opaque, value: Any) -> bool:
+    return type(value) is what.ctor and bool(value == what.ctor(*what.args))
+
+
 def _counterpart(value: Any, opaque: list[Opaque], comparison: Comparison) -> Any:
     for what in opaque:
-        if type(value) is what.ctor and value == what.ctor(*what.args):
+        if _made(what, value):
             args = list(what.args)
             for i, origin in enumerate(what.origins):
                 for d in comparison.differences:
@@ -150,15 +159,16 @@ def check(
 
 def _looked_up(found: list[Read], renamed: dict[str, str], comparison: Comparison) -> set[int]:
     """ids of the reads that find a layer's part by its name in a dict which has the counterpart by the other's, and of
-    the reads that give such a dict."""
+    the reads that give such a dict.  Raises `NotOnce` for a read that finds something else so."""
     dicts: set[int] = set()
     named: set[int] = set()
     for read in found:
         if type(read.owner) is dict and isinstance(read.key, str) and read.key in renamed:
             other = read.owner.get(renamed[read.key])
-            if other is not None and comparison.pairs.get(id(read.value)) == id(other):
-                dicts.add(id(read.owner))
-                named.add(id(read))
+            if other is None or comparison.pairs.get(id(read.value)) != id(other):
+                raise NotOnce(f"{read.name} is found by the layer's name, and is no part of the layer")
+            dicts.add(id(read.owner))
+            named.add(id(read))
     return named | {id(read) for read in found if id(read.value) in dicts}
 
 

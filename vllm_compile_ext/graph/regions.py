@@ -118,6 +118,7 @@ class Tracer:
         trace: Callable[[], Any],
     ) -> Any:
         before, guarded = set(tx.output.graph.nodes), guards(tx)
+        named = set(tx.output.synthetic_source_ctor_info)
         tracer = tx.output.root_tracer
         outer, tracer.traced_sources = tracer.traced_sources, type(tracer.traced_sources)()
         self._inside, self._foreign = True, []
@@ -134,7 +135,8 @@ class Tracer:
             new = [n for n in tx.output.graph.nodes if n not in before and n.op != "placeholder"]
             traced = _Traced(tx, module, arguments, state, new, before, set(sources), guards(tx) - guarded)
             traced.foreign, traced.lookups = self._foreign, self.lookups
-            traced.finish(tx, result)
+            made = [s for s in tx.output.synthetic_source_ctor_info if s not in named]
+            traced.finish(tx, result, [_opaque(tx, s) for s in made])
             family.append(traced)
         except NotOnce as why:
             self.reasons.append(f"{module.source.name}: {why}")
@@ -165,8 +167,11 @@ class _Traced:
             if variable.source is not None and (name := _read_below(variable.source, sources)):
                 raise NotOnce(f"reads {name} of an argument")
 
-    def finish(self, tx: Any, result: Any) -> None:
-        """Describe results and inputs.  Raises `NotOnce` when copies cannot have their like."""
+    def finish(self, tx: Any, result: Any, opaque: list[Opaque]) -> None:
+        """Describe results and inputs.  `opaque`: what the body made, graph inputs or not.
+
+        Raises `NotOnce` when copies cannot have their like.
+        """
         body = self.body
         inside = set(body.nodes)
         body.outputs = results(result, inside, body.args)
@@ -177,7 +182,8 @@ class _Traced:
         outs = returned(body.outputs)
         check_returned(outs, [*body.args, *body.inputs])
         _check_symbols(body)
-        self.lifted = lifted_strings(body.inputs.values(), body.reads, self._guarded(tx, body.inputs.values()))
+        self.opaque = [*opaque, *(w for w in body.inputs.values() if isinstance(w, Opaque))]
+        self.lifted = lifted_strings(self.opaque, body.reads, self._guarded(tx, self.opaque))
         tracer = tx.output.root_tracer
         tx.output.create_proxy("call_function", keep_alive, tuple(fx.Proxy(n, tracer) for n in outs), {})
 
@@ -198,8 +204,7 @@ class _Traced:
         if body.state != state:
             raise NotOnce(f"Python's state has changed: {state.since(body.state)}")
         comparison = compare(body.layer, layer)
-        opaque = [w for w in body.inputs.values() if isinstance(w, Opaque)]
-        check(body.reads, self.lifted, comparison, renamed(self.foreign, opaque, comparison, self.lookups))
+        check(body.reads, self.lifted, comparison, renamed(self.foreign, self.opaque, comparison, self.lookups))
         for module in self.identities:
             if id(module) in comparison.pairs:
                 raise NotOnce("the trace depends on which object the layer is")
@@ -265,15 +270,19 @@ def _classify(tx: Any, node: fx.Node, new: bool) -> torch.Tensor | Opaque | None
     if source is None:
         raise NotOnce(f"input {node.name} has no access expression")
     if isinstance(source, SyntheticLocalSource):
-        ctor, args, sources = tx.output.synthetic_source_ctor_info[source]
-        origins = [None if s is None else _origin(tx, s) for s in sources or [None] * len(args)]
-        return Opaque(ctor, tuple(args), tuple(origins))
+        return _opaque(tx, source)
     value = tx.output.resolve_source_value(source)
     if not isinstance(value, torch.Tensor):
         if new:
             raise NotOnce(f"reads a {type(value).__name__} that is a graph input")
         return None
     return value
+
+
+def _opaque(tx: Any, source: Any) -> Opaque:
+    ctor, args, sources = tx.output.synthetic_source_ctor_info[source]
+    origins = [None if s is None else _origin(tx, s) for s in sources or [None] * len(args)]
+    return Opaque(ctor, tuple(args), tuple(origins))
 
 
 def _origin(tx: Any, source: Any) -> tuple[Any, Any] | None:
