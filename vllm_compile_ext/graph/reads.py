@@ -7,7 +7,6 @@ _dynamo/variables/builder.py, `VariableBuilder._call_impl`), and a guard when th
 from __future__ import annotations
 
 import types
-import types
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
