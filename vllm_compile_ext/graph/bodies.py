@@ -78,10 +78,14 @@ class Read:
 
 @dataclass
 class Foreign:
-    """A call of a function that ran while tracing (`torch.compiler.assume_constant_result`), with values or UNKNOWN."""
+    """A call of a function that ran while tracing (`torch.compiler.assume_constant_result`), with values or UNKNOWN.
+
+    `variables` are Dynamo's for `args`.
+    """
 
     fn: Callable[..., Any]
     args: list[Any]
+    variables: list[Any]
 
 
 UNKNOWN: Any = object()

@@ -75,7 +75,7 @@ class Tracer:
 
     def on_foreign(self, fn: Callable[..., Any], args: list[Any]) -> None:
         """A function runs while tracing and may read anything of `args`, which are Dynamo's variables."""
-        self._foreign.append(Foreign(fn, [_known(a) for a in args]))
+        self._foreign.append(Foreign(fn, [_known(a) for a in args], args))
 
     def on_call(self, module: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], trace: Callable[[], Any]) -> Any:
         """Dynamo is about to trace a call of an nn.Module; `trace` does it."""
@@ -118,7 +118,6 @@ class Tracer:
         trace: Callable[[], Any],
     ) -> Any:
         before, guarded = set(tx.output.graph.nodes), guards(tx)
-        named = set(tx.output.synthetic_source_ctor_info)
         tracer = tx.output.root_tracer
         outer, tracer.traced_sources = tracer.traced_sources, type(tracer.traced_sources)()
         self._inside, self._foreign = True, []
@@ -135,8 +134,8 @@ class Tracer:
             new = [n for n in tx.output.graph.nodes if n not in before and n.op != "placeholder"]
             traced = _Traced(tx, module, arguments, state, new, before, set(sources), guards(tx) - guarded)
             traced.foreign, traced.lookups = self._foreign, self.lookups
-            made = [s for s in tx.output.synthetic_source_ctor_info if s not in named]
-            traced.finish(tx, result, [_opaque(tx, s) for s in made])
+            opaque = [o for f in self._foreign for v in f.variables if (o := _unused(tx, v)) is not None]
+            traced.finish(tx, result, opaque)
             family.append(traced)
         except NotOnce as why:
             self.reasons.append(f"{module.source.name}: {why}")
@@ -168,7 +167,7 @@ class _Traced:
                 raise NotOnce(f"reads {name} of an argument")
 
     def finish(self, tx: Any, result: Any, opaque: list[Opaque]) -> None:
-        """Describe results and inputs.  `opaque`: what the body made, graph inputs or not.
+        """Describe results and inputs.  `opaque`: what functions got that ran while tracing, graph inputs or not.
 
         Raises `NotOnce` when copies cannot have their like.
         """
@@ -283,6 +282,16 @@ def _opaque(tx: Any, source: Any) -> Opaque:
     ctor, args, sources = tx.output.synthetic_source_ctor_info[source]
     origins = [None if s is None else _origin(tx, s) for s in sources or [None] * len(args)]
     return Opaque(ctor, tuple(args), tuple(origins))
+
+
+def _unused(tx: Any, variable: Any) -> Opaque | None:
+    """An opaque object that tracing made, and that need not have become a graph input."""
+    real = variable.realize()
+    sources, given = getattr(real, "ctor_arg_sources", None), getattr(real, "ctor_args_kwargs", None)
+    if not sources or not given or given[1]:
+        return None
+    value = getattr(real.value, "real_obj", real.value)
+    return Opaque(type(value), tuple(given[0]), tuple(None if s is None else _origin(tx, s) for s in sources))
 
 
 def _origin(tx: Any, source: Any) -> tuple[Any, Any] | None:
