@@ -76,6 +76,18 @@ class Read:
         return frozenset(found)
 
 
+@dataclass
+class Foreign:
+    """A call of a function that ran while tracing (`torch.compiler.assume_constant_result`), with values or UNKNOWN.
+
+    `variables` are Dynamo's for `args`.
+    """
+
+    fn: Callable[..., Any]
+    args: list[Any]
+    variables: list[Any]
+
+
 UNKNOWN: Any = object()
 ANY: Any = object()
 

@@ -30,7 +30,7 @@ class Listener(Protocol):
         self, module: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], trace: Callable[[], Any]
     ) -> Any: ...
 
-    def on_foreign(self) -> None: ...
+    def on_foreign(self, fn: Callable[..., Any], args: list[Any]) -> None: ...
 
 
 class _Local(threading.local):
@@ -135,9 +135,9 @@ def _unread(variable: Any) -> Any:
 
 
 def _foreign_call(original: Callable[..., Any]) -> Callable[..., Any]:
-    def invoke_and_store_as_constant(*args: Any, **kwargs: Any) -> Any:
+    def invoke_and_store_as_constant(tx: Any, fn: Any, name: str, args: Any, kwargs: Any) -> Any:
         if _local.stack:
-            _local.stack[-1].on_foreign()
-        return original(*args, **kwargs)
+            _local.stack[-1].on_foreign(fn, [*args, *kwargs.values()])
+        return original(tx, fn, name, args, kwargs)
 
     return invoke_and_store_as_constant

@@ -7,12 +7,12 @@ _dynamo/variables/builder.py, `VariableBuilder._call_impl`), and a guard when th
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 
-from vllm_compile_ext.graph.bodies import ANY, UNKNOWN, NotOnce, Opaque, Read
+from vllm_compile_ext.graph.bodies import ANY, UNKNOWN, Foreign, NotOnce, Opaque, Read
 from vllm_compile_ext.graph.structure import Comparison, Difference
 
 
@@ -86,11 +86,57 @@ def identities(tx: Any, added: Iterable[Any]) -> list[Any]:
     return found
 
 
-def check(found: list[Read], lifted: set[tuple[int, Any]], comparison: Comparison) -> None:
+_PLAIN = (int, float, str, bool, complex, type(None), type, torch.dtype, torch.device, types.ModuleType)
+
+
+def renamed(
+    foreign: list[Foreign], opaque: list[Opaque], comparison: Comparison, lookups: Collection[Callable[..., Any]]
+) -> dict[str, str]:
+    """Strings that functions made of an opaque object while tracing -> what they make of the other layer's.
+
+    vLLM 0.32 does so on CPU, where it looks up an MoE layer by the name in its LayerName.  Only `lookups` may: of other
+    functions nobody says that the string is used for nothing else.  Raises `NotOnce` when another did, or when a
+    function got a part of the layer, of which it may have read anything.
+    """
+    found: dict[str, str] = {}
+    for call in foreign:
+        theirs = [_counterpart(a, opaque, comparison) for a in call.args]
+        for value in (*call.args, getattr(call.fn, "__self__", None)):
+            plain = isinstance(value, _PLAIN) or any(_made(what, value) for what in opaque)
+            if not plain or id(value) in comparison.pairs or id(value) in comparison.rights:
+                raise NotOnce(f"a function runs while it is traced: {getattr(call.fn, '__name__', call.fn)}")
+        if any(a is not b for a, b in zip(call.args, theirs, strict=True)):
+            mine, other = (call.fn(*call.args), call.fn(*theirs)) if call.fn in lookups else (None, None)
+            if type(mine) is not str or type(other) is not str or found.setdefault(mine, other) != other:
+                raise NotOnce(f"a function reads the layer's name: {getattr(call.fn, '__name__', call.fn)}")
+    return found
+
+
+def _made(what: Opaque, value: Any) -> bool:
+    return type(value) is what.ctor and bool(value == what.ctor(*what.args))
+
+
+def _counterpart(value: Any, opaque: list[Opaque], comparison: Comparison) -> Any:
+    for what in opaque:
+        if _made(what, value):
+            args = list(what.args)
+            for i, origin in enumerate(what.origins):
+                for d in comparison.differences:
+                    if origin is not None and d.owner is origin[0] and d.key == origin[1]:
+                        args[i] = d.right
+            return what.ctor(*args)
+    return value
+
+
+def check(
+    found: list[Read], lifted: set[tuple[int, Any]], comparison: Comparison, renamed: dict[str, str] | None = None
+) -> None:
     """Raises `NotOnce` when a read may give something else for the other layer than the counterpart of what it gave.
 
     `lifted`: (id of owner, key) of strings that only went into the constructor of an opaque graph input.
+    `renamed`: strings that name the layer -> the ones that name the other.
     """
+    named = _looked_up(found, renamed or {}, comparison)
     table = comparison.by_key()
     pairs, rights = comparison.pairs, comparison.rights
     for read in found:
@@ -100,7 +146,7 @@ def check(found: list[Read], lifted: set[tuple[int, Any]], comparison: Compariso
                 raise NotOnce(f"{read.name}: cannot tell whether it differs")
             if _is_owner(read.owner, d.owner) and (id(d.owner), d.key) not in lifted:
                 raise NotOnce(f"reads {d.path}: {str(d.left)[:60]!r} / {str(d.right)[:60]!r}")
-        if not read.direct:
+        if not read.direct or id(read) in named:
             continue
         # By a path that is the same for both layers, to something that belongs to one of them.
         if id(read.value) in pairs or id(read.value) in rights:
@@ -108,6 +154,21 @@ def check(found: list[Read], lifted: set[tuple[int, Any]], comparison: Compariso
                 raise NotOnce(f"reads {read.name}, a part of one layer, from outside of it")
         elif not (read.inside.isdisjoint(pairs) and read.inside.isdisjoint(rights)):
             raise NotOnce(f"reads {read.name}, which has parts of one layer in it")
+
+
+def _looked_up(found: list[Read], renamed: dict[str, str], comparison: Comparison) -> set[int]:
+    """ids of the reads that find a layer's part by its name in a dict which has the counterpart by the other's, and of
+    the reads that give such a dict.  Raises `NotOnce` for a read that finds something else so."""
+    dicts: set[int] = set()
+    named: set[int] = set()
+    for read in found:
+        if type(read.owner) is dict and isinstance(read.key, str) and read.key in renamed:
+            other = read.owner.get(renamed[read.key])
+            if other is None or comparison.pairs.get(id(read.value)) != id(other):
+                raise NotOnce(f"{read.name} is found by the layer's name, and is no part of the layer")
+            dicts.add(id(read.owner))
+            named.add(id(read))
+    return named | {id(read) for read in found if id(read.value) in dicts}
 
 
 def _is_owner(owner: Any, wanted: Any) -> bool:

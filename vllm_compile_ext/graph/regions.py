@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from vllm_compile_ext.graph import hooks
-from vllm_compile_ext.graph.bodies import CALL, Body, Call, NotOnce, Opaque, Read, keep_alive, region
-from vllm_compile_ext.graph.reads import check, guards, identities, lifted_strings, reads, split_source
+from vllm_compile_ext.graph.bodies import CALL, UNKNOWN, Body, Call, Foreign, NotOnce, Opaque, Read, keep_alive, region
+from vllm_compile_ext.graph.reads import check, guards, identities, lifted_strings, reads, renamed, split_source
 from vllm_compile_ext.graph.signature import Arguments, check_returned, first_difference, results, returned
 from vllm_compile_ext.graph.state import Snapshot
 from vllm_compile_ext.graph.structure import Comparison, Unlike, compare
@@ -45,11 +45,16 @@ def find_groups(root: torch.nn.Module, least: int = 3) -> dict[int, int]:
 
 class Tracer:
     """One capture of `root`.  `traced` and `stamped` count the calls of repeated layers, `reasons` says why calls were
-    traced that might have been stamped."""
+    traced that might have been stamped.
 
-    def __init__(self, root: torch.nn.Module, least: int = 3) -> None:
+    `lookups`: functions that run while tracing (`assume_constant_result`) and make a string of a layer-name object,
+    which the model uses for nothing but to find the layer in a dict.  By default there are none.
+    """
+
+    def __init__(self, root: torch.nn.Module, least: int = 3, lookups: Collection[Callable[..., Any]] = ()) -> None:
         self.root = root
         self.groups = find_groups(root, least)
+        self.lookups = lookups
         self.reasons: list[str] = []
         self._restart(None)
 
@@ -57,7 +62,7 @@ class Tracer:
         self._output = output
         self._bodies: dict[tuple[int, type], list[_Traced]] = {}
         self._inside = False
-        self._foreign = False
+        self._foreign: list[Foreign] = []
         self.traced = 0
         self.stamped = 0
 
@@ -68,9 +73,9 @@ class Tracer:
             yield
         self._output = None  # a capture's graph is the caller's: do not keep it alive
 
-    def on_foreign(self) -> None:
-        """A function runs while tracing and may read anything."""
-        self._foreign = True
+    def on_foreign(self, fn: Callable[..., Any], args: list[Any]) -> None:
+        """A function runs while tracing and may read anything of `args`, which are Dynamo's variables."""
+        self._foreign.append(Foreign(fn, [_known(a) for a in args], args))
 
     def on_call(self, module: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], trace: Callable[[], Any]) -> Any:
         """Dynamo is about to trace a call of an nn.Module; `trace` does it."""
@@ -115,7 +120,7 @@ class Tracer:
         before, guarded = set(tx.output.graph.nodes), guards(tx)
         tracer = tx.output.root_tracer
         outer, tracer.traced_sources = tracer.traced_sources, type(tracer.traced_sources)()
-        self._inside, self._foreign = True, False
+        self._inside, self._foreign = True, []
         try:
             result = trace()
         finally:
@@ -123,14 +128,14 @@ class Tracer:
             sources, tracer.traced_sources = tracer.traced_sources, outer
             outer.update(sources)
         try:
-            if self._foreign:
-                raise NotOnce("a function runs while it is traced (assume_constant_result)")
             after = Snapshot(tx)
             if after != state:
                 raise NotOnce(f"changes Python's state: {after.since(state)}")
             new = [n for n in tx.output.graph.nodes if n not in before and n.op != "placeholder"]
             traced = _Traced(tx, module, arguments, state, new, before, set(sources), guards(tx) - guarded)
-            traced.finish(tx, result)
+            traced.foreign, traced.lookups = self._foreign, self.lookups
+            opaque = [o for f in self._foreign for v in f.variables if (o := _unused(tx, v)) is not None]
+            traced.finish(tx, result, opaque)
             family.append(traced)
         except NotOnce as why:
             self.reasons.append(f"{module.source.name}: {why}")
@@ -153,14 +158,19 @@ class _Traced:
     ) -> None:
         found = reads(tx, sources, {g.originating_source for g in added})
         self.before = before
+        self.foreign: list[Foreign] = []
+        self.lookups: Collection[Callable[..., Any]] = ()
         self.identities = identities(tx, added)
         self.body = Body(module.value, arguments.signature, nodes, arguments.nodes, found, state)
         for variable in arguments.variables:
             if variable.source is not None and (name := _read_below(variable.source, sources)):
                 raise NotOnce(f"reads {name} of an argument")
 
-    def finish(self, tx: Any, result: Any) -> None:
-        """Describe results and inputs.  Raises `NotOnce` when copies cannot have their like."""
+    def finish(self, tx: Any, result: Any, opaque: list[Opaque]) -> None:
+        """Describe results and inputs.  `opaque`: what functions got that ran while tracing, graph inputs or not.
+
+        Raises `NotOnce` when copies cannot have their like.
+        """
         body = self.body
         inside = set(body.nodes)
         body.outputs = results(result, inside, body.args)
@@ -171,7 +181,8 @@ class _Traced:
         outs = returned(body.outputs)
         check_returned(outs, [*body.args, *body.inputs])
         _check_symbols(body)
-        self.lifted = lifted_strings(body.inputs.values(), body.reads, self._guarded(tx, body.inputs.values()))
+        self.opaque = [*opaque, *(w for w in body.inputs.values() if isinstance(w, Opaque))]
+        self.lifted = lifted_strings(self.opaque, body.reads, self._guarded(tx, self.opaque))
         tracer = tx.output.root_tracer
         tx.output.create_proxy("call_function", keep_alive, tuple(fx.Proxy(n, tracer) for n in outs), {})
 
@@ -192,7 +203,7 @@ class _Traced:
         if body.state != state:
             raise NotOnce(f"Python's state has changed: {state.since(body.state)}")
         comparison = compare(body.layer, layer)
-        check(body.reads, self.lifted, comparison)
+        check(body.reads, self.lifted, comparison, renamed(self.foreign, self.opaque, comparison, self.lookups))
         for module in self.identities:
             if id(module) in comparison.pairs:
                 raise NotOnce("the trace depends on which object the layer is")
@@ -201,6 +212,16 @@ class _Traced:
             if isinstance(what, Opaque) and (found := _arguments(what, comparison, source)):
                 call.lifted[node] = found
         return call
+
+
+def _known(variable: Any) -> Any:
+    """The value of a constant or an object of the model, `UNKNOWN` for anything else."""
+    from torch._dynamo.variables import ConstantVariable, UserDefinedObjectVariable
+
+    real = variable.realize()
+    if isinstance(real, ConstantVariable | UserDefinedObjectVariable):
+        return getattr(real.value, "real_obj", real.value)
+    return UNKNOWN
 
 
 def _arguments(what: Opaque, comparison: Comparison, source: str) -> tuple[tuple[Any, ...], str] | None:
@@ -248,15 +269,29 @@ def _classify(tx: Any, node: fx.Node, new: bool) -> torch.Tensor | Opaque | None
     if source is None:
         raise NotOnce(f"input {node.name} has no access expression")
     if isinstance(source, SyntheticLocalSource):
-        ctor, args, sources = tx.output.synthetic_source_ctor_info[source]
-        origins = [None if s is None else _origin(tx, s) for s in sources or [None] * len(args)]
-        return Opaque(ctor, tuple(args), tuple(origins))
+        return _opaque(tx, source)
     value = tx.output.resolve_source_value(source)
     if not isinstance(value, torch.Tensor):
         if new:
             raise NotOnce(f"reads a {type(value).__name__} that is a graph input")
         return None
     return value
+
+
+def _opaque(tx: Any, source: Any) -> Opaque:
+    ctor, args, sources = tx.output.synthetic_source_ctor_info[source]
+    origins = [None if s is None else _origin(tx, s) for s in sources or [None] * len(args)]
+    return Opaque(ctor, tuple(args), tuple(origins))
+
+
+def _unused(tx: Any, variable: Any) -> Opaque | None:
+    """An opaque object that tracing made, and that need not have become a graph input."""
+    real = variable.realize()
+    sources, given = getattr(real, "ctor_arg_sources", None), getattr(real, "ctor_args_kwargs", None)
+    if not sources or not given or given[1]:
+        return None
+    value = getattr(real.value, "real_obj", real.value)
+    return Opaque(type(value), tuple(given[0]), tuple(None if s is None else _origin(tx, s) for s in sources))
 
 
 def _origin(tx: Any, source: Any) -> tuple[Any, Any] | None:

@@ -50,8 +50,8 @@ class Stitched:
         return [*self.inputs, *(e.value for e in self.extras)]
 
 
-def stitched(model: nn.Module, args: tuple[Any, ...]) -> Stitched:
-    tracer = Tracer(model)
+def stitched(model: nn.Module, args: tuple[Any, ...], lookups: Any = ()) -> Stitched:
+    tracer = Tracer(model, lookups=lookups)
     got = backend_input(model, args, tracer)
     assert not hooks.installed()
     graph, inputs = got.graph_module.graph, list(got.example_inputs)

@@ -138,9 +138,9 @@ def test_only_opaque_types_are_made() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        torch.add, torch.nn.functional.linear, torch.ops.aten.add, torch.ops.aten.add.Tensor,
-        torch.ops.aten.relu.default, torch.float32, torch.device("cpu"), torch.device("cuda", 1), torch.strided, torch.channels_last,
-        torch.ops.t.attn, operator.getitem, math.floor, len,
+        torch.add, torch.nn.functional.linear, torch.functional.split, torch.ops.aten.add, torch.ops.aten.add.Tensor,
+        torch.ops.aten.relu.default, torch.ops.t.attn, torch.float32, torch.device("cpu"), torch.device("cuda", 1),
+        torch.strided, torch.channels_last, operator.getitem, math.floor, len,
     ],
 )  # fmt: skip
 def test_names_lead_back(value: Any) -> None:

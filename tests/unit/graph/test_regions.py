@@ -149,6 +149,32 @@ def odd(layer: Any) -> int:
     return 2 if layer.idx % 2 else 1
 
 
+@torch._dynamo.assume_constant_result
+def name_of(name: Any) -> str:
+    return getattr(name, "real_obj", name).value
+
+
+BY_NAME: dict[str, Any] = {}
+
+
+def only_looks_up(self: Any, x: Any) -> Any:
+    return BY_NAME[name_of(Name(self.name))].lin(x)
+
+
+def by_name(swap: bool) -> Callable[[Any], None]:
+    def prepare(model: Any) -> None:
+        BY_NAME.clear()
+        BY_NAME.update((layer.name, layer) for layer in model.layers)
+        if swap:
+            BY_NAME["layers.3"], BY_NAME["layers.4"] = BY_NAME["layers.4"], BY_NAME["layers.3"]
+
+    return prepare
+
+
+def looks_up(self: Any, x: Any) -> Any:
+    return attn(BY_NAME[name_of(Name(self.name))].lin(x), Name(self.name))
+
+
 class Config:
     def __init__(self, **kw: Any) -> None:
         self.__dict__.update(kw)
@@ -348,6 +374,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
         ),
         None,
     ),
+    "looks itself up by name": (lambda: stack(looks_up, prepare=by_name(False)), 0),
+    "looks up others by name": (lambda: stack(looks_up, prepare=by_name(True)), 0),
+    "only looks itself up": (lambda: stack(only_looks_up, prepare=by_name(False)), 0),
+    "name inspected by a function": (
+        lambda: stack(lambda s, x: attn(s.lin(x), Name(s.name)) * (2 if name_of(Name(s.name)) == "layers.3" else 1)),
+        0,
+    ),
     "constant result": (lambda: stack(lambda s, x: s.lin(x) * odd(s)), 0),
     "function mode around some": (lambda: stack(outer=mode), None),
     "autocast around some": (lambda: stack(outer=autocast), None),
@@ -415,6 +448,15 @@ def test_the_first_call_traces_and_counts() -> None:
     s = stitched(model, (torch.randn(5, 8),))
     assert (s.tracer.traced, s.tracer.stamped, s.tracer.reasons) == (1, 5, [])
     assert isinstance(model.layers[0], Layer)
+
+
+@pytest.mark.parametrize("forward", [looks_up, only_looks_up])
+@pytest.mark.parametrize(("swap", "stamped"), [(False, 5), (True, 3)])
+def test_known_lookups_are_followed(forward: Callable[..., Any], swap: bool, stamped: int) -> None:
+    model, x = stack(forward, prepare=by_name(swap)), torch.randn(5, 8)
+    s = stitched(model, (x,), lookups=[name_of])
+    assert against_full_trace(s, model, (x,)) is None
+    assert s.tracer.stamped == stamped, s.tracer.reasons
 
 
 def test_reasons_are_readable() -> None:
