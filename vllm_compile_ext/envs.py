@@ -71,7 +71,8 @@ def _parse(name: str, raw: str, kind: type) -> bool | int:
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Parse the variables that are set; an empty value counts as unset.  Raises `EnvError` on the first bad one."""
     found = [f for f in fields(Settings) if environ.get(f.name)]
-    return Settings(**{f.name: _parse(f.name, environ[f.name], type(f.default)) for f in found})
+    values: dict[str, Any] = {f.name: _parse(f.name, environ[f.name], type(f.default)) for f in found}
+    return Settings(**values)
 
 
 def strict() -> bool:

@@ -16,16 +16,13 @@ pytestmark = pytest.mark.engine
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_answers_as_a_full_trace(name: str, tmp_path: Path) -> None:
-    copied, line = compare(name, tmp_path, {"embeds": True} if name == "bert" else {})
-    if name == "mixtral":  # on CPU its layers look themselves up by name in a global table, each its own
-        assert copied == 0
-        assert "assume_constant_result" in line
-    elif "layer" not in name:
+    copied = compare(name, tmp_path, {"embeds": True} if name == "bert" else {})
+    if "layer" not in name:
         assert copied > 0
 
 
-def compare(name: str, folder: Path, options: dict[str, Any]) -> tuple[int, str]:
-    """Start one family traced in full, once, and warm, and compare; (layers copied, why every layer was traced)."""
+def compare(name: str, folder: Path, options: dict[str, Any]) -> int:
+    """Start one family traced in full, once, and warm, and compare; the number of layers that were copied."""
     model = FAMILIES[name](folder / "model")
     # Both at once: two cores, two engines.
     folders = [folder / which for which in ("full", "once")]
@@ -49,4 +46,4 @@ def compare(name: str, folder: Path, options: dict[str, Any]) -> tuple[int, str]
     _, copied, _, distinct = map(int, re.findall(r"\d+", line.partition("traced")[2])[:4])
     assert once.compiled == distinct == once.counters["num_compiled_artifacts_saved"]
     assert once.compiled < full.compiled or name == "llama of 1 layer"
-    return copied, " ".join(once.output.lines("every layer is traced"))
+    return copied

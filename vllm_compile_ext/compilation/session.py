@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,7 +19,7 @@ class Session:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.tracer = Tracer(model)
+        self.tracer = Tracer(model, lookups=_lookups())
         self.compiling = False
 
     @contextlib.contextmanager
@@ -31,6 +31,15 @@ class Session:
                 yield
         finally:
             _current.reset(token)
+
+
+def _lookups() -> list[Callable[..., Any]]:
+    """vLLM's functions that turn a layer's name into the key of a table of layers (vLLM 0.32.0), as far as they exist."""
+    try:
+        from vllm.model_executor.layers.fused_moe.runner.moe_runner import _resolve_layer_name
+    except ImportError:
+        return []
+    return [_resolve_layer_name]
 
 
 _current: ContextVar[Session | None] = ContextVar("vllm_compile_ext_session", default=None)

@@ -1,4 +1,4 @@
-"""Cold and warm starts of ``vllm serve``, stock and ours in one run: ``python -m benchmarks.start llama8 llama80``.
+"""Cold and warm starts of ``vllm serve``, stock and ours in one run: ``python -m benchmarks.cold llama8 llama80``.
 
 For each model four servers, one after the other: stock cold, stock warm, ours cold, ours warm.  On CPU the figure to
 read is the first pass, from vLLM's "Warming up model for the compilation" to its end: compiling, or loading what is
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     args = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=110)
-    demo.FOLDER = Path(".demo") / "start"
+    demo.FOLDER = Path(".demo") / "cold"
     shutil.rmtree(demo.FOLDER, ignore_errors=True)
     demo.FOLDER.mkdir(parents=True)
     results: dict[str, list[demo.Result]] = {}
