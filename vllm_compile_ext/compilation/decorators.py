@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext.artifacts import seal
+from vllm_compile_ext.compilation import workers
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.compilation.wrapper import aot_bytecode, inspect_bytecode
 from vllm_compile_ext.upstream import decorators as upstream
@@ -55,6 +56,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
         if vllm.envs.VLLM_FORCE_AOT_LOAD:
             raise FileNotFoundError(f"VLLM_FORCE_AOT_LOAD=1, but there is no sound artifact at {path}")
         return None
+    workers.wait()
     compiled = _upstream_load(model, aot_compilation_path)
     if compiled is not None:
         function = compiled._artifacts.compiled_fn

@@ -14,7 +14,6 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
-from vllm_compile_ext import envs
 from vllm_compile_ext.compilation import backends, workers
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.compilation.progress import Progress
@@ -104,7 +103,7 @@ def deduplicate(pieces: Sequence[Piece], graph: torch.fx.GraphModule) -> tuple[l
 
 
 def _compile(backend: Any, modules: Sequence[torch.fx.GraphModule], sites: int, tag: str) -> list[Any]:
-    count = envs.load().VLLM_COMPILE_WORKERS or workers.cores()
+    count = workers.wanted()
     started = time.perf_counter()
     with Progress(f"{tag}compiling", len(modules), sites) as progress, workers.compiling(count) as kernels:
         compiled = []

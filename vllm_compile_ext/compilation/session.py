@@ -34,7 +34,7 @@ class Session:
 
 
 def _lookups() -> list[Callable[..., Any]]:
-    """vLLM's functions that turn a layer's name into the key of a table of layers (vLLM 0.32.0), if they exist."""
+    """vLLM's functions that turn a layer's name into the key of a table of layers, as far as they exist (0.32.0)."""
     try:
         from vllm.model_executor.layers.fused_moe.runner.moe_runner import _resolve_layer_name
     except ImportError:

@@ -4,7 +4,8 @@ vLLM pins Inductor to one compile thread (`TORCHINDUCTOR_COMPILE_THREADS=1`, `vl
 daemonic and must not fork.  Threads that wait for g++ fork nothing of ours (`subprocess` starts a program), and
 Inductor's own pool of Triton compilers is started the same way when its start method is "subprocess".
 
-Memory stays bounded: at most `count` compilers run at a time, each on one kernel, and pieces are lowered one by one.
+Memory stays bounded: at most `count` compilers run at a time, each on one kernel, pieces are lowered one by one, and
+the processes end with the compilation.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from vllm_compile_ext import envs
+
 logger = logging.getLogger(__name__)
 
-_probe: threading.Thread | None = None
+_preparing: threading.Thread | None = None
 
 
 def cores() -> int:
@@ -31,17 +34,57 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prepare() -> None:
-    """Start what compiling or loading will need, in the background and once: called when a model is constructed."""
+def wanted() -> int:
+    """How many kernels may compile at a time: `VLLM_COMPILE_WORKERS`, or the cores that this process may use."""
+    return envs.load().VLLM_COMPILE_WORKERS or cores()
+
+
+def prepare(count: int, cold: Callable[[], bool]) -> None:
+    """Start what compiling or loading will need, in the background and once: called when a model is constructed.
+
+    On CPU that is the probe for the instruction set; on GPUs, where `cold()` says that there is nothing to load,
+    `count` processes that compile Triton kernels: they import torch while the weights load.
+    """
     from vllm.platforms import current_platform
 
-    global _probe
-    if _probe is not None or not current_platform.is_cpu():
+    global _preparing
+    if _preparing is not None:
         return
+    work = _know_instruction_set if current_platform.is_cpu() else functools.partial(_start_processes, count, cold)
     # Inductor's settings live in context variables: the thread sees what this one does.
     context = contextvars.copy_context()
-    _probe = threading.Thread(target=context.run, args=(_know_instruction_set,), daemon=True, name="isa-probe")
-    _probe.start()
+    _preparing = threading.Thread(target=context.run, args=(_quietly, work), daemon=True, name="prepare-compilers")
+    _preparing.start()
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception as error:  # a slower start is all that it costs
+        logger.debug("compilers are not prepared: %s: %s", type(error).__name__, error)
+
+
+def _start_processes(count: int, cold: Callable[[], bool]) -> None:
+    """Start Inductor's pool of Triton compilers: a helper process that is spawned, and that forks its own workers."""
+    if count < 2 or not cold():
+        return
+    import torch._inductor.config as inductor
+    from torch._inductor.async_compile import AsyncCompile
+
+    inductor.worker_start_method = "subprocess"
+    inductor.compile_threads = count
+    AsyncCompile.warm_pool()
+    AsyncCompile.wakeup()
+
+
+def stop() -> None:
+    """End the pool, and let Inductor compile in this process again, as vLLM has it."""
+    import torch._inductor.config as inductor
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    if inductor.compile_threads != 1:
+        shutdown_compile_workers()
+        inductor.compile_threads = 1
 
 
 def _know_instruction_set() -> None:
@@ -55,21 +98,17 @@ def _know_instruction_set() -> None:
 
     if platform.machine() != "x86_64" or sys.platform != "linux" or os.environ.get("ATEN_CPU_CAPABILITY"):
         return
-    try:
-        flags = cpu_vec_isa.x86_isa_checker()
-        named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
-        best = next((isa for isa in named if isa), None)
-    except Exception as error:
-        logger.debug("the instruction set is left to Inductor: %s", error)
-        return
+    flags = cpu_vec_isa.x86_isa_checker()
+    named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
+    best = next((isa for isa in named if isa), None)
     if best is not None:
         cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [best])
 
 
 def wait() -> None:
     """Wait for what `prepare` started."""
-    if _probe is not None:
-        _probe.join()
+    if _preparing is not None:
+        _preparing.join()
 
 
 class Kernels:

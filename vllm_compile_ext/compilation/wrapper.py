@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import sys
 from pathlib import Path
@@ -55,6 +56,19 @@ def aot_bytecode(compiled: Any) -> CodeType:
     return code
 
 
+def artifact_of(model: Any) -> Path:
+    """Where upstream's decorator will look for the compiled `model` (vLLM 0.32.0, `compilation/decorators.py`)."""
+    import vllm.envs
+    from vllm.compilation.caching import aot_compile_hash_factors
+    from vllm.compilation.decorators import _model_hash_key
+
+    config = model.vllm_config
+    factors = [*aot_compile_hash_factors(config), _model_hash_key(model.forward)]
+    key = hashlib.sha256(str(factors).encode()).hexdigest()
+    rank = f"rank_{config.parallel_config.rank}_{config.parallel_config.data_parallel_index}"
+    return Path(vllm.envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "torch_aot_compile" / key / rank / "model"
+
+
 def _save_sealed(compiled: Any, path: str) -> None:
     """Write what upstream's `save_compiled_function` would, with a seal behind it.
 
@@ -84,7 +98,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if rules.why_upstream(self.vllm_config) is None:
-            workers.prepare()
+            workers.prepare(workers.wanted(), lambda: not artifact_of(self).exists())
 
     def _trace_once(self, *args: Any, **kwargs: Any) -> Any | None:
         """Compile with identical layers traced once; None, after a line that says why, where upstream has to do it."""
@@ -106,9 +120,12 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             return None
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
-        compiled = self._trace_once(*args, **kwargs)
-        if compiled is None:
-            compiled = super().aot_compile(*args, **kwargs)
+        try:
+            compiled = self._trace_once(*args, **kwargs)
+            if compiled is None:
+                compiled = super().aot_compile(*args, **kwargs)
+        finally:
+            workers.stop()
         inspect_bytecode(self, aot_bytecode(compiled), getattr(self, "_aot_compilation_path", None))
         compiled.save_compiled_function = functools.partial(_save_sealed, compiled)
         return compiled
