@@ -15,7 +15,7 @@ CODE = """
     from vllm.config.lora import LoRAConfig
     from vllm.engine.arg_utils import EngineArgs
     import vllm_compile_ext.platforms.cpu
-    model, out = sys.argv[1], {}
+    model, out, fusions = sys.argv[1], {}, {}
     def mode(name, env=None, **options):
         os.environ.update(env or {})
         config = EngineArgs(model=model, max_model_len=256, **options).create_engine_config()
@@ -23,9 +23,12 @@ CODE = """
             del os.environ[key]
         compilation = config.compilation_config
         out[name] = [compilation.mode.name, compilation.backend, compilation.compile_sizes]
+        passes = vars(compilation.pass_config)
+        fusions[name] = [key for key, value in passes.items() if key.startswith('fuse_') and value]
     mode('default')
     mode('asked', compilation_config={'mode': 3})
     mode('sizes', compilation_config={'compile_sizes': [8, 1]})
+    mode('splitting', compilation_config={'splitting_ops': ['aten::sin']})
     mode('O1', optimization_level=1)
     mode('O0', optimization_level=0)
     mode('trace once', compilation_config={'mode': 2})
@@ -35,7 +38,7 @@ CODE = """
     mode('lora', enable_lora=True, max_lora_rank=8)
     mode('ci', env={'VLLM_CPU_CI_ENV': '1'})
     mode('inductor partition', compilation_config={'use_inductor_graph_partition': True})
-    report(out)
+    report(out | {'fusions': fusions})
 """
 
 
@@ -64,3 +67,9 @@ def test_compile_sizes_are_kept(ours: dict[str, Any]) -> None:
 def test_another_choice_keeps_stocks_behaviour(ours: dict[str, Any], stock: dict[str, Any], name: str) -> None:
     assert ours[name] == stock[name]
     assert ours[name][0] != "VLLM_COMPILE"
+
+
+def test_passes_that_cpu_builds_do_not_have_are_off(ours: dict[str, Any], stock: dict[str, Any]) -> None:
+    assert "fuse_rope_kvcache_cat_mla" in stock["fusions"]["splitting"], "else this needs no test"
+    assert ours["splitting"][0] == "VLLM_COMPILE"
+    assert ours["fusions"]["splitting"] == ours["fusions"]["default"] == []

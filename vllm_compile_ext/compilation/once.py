@@ -70,6 +70,8 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     disabled = not is_compile_cache_enabled(backend.inductor_config)
     backend.configure_post_pass()
     backend.compiler_manager.initialize_cache(str(folder), disabled, backend.prefix)
+    # An index that upstream's path left in the user's `cache_dir` numbers other pieces.
+    backend.compiler_manager.cache.clear()
     _write_graph(folder, plan, modules)
     compiled = _compile(backend, modules, len(plan.calls), tag)
     backend._called = True

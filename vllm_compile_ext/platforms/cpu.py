@@ -8,6 +8,7 @@ and loads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -27,6 +28,17 @@ def why_stock(config: Any) -> str | None:
     if config.compilation_config.use_inductor_graph_partition:
         return "use_inductor_graph_partition is not covered on CPU"
     return None
+
+
+def drop_fusions(passes: Any) -> None:
+    """Turn vLLM's fusion passes off in a `PassConfig`: they match GPU kernels, and CPU builds do not import them.
+
+    vLLM 0.32.0 turns some on by optimization level without a look at the platform, `fuse_rope_kvcache_cat_mla` for
+    splitting_ops of the user's own ("NameError: name 'MLARoPEKVCacheCatFusionPass' is not defined").
+    """
+    for field in dataclasses.fields(passes):
+        if field.name.startswith("fuse_") or field.name == "enable_qk_norm_rope_fusion":
+            setattr(passes, field.name, False)
 
 
 def keep_mode_on_cpu() -> Callable[[], None]:
@@ -52,6 +64,7 @@ def keep_mode_on_cpu() -> Callable[[], None]:
             logger.info("compilation mode stays %s, as in stock vLLM: %s", compilation.mode.name, reason)
             return
         compilation.mode = asked
+        drop_fusions(compilation.pass_config)
         if compilation.compile_sizes is None:
             # Left None on platforms without static graphs; the piecewise backend then finds no range for any shape.
             compilation.compile_sizes = []

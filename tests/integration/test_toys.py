@@ -1,0 +1,221 @@
+"""Toy models behind vLLM's decorator: what an engine on CPU does not reach, judged by eager mode and by upstream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import process
+
+pytestmark = pytest.mark.engine  # they start none, but compile
+
+WORKS = """
+    import os
+    import torch
+    from torch import nn
+    from tests import toys
+    from vllm.compilation.backends import set_model_tag
+    from vllm_compile_ext.graph.regions import Tracer
+    out = {}
+
+    config = toys.config("parts")
+    with toys.counted() as counts:
+        body = toys.build(toys.Plain, config)
+        with set_model_tag("toy_head"):
+            head = toys.build(toys.Head, config)
+        out["parts"] = [toys.off(body), toys.off(head)]
+    out["parts counts"] = counts
+    out["answer"] = body(toys.tokens()).tolist()
+    out["kernels"] = sorted(p.name for p in toys.Path("parts").rglob("*.main.cpp"))
+
+    replaced = out["replaced"] = {}
+    for number in (1, 3):
+        layer = body.layers[number]
+        for name, change in (
+            ("set", lambda: setattr(layer.down, "weight", nn.Parameter(torch.randn(toys.SIZE, 2 * toys.SIZE)))),
+            ("copied into", lambda: layer.up.bias.copy_(torch.randn(2 * toys.SIZE))),
+            ("data", lambda: setattr(layer.up.weight, "data", torch.randn(2 * toys.SIZE, toys.SIZE))),
+        ):
+            before = body(toys.tokens())
+            change()
+            moved = float((body(toys.tokens()) - before).abs().max())
+            replaced[f"{name} {number}"] = [moved, toys.off(body)]
+
+    config = toys.config("stages")
+    first, last = toys.build(toys.FirstStage, config), toys.build(toys.LastStage, config)
+    stages = out["stages"] = []
+    for count in (7, 2, 30):
+        x = toys.tokens(count)
+        mine, expected = first(x), toys.eager(first, x)
+        stages.append([type(mine).__name__, sorted(mine.tensors)])
+        stages += [float((mine[k] - expected[k]).abs().max()) for k in sorted(mine.tensors)]
+        stages.append(float((last(expected) - toys.eager(last, expected)).abs().max()))
+
+    seen = []
+    def watch(graph):
+        seen.append(len(graph.nodes))
+    with toys.counted() as counts:
+        passes = {"post_grad_custom_post_pass": "__main__.watch"}
+        out["pass"] = toys.off(toys.build(toys.Plain, toys.config("pass", inductor_passes=passes)))
+    out["pass counts"], out["seen"] = counts, seen
+
+    real = Tracer.on_call
+    Tracer.on_call = lambda *args: 1 / 0
+    with toys.counted() as counts:
+        out["given up"] = toys.off(toys.build(toys.Plain, toys.config("given up")))
+    out["given up counts"] = counts
+    Tracer.on_call = real
+
+    # The index of upstream's pieces in the user's folder numbers them differently.
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"
+    toys.off(toys.build(toys.Plain, toys.config("index 0", cache_dir="index")))
+    del os.environ["VLLM_USE_AOT_COMPILE"]
+    with toys.counted() as counts:
+        out["index"] = toys.off(toys.build(toys.Plain, toys.config("index 1", cache_dir="index")))
+    out["index counts"] = counts
+    report(out)
+"""
+
+
+class Works:
+    """Two cold runs at once, with one and with two workers, and a warm one after the first."""
+
+    def __init__(self, folder: Path) -> None:
+        env = [{"VLLM_COMPILE_WORKERS": str(n)} for n in (1, 2)]
+        folders = [folder / "1", folder / "2"]
+        started = [process.start(WORKS, f, **e) for f, e in zip(folders, env, strict=True)]
+        self.cold, self.two = (good(process.finish(p, f)) for p, f in zip(started, folders, strict=True))
+        self.warm = good(process.run(WORKS, folder=folders[0]))
+
+
+def good(outcome: process.Outcome) -> process.Outcome:
+    assert outcome.code == 0, outcome.output[-5000:]
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
+    return Works(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(params=["cold", "warm"])
+def value(works: Works, request: pytest.FixtureRequest) -> dict[str, Any]:
+    return getattr(works, request.param).value
+
+
+def test_two_compiled_parts_in_one_process(works: Works, value: dict[str, Any]) -> None:
+    assert value["parts"] == pytest.approx([0, 0], abs=1e-5)
+    counts = value["parts counts"]
+    assert counts["num_models_seen"] == 2
+    if value is works.cold.value:
+        assert (counts["num_aot_artifacts_saved"], counts["num_inductor_compiles"]) == (2, 6)
+        for tag in ("backbone", "toy_head"):
+            assert works.cold.lines(f"[{tag}] traced 2 layers and copied 3; 6 pieces to compile, 3 of them distinct")
+            assert works.cold.lines(f"[{tag}] compiled 3 pieces with 1 workers")
+    else:
+        assert (counts["num_aot_artifacts_loaded"], counts["num_inductor_compiles"]) == (2, 0)
+
+
+def test_any_number_of_workers_makes_the_same(works: Works) -> None:
+    assert works.two.lines("compiled 3 pieces with 2 workers")
+    assert works.cold.value["answer"] == works.two.value["answer"] == works.warm.value["answer"]
+    assert works.cold.value["kernels"] == works.two.value["kernels"] == works.warm.value["kernels"] != []
+
+
+@pytest.mark.parametrize("change", ["set 1", "set 3", "copied into 1", "copied into 3", "data 1", "data 3"])
+def test_parameters_that_change_after_compilation(value: dict[str, Any], change: str) -> None:
+    """Layer 1 was traced, layer 3 is a copy."""
+    moved, off = value["replaced"][change]
+    assert moved > 1e-3
+    assert off == pytest.approx(0, abs=1e-4)
+
+
+def test_pipeline_stages(value: dict[str, Any]) -> None:
+    assert [v for v in value["stages"] if isinstance(v, list)] == [
+        ["IntermediateTensors", ["hidden_states", "residual"]]
+    ] * 3
+    assert [v for v in value["stages"] if not isinstance(v, list)] == pytest.approx([0] * 9, abs=1e-5)
+
+
+def test_a_custom_pass_sees_each_distinct_piece_once(works: Works, value: dict[str, Any]) -> None:
+    assert value["pass"] == pytest.approx(0, abs=1e-5)
+    pieces = 3 if value is works.cold.value else 0
+    assert value["pass counts"]["num_inductor_compiles"] == len(value["seen"]) == pieces
+
+
+def test_a_model_that_trace_once_gives_up_on_is_compiled_as_stock_does_it(works: Works, value: dict[str, Any]) -> None:
+    assert value["given up"] == pytest.approx(0, abs=1e-5)
+    if value is works.cold.value:
+        assert value["given up counts"]["num_inductor_compiles"] == 6, "one for each piece"
+        (line,) = works.cold.lines("every layer is traced, as in stock vLLM", "ZeroDivisionError")
+        assert "INFO" in line
+
+
+def test_an_index_of_upstreams_pieces_is_not_taken_for_ours(works: Works) -> None:
+    assert works.cold.value["index"] == pytest.approx(0, abs=1e-5)
+    assert works.cold.value["index counts"]["num_inductor_compiles"] == 3
+
+
+FAILS = """
+    import depyf
+    from tests import toys
+    from vllm.config import CUDAGraphMode
+    from vllm_compile_ext.bytecode import buffers
+    from vllm_compile_ext.graph import hooks
+    decompiled = []
+    real = depyf.decompile
+    depyf.decompile = lambda code: decompiled.append(code.co_name) or real(code)
+    out = {}
+    for kind in (toys.DependsOnData, toys.DependsOnDataInALayer, toys.BreaksTheGraph):
+        run = lambda: toys.build(kind, toys.config(kind.__name__))(toys.tokens())
+        ours = toys.error(run)
+        hooked = hooks.installed()
+        with toys.upstream():
+            out[kind.__name__] = [ours, toys.error(run), hooked]
+
+    from vllm.platforms.cpu import CpuPlatform
+    CpuPlatform.get_static_graph_wrapper_cls = classmethod(lambda cls: "tests.toys.StaticGraph")
+    config = toys.config("graphs")
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    out["graphs"] = [toys.off(toys.build(toys.Plain, config)), toys.StaticGraph.made.copy(), decompiled.copy()]
+    config = toys.config("buffer")
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    model, at_the_check, check = toys.build(toys.AssignsABuffer, config), [], buffers.assigns_buffers
+    def assigns(code):
+        at_the_check.append(len(decompiled))
+        return check(code)
+    buffers.assigns_buffers = assigns
+    out["buffer"] = [toys.error(lambda: model(toys.tokens())), at_the_check, decompiled]
+    report(out)
+"""
+
+
+@pytest.fixture(scope="module")
+def fails(tmp_path_factory: pytest.TempPathFactory) -> process.Outcome:
+    return good(process.run(FAILS, folder=tmp_path_factory.mktemp("fails")))
+
+
+@pytest.mark.parametrize("kind", ["DependsOnData", "DependsOnDataInALayer", "BreaksTheGraph"])
+def test_bad_input_gives_vllms_own_error(fails: process.Outcome, kind: str) -> None:
+    ours, stock, hooked = fails.value[kind]
+    assert ours == stock != []
+    assert not hooked, "nothing of Dynamo stays changed"
+
+
+def test_every_call_site_has_a_cuda_graph_of_its_own(fails: process.Outcome) -> None:
+    off, made, decompiled = fails.value["graphs"]
+    assert off == pytest.approx(0, abs=1e-5)
+    first, middle, last = [False, False], [True, False], [True, True]
+    assert made == [first, *[middle] * 4, last]
+    assert decompiled == []
+
+
+def test_a_buffer_that_is_assigned_under_cuda_graphs_is_an_error(fails: process.Outcome) -> None:
+    (kind, message), at_the_check, decompiled = fails.value["buffer"]
+    assert kind == "RuntimeError"
+    assert "forward assigns a buffer of its module" in message
+    assert at_the_check == [0], "only the message needs the decompiler"
+    assert decompiled == ["forward"]
+    assert fails.lines("traced 2 layers and copied 3"), "found behind a model that was traced once"

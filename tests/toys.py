@@ -1,0 +1,207 @@
+"""Toy models behind vLLM's decorator, compiled without an engine.  Imported by processes of `tests/process.py` only:
+importing it loads the plugin.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.plugins import load_general_plugins
+
+load_general_plugins()
+
+from vllm.compilation.counter import compilation_counter  # noqa: E402
+from vllm.compilation.decorators import support_torch_compile  # noqa: E402
+from vllm.config import CompilationConfig, CompilationMode, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config.logging import LoggingConfig  # noqa: E402
+from vllm.logger import configure_logging  # noqa: E402
+from vllm.sequence import IntermediateTensors  # noqa: E402
+
+from vllm_compile_ext.compilation import rules  # noqa: E402
+
+configure_logging(LoggingConfig())
+SIZE = 16
+torch.set_grad_enabled(False)
+
+
+@torch.library.custom_op("toys::mix", mutates_args=())
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Stands in for attention: tokens see each other, and graphs are split here."""
+    return x + x.mean(0, keepdim=True)
+
+
+@mix.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(SIZE, 2 * SIZE)
+        self.down = nn.Linear(2 * SIZE, SIZE)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = x if residual is None else x + residual
+        y = torch.ops.toys.mix(torch.sin(residual))
+        return self.down(nn.functional.silu(self.up(y))), residual
+
+
+class Layers(nn.Module):
+    """What the decorated models have in common."""
+
+    def __init__(self, count: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(count))
+
+    def run(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.layers:
+            x, residual = layer(x, residual)
+        assert residual is not None
+        return x, residual
+
+
+@support_torch_compile
+class Plain(Layers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        return x + residual
+
+
+@support_torch_compile
+class Head(Layers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        return x * residual
+
+
+@support_torch_compile
+class FirstStage(Layers):
+    def forward(self, x: torch.Tensor) -> IntermediateTensors:
+        x, residual = self.run(x, None)
+        return IntermediateTensors({"hidden_states": x, "residual": residual})
+
+
+@support_torch_compile
+class LastStage(Layers):
+    def forward(self, intermediate_tensors: IntermediateTensors) -> torch.Tensor:
+        x, residual = self.run(intermediate_tensors["hidden_states"], intermediate_tensors["residual"])
+        return x + residual
+
+
+@support_torch_compile
+class DependsOnData(Layers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        if x.sum() > 0:
+            x = x + 1
+        return x + residual
+
+
+@support_torch_compile
+class BreaksTheGraph(Layers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        torch._dynamo.graph_break()
+        return x + residual
+
+
+class BadLayer(Layer):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = super().forward(x, residual)
+        return (x + 1 if x.sum() > 0 else x), residual
+
+
+@support_torch_compile
+class DependsOnDataInALayer(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(BadLayer() for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        return x + residual
+
+
+@support_torch_compile
+class AssignsABuffer(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(SIZE))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        self.seen = self.seen + x.sum(0)
+        return x + residual
+
+
+class StaticGraph:
+    """Stands in for `CUDAGraphWrapper`, which CPU does not have."""
+
+    made: ClassVar[list[tuple[bool, bool]]] = []
+
+    def __init__(self, runnable: Callable[..., Any], vllm_config: Any, runtime_mode: Any, cudagraph_options: Any):
+        self.runnable = runnable
+        self.made.append((cudagraph_options.gc_disable, cudagraph_options.weak_ref_output))
+
+    def __call__(self, *args: Any) -> Any:
+        return self.runnable(*args)
+
+
+def config(root: str, **compilation: Any) -> VllmConfig:
+    """A configuration that compiles piecewise; from now on the cache root is the folder `root`."""
+    os.environ["VLLM_CACHE_ROOT"] = str(Path(root).absolute())
+    options = {"mode": CompilationMode.VLLM_COMPILE, "splitting_ops": ["toys::mix"]}
+    return VllmConfig(compilation_config=CompilationConfig(**(options | compilation)))
+
+
+def build(kind: Callable[..., nn.Module], vllm_config: VllmConfig, *args: Any) -> Any:
+    """A model with seeded weights."""
+    torch.manual_seed(0)
+    with set_current_vllm_config(vllm_config):
+        return kind(*args)
+
+
+def tokens(count: int = 7) -> torch.Tensor:
+    return torch.randn(count, SIZE, generator=torch.Generator().manual_seed(count))
+
+
+def off(model: Any) -> float:
+    """The largest difference of the compiled `model` to itself in eager mode, for some numbers of tokens."""
+    return max(float((model(tokens(n)) - eager(model, tokens(n))).abs().max()) for n in (7, 2, 30))
+
+
+def eager(model: Any, *args: Any) -> Any:
+    return type(model).forward(model, *args)
+
+
+def error(call: Callable[[], Any]) -> list[str]:
+    """Type and first line of what `call` raises; an empty list for no error."""
+    try:
+        call()
+    except Exception as raised:
+        return [type(raised).__name__, str(raised).partition("\n")[0]]
+    return []
+
+
+@contextmanager
+def upstream() -> Iterator[None]:
+    """Inside, every model is compiled as stock does it."""
+    ours = rules.why_upstream
+    rules.why_upstream = lambda vllm_config: "asked for by a test"
+    try:
+        yield
+    finally:
+        rules.why_upstream = ours
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Afterwards, what vLLM's counters counted inside."""
+    before, counts = vars(compilation_counter).copy(), {}
+    yield counts
+    counts.update((name, value - before[name]) for name, value in vars(compilation_counter).items())
