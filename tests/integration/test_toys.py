@@ -30,6 +30,13 @@ WORKS = """
     out["answer"] = body(toys.tokens()).tolist()
     out["kernels"] = sorted(p.name for p in toys.Path("parts").rglob("*.main.cpp"))
 
+    with toys.counted() as counts:
+        other = toys.build(toys.Plain, config)
+        other.layers[3].up.weight.neg_()
+        difference = float((other(toys.tokens()) - body(toys.tokens())).abs().max())
+        out["other"] = [toys.off(other), toys.off(body), difference]
+    out["other counts"] = counts
+
     replaced = out["replaced"] = {}
     for number in (1, 3):
         layer = body.layers[number]
@@ -53,12 +60,22 @@ WORKS = """
         stages += [float((mine[k] - expected[k]).abs().max()) for k in sorted(mine.tensors)]
         stages.append(float((last(expected) - toys.eager(last, expected)).abs().max()))
 
+    encoder = toys.build(toys.Encoder, toys.config("encoder"))
+    most = encoder.vllm_config.scheduler_config.max_num_batched_tokens
+    out["encoder"] = toys.off(encoder, (7, most + 100))
+
+    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+    out["no cache"] = toys.off(toys.build(toys.Plain, toys.config("no cache")))
+    out["no cache files"] = [str(p) for p in toys.Path("no cache").rglob("model")]
+    del os.environ["VLLM_DISABLE_COMPILE_CACHE"]
+
     seen = []
     def watch(graph):
         seen.append(len(graph.nodes))
     with toys.counted() as counts:
         passes = {"post_grad_custom_post_pass": "__main__.watch"}
-        out["pass"] = toys.off(toys.build(toys.Plain, toys.config("pass", inductor_passes=passes)))
+        config = toys.config("pass", inductor_passes=passes, compile_ranges_endpoints=[8])
+        out["pass"] = toys.off(toys.build(toys.Plain, config))
     out["pass counts"], out["seen"] = counts, seen
 
     real = Tracer.on_call
@@ -118,6 +135,22 @@ def test_two_compiled_parts_in_one_process(works: Works, value: dict[str, Any]) 
         assert (counts["num_aot_artifacts_loaded"], counts["num_inductor_compiles"]) == (2, 0)
 
 
+def test_an_instance_of_the_same_class_loads_the_code_and_reads_its_own_tensors(value: dict[str, Any]) -> None:
+    assert value["other counts"]["num_aot_artifacts_loaded"] == 1
+    assert value["other"][:2] == pytest.approx([0, 0], abs=1e-5)
+    assert value["other"][2] > 1e-3
+
+
+def test_an_encoder_takes_more_tokens_than_a_batch(works: Works, value: dict[str, Any]) -> None:
+    assert value["encoder"] == pytest.approx(0, abs=1e-4)
+    assert works.cold.lines("[Encoder] traced 2 layers and copied 3")
+
+
+def test_without_a_cache(value: dict[str, Any]) -> None:
+    assert value["no cache"] == pytest.approx(0, abs=1e-5)
+    assert value["no cache files"] == []
+
+
 def test_any_number_of_workers_makes_the_same(works: Works) -> None:
     assert works.two.lines("compiled 3 pieces with 2 workers")
     assert works.cold.value["answer"] == works.two.value["answer"] == works.warm.value["answer"]
@@ -139,9 +172,9 @@ def test_pipeline_stages(value: dict[str, Any]) -> None:
     assert [v for v in value["stages"] if not isinstance(v, list)] == pytest.approx([0] * 9, abs=1e-5)
 
 
-def test_a_custom_pass_sees_each_distinct_piece_once(works: Works, value: dict[str, Any]) -> None:
+def test_a_custom_pass_sees_each_distinct_piece_once_a_range(works: Works, value: dict[str, Any]) -> None:
     assert value["pass"] == pytest.approx(0, abs=1e-5)
-    pieces = 3 if value is works.cold.value else 0
+    pieces = 3 * 2 if value is works.cold.value else 0
     assert value["pass counts"]["num_inductor_compiles"] == len(value["seen"]) == pieces
 
 
@@ -156,6 +189,47 @@ def test_a_model_that_trace_once_gives_up_on_is_compiled_as_stock_does_it(works:
 def test_an_index_of_upstreams_pieces_is_not_taken_for_ours(works: Works) -> None:
     assert works.cold.value["index"] == pytest.approx(0, abs=1e-5)
     assert works.cold.value["index counts"]["num_inductor_compiles"] == 3
+
+
+EDITED = """
+    from tests import toys
+    import edited
+    with toys.counted() as counts:
+        model = toys.build(edited.Model, toys.config("root"))
+        off = toys.off(model)
+    report([off, counts, model(toys.tokens()).tolist()])
+"""
+
+MODEL = """
+import torch
+from tests import toys
+
+class Layer(toys.Layer):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = super().forward(torch.FUNCTION(x), residual)
+        return x, residual
+
+@toys.support_torch_compile
+class Model(toys.Layers):
+    kind = Layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        return x + residual
+"""
+
+
+def test_code_that_is_edited_between_starts_is_compiled_again(tmp_path: Path) -> None:
+    values = []
+    for function in ("sin", "sin", "cos"):
+        (tmp_path / "edited.py").write_text(MODEL.replace("FUNCTION", function))
+        outcome = good(process.run(EDITED, folder=tmp_path))
+        values.append(outcome.value)
+    assert [off for off, _, _ in values] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert [counts["num_aot_artifacts_loaded"] for _, counts, _ in values] == [0, 1, 0]
+    assert [counts["num_inductor_compiles"] for _, counts, _ in values] == [3, 0, 3]
+    assert values[0][2] == values[1][2] != values[2][2]
+    assert outcome.lines("WARNING", "Compiling model again", "Source code has changed")
 
 
 FAILS = """
