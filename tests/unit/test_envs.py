@@ -28,6 +28,18 @@ def test_a_bad_value_names_variable_value_and_choices() -> None:
         assert word in str(error.value)
 
 
+def test_workers_are_a_whole_number_and_0_stands_for_the_cores() -> None:
+    assert envs.load({}).VLLM_COMPILE_WORKERS == 0
+    assert envs.load({"VLLM_COMPILE_WORKERS": " 2 "}).VLLM_COMPILE_WORKERS == 2
+
+
+@pytest.mark.parametrize("raw", ["-1", "two", "1.5", "true", "²"])
+def test_a_bad_number_of_workers_is_refused(raw: str) -> None:
+    with pytest.raises(envs.EnvError, match="use a whole number from 0, or unset it") as error:
+        envs.load({"VLLM_COMPILE_WORKERS": raw})
+    assert f"VLLM_COMPILE_WORKERS={raw!r}" in str(error.value)
+
+
 def test_strict_does_not_depend_on_the_other_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_COMPILE_DEPYF", "banana")
     monkeypatch.delenv("VLLM_COMPILE_EXT_STRICT", raising=False)

@@ -24,6 +24,7 @@ class Progress:
             leave=False,
             dynamic_ncols=True,
         )
+        self.phase("lowering")
 
     def __enter__(self) -> Progress:
         return self

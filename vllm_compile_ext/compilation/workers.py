@@ -121,13 +121,13 @@ class Kernels:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="compile")
         self._made: list[tuple[dict[str, Any], _StandIn]] = []
 
-    def make(self, argtypes: list[str], source: str) -> _StandIn:
-        """Start compiling the kernel `source`; called by a module that Inductor generated."""
+    def make(self, argtypes: list[str], source: str, module: dict[str, Any]) -> _StandIn:
+        """Start compiling the kernel `source`, which the module that Inductor generated keeps among its globals."""
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
         load = CppPythonBindingsCodeCache.load_pybinding_async
         kernel = _StandIn(load(argtypes, source, submit_fn=self._pool.submit))
-        self._made.append((sys._getframe(1).f_globals, kernel))
+        self._made.append((module, kernel))
         return kernel
 
     def wait(self) -> None:
@@ -157,7 +157,11 @@ def compiling(count: int) -> Iterator[Kernels]:
     wait()
     kernels = Kernels(count)
     upstream = AsyncCompile.__dict__["cpp_pybinding"]
-    AsyncCompile.cpp_pybinding = lambda _, argtypes, source: kernels.make(argtypes, source)
+
+    def cpp_pybinding(_: AsyncCompile, argtypes: list[str], source: str) -> _StandIn:
+        return kernels.make(argtypes, source, sys._getframe(1).f_globals)
+
+    AsyncCompile.cpp_pybinding = cpp_pybinding
     try:
         yield kernels
     finally:
