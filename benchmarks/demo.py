@@ -310,7 +310,12 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """The processor's name by /proc/cpuinfo, else the machine type."""
+    """The GPU's name by nvidia-smi, or the processor's by /proc/cpuinfo, else the machine type."""
+    if smi := shutil.which("nvidia-smi"):
+        asked = [smi, "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return ", ".join(done.stdout.split("\n")).strip(", ")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

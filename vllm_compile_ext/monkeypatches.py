@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,16 @@ class Change:
 def _swap() -> Undo:
     swap.install()
     return swap.uninstall
+
+
+def _instruction_set() -> Undo:
+    # Made in the background when a model is constructed (compilation/workers.py): torch is not imported yet.
+    def undo() -> None:
+        workers = sys.modules.get("vllm_compile_ext.compilation.workers")
+        if workers is not None:
+            workers.forget()
+
+    return undo
 
 
 def _logger() -> Undo:
@@ -137,6 +148,26 @@ ACTIVE = (
         platforms.keep_mode_on_cpu,
     ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
+    Change(
+        "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
+        "on CPU, one instruction set is probed instead of all that the processor names",
+        _instruction_set,
+    ),
+)
+# What is changed while a model compiles and put back afterwards, by the module that does it.
+WHILE_COMPILING = (
+    (
+        "torch._dynamo.variables: UnspecializedNNModuleVariable.call_function and two more (graph/hooks.py)",
+        "a repeated layer is traced once",
+    ),
+    (
+        "torch._inductor.async_compile.AsyncCompile.cpp_pybinding (compilation/workers.py)",
+        "C++ kernels compile in threads",
+    ),
+    (
+        "torch._inductor.config.compile_threads and worker_start_method (compilation/workers.py)",
+        "on GPUs, Triton kernels compile in Inductor's own pool of processes",
+    ),
 )
 
 
@@ -168,6 +199,7 @@ def markdown() -> str:
     )
     rows = [f"| active or off | `{change.what}` | {change.why} |" for change in OFF]
     rows += [f"| active | `{change.what}` | {change.why} |" for change in ACTIVE if change not in ALWAYS]
+    rows += [f"| while a model compiles | `{what}` | {why} |" for what, why in WHILE_COMPILING]
     return "\n".join([head, "| when | what | why |", "|---|---|---|", *rows]) + "\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,25 +59,3 @@ class VllmBackend(upstream.VllmBackend):
         from vllm_compile_ext.compilation import once
 
         return once.compile_model(self, graph, example_inputs, session)
-
-
-def folder_of(backend: VllmBackend) -> Path:
-    """The folder of this model, rank and prefix below the model's cache folder; made when it does not exist.
-
-    The model's cache folder is the user's `cache_dir`, or else the one that upstream's decorator keeps the model's
-    artifact in (vLLM 0.32.0, `compilation/decorators.py`).
-    """
-    config = backend.compilation_config
-    parallel = backend.vllm_config.parallel_config
-    folder: Path = Path(config.cache_dir or config.local_cache_dir)
-    folder = folder / f"rank_{parallel.rank}_{parallel.data_parallel_index}" / backend.prefix
-    folder.mkdir(parents=True, exist_ok=True)
-    config.local_cache_dir = str(folder)
-    return folder
-
-
-def seconds_since_start() -> float:
-    """Seconds since upstream's monitor started timing this compilation."""
-    from vllm.compilation import monitor
-
-    return time.perf_counter() - float(monitor.torch_compile_start_time)

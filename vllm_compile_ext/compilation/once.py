@@ -14,7 +14,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
-from vllm_compile_ext.compilation import backends, workers
+from vllm_compile_ext.compilation import workers
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.compilation.progress import Progress
 from vllm_compile_ext.compilation.session import Session
@@ -34,7 +34,7 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     """
     tag = f"[{backend.prefix}] " if backend.prefix else ""
     config = backend.compilation_config
-    dynamo = backends.seconds_since_start()
+    dynamo = _seconds_since_start()
     started = time.perf_counter()
     extras = stitch(graph.graph, inputs)
     decompose_sizes(graph.graph)
@@ -65,7 +65,7 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     for reason in reasons:
         logger.debug("%snot copied: %s", tag, reason)
 
-    folder = backends.folder_of(backend)
+    folder = _folder(backend)
     config.traced_files.clear()
     disabled = not is_compile_cache_enabled(backend.inductor_config)
     backend.configure_post_pass()
@@ -140,3 +140,25 @@ def _write_graph(folder: Path, plan: plans.Plan, modules: Sequence[torch.fx.Grap
         (folder / "computation_graph.py").write_text("\n\n".join(parts))
     except OSError as error:
         logger.warning("cannot write the graph to %s: %s", folder, error)
+
+
+def _folder(backend: Any) -> Path:
+    """The folder of this model, rank and prefix below the model's cache folder; made when it does not exist.
+
+    The model's cache folder is the user's `cache_dir`, or else the one that upstream's decorator keeps the model's
+    artifact in (vLLM 0.32.0, `compilation/decorators.py`).
+    """
+    config = backend.compilation_config
+    parallel = backend.vllm_config.parallel_config
+    folder: Path = Path(config.cache_dir or config.local_cache_dir)
+    folder = folder / f"rank_{parallel.rank}_{parallel.data_parallel_index}" / backend.prefix
+    folder.mkdir(parents=True, exist_ok=True)
+    config.local_cache_dir = str(folder)
+    return folder
+
+
+def _seconds_since_start() -> float:
+    """Seconds since upstream's monitor started timing this compilation."""
+    from vllm.compilation import monitor
+
+    return time.perf_counter() - float(monitor.torch_compile_start_time)

@@ -69,9 +69,8 @@ class PlanFunction(SerializableCallable):
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> PlanFunction:
         """Load what `serialize_compile_artifacts` kept, for vLLM's current configuration."""
+        from vllm.compilation.backends import VllmBackend
         from vllm.config import get_current_vllm_config
-
-        from vllm_compile_ext.compilation.backends import VllmBackend
 
         state = pickle.loads(data)
         config = get_current_vllm_config()

@@ -27,6 +27,7 @@ from vllm_compile_ext import envs
 logger = logging.getLogger(__name__)
 
 _preparing: threading.Thread | None = None
+_undo: Callable[[], None] | None = None
 
 
 def cores() -> int:
@@ -102,7 +103,19 @@ def _know_instruction_set() -> None:
     named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
     best = next((isa for isa in named if isa), None)
     if best is not None:
+        global _undo
+        upstream = cpu_vec_isa.valid_vec_isa_list
+        _undo = lambda: setattr(cpu_vec_isa, "valid_vec_isa_list", upstream)  # noqa: E731
         cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [best])
+
+
+def forget() -> None:
+    """Give Inductor its own choice of instruction sets back; for tests."""
+    global _preparing, _undo
+    wait()
+    if _undo is not None:
+        _undo()
+    _preparing, _undo = None, None
 
 
 def wait() -> None:
