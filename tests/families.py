@@ -45,6 +45,14 @@ def _bert(folder: Path) -> Path:  # an encoder that embeds
     return make(folder, _config("BertConfig", "BertModel", pad_token_id=0, **values))
 
 
+def _qwen3next(folder: Path) -> Path:  # linear attention, which takes the layer's name, a full one each fourth layer
+    values = _HEADS | {"num_hidden_layers": 8, "intermediate_size": 256, "tie_word_embeddings": False}
+    values |= {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts": 4}
+    values |= {"linear_num_value_heads": 2, "linear_num_key_heads": 1}
+    values |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_experts_per_tok": 2}
+    return make(folder, _config("Qwen3NextConfig", "Qwen3NextForCausalLM", **values))
+
+
 def _llama(layers: int) -> Callable[[Path], Path]:
     return lambda folder: llama(folder, "llama8", num_hidden_layers=layers)
 
@@ -58,4 +66,5 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "mixtral": _mixtral,
     "opt": _opt,
     "bert": _bert,
+    "qwen3next": _qwen3next,
 }

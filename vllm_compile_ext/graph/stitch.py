@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._library.fake_class_registry import FakeScriptObject
 
 from vllm_compile_ext.graph import access
 from vllm_compile_ext.graph.bodies import CALL, Body, Call, Extra, NotOnce, Opaque, keep_alive, region
@@ -66,7 +67,12 @@ class _Stitch:
         with before:
             node = self.graph.placeholder(f"{like.name}_of_{len(self.extras)}")
         node.meta.update({k: v for k, v in like.meta.items() if k in ("example_value", "tensor_dict")})
-        self.extras.append(Extra(node, *extra))
+        made = Extra(node, *extra)
+        fake = node.meta.get("example_value")
+        if isinstance(fake, FakeScriptObject):
+            # Tracing a piece tells opaque inputs apart by their objects: two layers' names must not share one.
+            node.meta["example_value"] = FakeScriptObject(fake.wrapped_obj, fake.script_class_name, made.value)
+        self.extras.append(made)
         self.last = node
         return node
 
