@@ -35,10 +35,10 @@ def inspect_bytecode(model: Any, code: CodeType, artifact: str | Path | None = N
 
     config = model.vllm_config
     places = [config.compile_debug_dump_path()]
-    graph = Path(config.compilation_config.local_cache_dir)
+    graph = config.compilation_config.local_cache_dir  # None in modes that keep no cache of their own
     if artifact is not None:
         places.append(Path(artifact).parent)
-    if artifact is None or not graph.is_relative_to(Path(artifact).parent.parent):
+    if artifact is None or (graph and not Path(graph).is_relative_to(Path(artifact).parent.parent)):
         places.append(graph)
     dump.write(
         [Path(place) for place in places if place],
