@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from vllm_compile_ext.graph.bodies import NotOnce
 
@@ -33,46 +32,55 @@ def steps(expression: str) -> tuple[str, list[str]]:
     return str(local), found[::-1]
 
 
-class _Prefix:
+class _Owner:
+    """What some expressions have in common, up to the object or dict that their last step reads from."""
+
     def __init__(self) -> None:
-        self.longer: dict[str, _Prefix] = {}
-        self.places: list[int] = []
+        self.longer: dict[str, _Owner] = {}
+        self.leaves: list[tuple[int, str]] = []
 
 
-def reader(expressions: Sequence[str]) -> Callable[[Any], list[Any]]:
-    """A function of the one local that all `expressions` start from, which evaluates them anew at each call.
+def binder(expressions: Sequence[str | None]) -> str:
+    """Source of `bind(root, fixed)`, which gives a function `read()` that gives the values of `expressions`.
 
-    What several have in common is evaluated once a call: 546 parameters of 80 layers take about 0.1 ms.
+    `root` is the one local that all start from; `fixed` has the values for the places that are None.  `bind` walks to
+    the objects and dicts that hold the values, once; `read` takes the last step, each time: a parameter or attribute
+    that was replaced is seen, and 546 parameters of 80 layers take 0.02 ms.
     Raises `NotOnce` when they start from several locals.
     """
-    top = _Prefix()
+    top = _Owner()
     locals_: set[str] = set()
+    result = [""] * len(expressions)
     for place, expression in enumerate(expressions):
+        if expression is None:
+            continue
         local, path = steps(expression)
         locals_.add(local)
+        if not path:
+            result[place] = "root"
+            continue
         node = top
-        for step in path:
-            node = node.longer.setdefault(step, _Prefix())
-        node.places.append(place)
+        for step in path[:-1]:
+            node = node.longer.setdefault(step, _Owner())
+        node.leaves.append((place, path[-1]))
     if len(locals_) > 1:
         raise NotOnce(f"extras of several locals: {', '.join(sorted(locals_))}")
-    lines = ["def read(root):"]
-    result = [""] * len(expressions)
+    lines = ["def bind(root, fixed):"]
+    for number, place in enumerate(place for place, expression in enumerate(expressions) if expression is None):
+        lines.append(f"    f{number} = fixed[{number}]")
+        result[place] = f"f{number}"
     names = 0
 
-    def visit(node: _Prefix, text: str) -> None:
+    def visit(node: _Owner, text: str) -> None:
         nonlocal names
-        if text != "root" and len(node.longer) + len(node.places) > 1:
+        if text != "root" and (node.leaves or len(node.longer) > 1):
             lines.append(f"    x{names} = {text}")
             text = f"x{names}"
             names += 1
-        for place in node.places:
-            result[place] = text
+        for place, step in node.leaves:
+            result[place] = text + step
         for step, longer in node.longer.items():
             visit(longer, text + step)
 
     visit(top, "root")
-    lines.append(f"    return [{', '.join(result)}]")
-    space: dict[str, Any] = {}
-    exec(compile("\n".join(lines), "<extras>", "exec"), space)
-    return space["read"]  # type: ignore[no-any-return]
+    return "\n".join([*lines, "    def read():", f"        return [{', '.join(result)}]", "    return read", ""])

@@ -15,18 +15,16 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.graph import names
-from vllm_compile_ext.graph.access import reader
+from vllm_compile_ext.graph import access, names, replaced
 from vllm_compile_ext.graph.bodies import Extra, NotOnce
 from vllm_compile_ext.graph.split import Piece
 
 
 @dataclass(frozen=True)
-class Bound:
-    """An Extra without its graph: where a value is read, or (`ctor` is set) how an opaque object is made."""
+class Made:
+    """How an opaque object is made: `ctor` (module, qualified name) called with `args`."""
 
-    expression: str
-    ctor: tuple[str, str] | None = None
+    ctor: tuple[str, str]
     args: tuple[Any, ...] = ()
 
 
@@ -34,13 +32,15 @@ class Bound:
 class Plan:
     """`source` defines `run(B, *inputs)`, with `constants` as K and the callables of the call sites as c0, c1, ...
 
-    `calls[i]` is the number of the unique piece that call site i calls.
+    `calls[i]` is the number of the unique piece that call site i calls.  `binder` defines `bind(root, fixed)`, which
+    finds what the extras are read from (see `access.binder`); `fixed` are the opaque objects among them, in order.
     """
 
     source: str
     constants: list[Any]
     calls: list[int]
-    extras: list[Bound] = field(default_factory=list)
+    binder: str = "def bind(root, fixed):\n    return list\n"
+    fixed: list[Made] = field(default_factory=list)
 
     def load(self, sites: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
         """`run(extras, *inputs)`: `extras` as the gatherer gives them, `inputs` of the graph that the plan was made of.
@@ -55,36 +55,37 @@ class Plan:
         return space["run"]  # type: ignore[no-any-return]
 
     def gatherer(self, root: torch.nn.Module) -> Callable[[], list[Any]]:
-        """A function that gives the values of the extras: tensors read from `root` at each call, so that a parameter
-        that was replaced is seen; opaque objects made now, once.
+        """A function that gives the values of the extras.
 
+        What holds the tensors is looked up in `root` now, and again when submodules were replaced; the tensors are read
+        from there at each call, so that a parameter that was replaced is seen.  Opaque objects are made now, once.
         Raises `NotOnce` when a constructor is not that of an opaque type.
         """
-        fixed = {i: _construct(e) for i, e in enumerate(self.extras) if e.ctor is not None}
-        read = reader([e.expression for e in self.extras if e.ctor is None])
-        if not fixed:
-            return lambda: read(root)
-        places = sorted(fixed)
+        space: dict[str, Any] = {}
+        exec(compile(self.binder, "<extras>", "exec"), space)
+        bind, fixed = space["bind"], [_construct(made) for made in self.fixed]
+        seen = replaced.count()
+        read = bind(root, fixed)
 
         def gather() -> list[Any]:
-            values = read(root)
-            for place in places:  # ascending: each lands where it belongs
-                values.insert(place, fixed[place])
-            return values
+            nonlocal read, seen
+            if seen != replaced.count():
+                seen = replaced.count()
+                read = bind(root, fixed)
+            return read()  # type: ignore[no-any-return]
 
         return gather
 
 
-def _construct(extra: Bound) -> Any:
+def _construct(made: Made) -> Any:
     from torch._library.opaque_object import is_opaque_type
 
-    assert extra.ctor is not None
-    found: Any = importlib.import_module(extra.ctor[0])
-    for part in extra.ctor[1].split("."):
+    found: Any = importlib.import_module(made.ctor[0])
+    for part in made.ctor[1].split("."):
         found = getattr(found, part)
     if not isinstance(found, type) or not is_opaque_type(found):
-        raise NotOnce(f"{'.'.join(extra.ctor)} is no opaque type")
-    return found(*extra.args)
+        raise NotOnce(f"{'.'.join(made.ctor)} is no opaque type")
+    return found(*made.args)
 
 
 def write(graph: fx.Graph, pieces: Sequence[Piece], unique: Sequence[int | None], extras: Sequence[Extra]) -> Plan:
@@ -104,9 +105,9 @@ def write(graph: fx.Graph, pieces: Sequence[Piece], unique: Sequence[int | None]
             writer.call(piece, number)
         writer.forget([n for n in (*piece.inputs, *piece.nodes) if last[n] == place])
     source = writer.finish()
-    bound = [Bound(e.expression, e.ctor, e.args) for e in extras]
-    reader([b.expression for b in bound if b.ctor is None])  # raises where `gatherer` would
-    return Plan(source, writer.constants, writer.calls, bound)
+    binder = access.binder([None if e.ctor else e.expression for e in extras])
+    fixed = [Made(e.ctor, e.args) for e in extras if e.ctor]
+    return Plan(source, writer.constants, writer.calls, binder, fixed)
 
 
 class _Writer:
@@ -188,7 +189,7 @@ def dumps(plan: Plan) -> bytes:
     """A plan as bytes.  Ops, functions, dtypes and devices are in it by name."""
     out = io.BytesIO()
     _Pickler(out, protocol=5).dump(
-        (plan.source, plan.constants, plan.calls, [(e.expression, e.ctor, e.args) for e in plan.extras])
+        (plan.source, plan.constants, plan.calls, plan.binder, [(made.ctor, made.args) for made in plan.fixed])
     )
     return out.getvalue()
 
@@ -196,11 +197,11 @@ def dumps(plan: Plan) -> bytes:
 def loads(data: bytes) -> Plan:
     """The plan of `dumps`.  Raises `pickle.UnpicklingError` for anything that no plan holds.
 
-    The plan's source is code that will run: check a digest of `data` first.
+    The plan's sources are code that will run: check a digest of `data` first.
     """
     try:
-        source, constants, calls, extras = _Unpickler(io.BytesIO(data)).load()
-        return Plan(source, constants, calls, [Bound(*e) for e in extras])
+        source, constants, calls, binder, fixed = _Unpickler(io.BytesIO(data)).load()
+        return Plan(source, constants, calls, binder, [Made(*made) for made in fixed])
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged pickles raise many kinds

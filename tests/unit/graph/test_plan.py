@@ -19,7 +19,7 @@ from tests.unit.graph.models import Name, stack
 from tests.unit.graph.test_regions import CASES
 from vllm_compile_ext.graph import access, names
 from vllm_compile_ext.graph.bodies import NotOnce
-from vllm_compile_ext.graph.plan import Bound, Plan, dumps, loads, write
+from vllm_compile_ext.graph.plan import Made, Plan, dumps, loads, write
 from vllm_compile_ext.graph.split import decompose_sizes, split
 
 
@@ -51,12 +51,46 @@ def test_every_call_site_has_its_own_callable() -> None:
         plan.load([site(0), site(1)])
 
 
-def test_a_replaced_parameter_is_seen() -> None:
+def _in_place(model: Any, new: torch.Tensor) -> None:
+    model.layers[2].lin.weight.data.copy_(new)
+
+
+def _data(model: Any, new: torch.Tensor) -> None:
+    model.layers[2].lin.weight.data = new
+
+
+def _attribute(model: Any, new: torch.Tensor) -> None:
+    model.layers[2].lin.weight = nn.Parameter(new, requires_grad=False)
+
+
+def _registered(model: Any, new: torch.Tensor) -> None:
+    del model.layers[2].lin.weight
+    model.layers[2].lin.register_parameter("weight", nn.Parameter(new, requires_grad=False))
+
+
+def _dict(model: Any, new: torch.Tensor) -> None:  # what vLLM 0.32's weight_cache/ipc_loader.py does
+    model.layers[2].lin._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+
+
+def _module(model: Any, new: torch.Tensor) -> None:
+    model.layers[2].lin = nn.Linear(8, 8)
+    _attribute(model, new)
+
+
+def _layer(model: Any, new: torch.Tensor) -> None:
+    model.layers[2] = type(model.layers[2])(2)
+    _attribute(model, new)
+
+
+@pytest.mark.parametrize("replace", [_in_place, _data, _attribute, _registered, _dict, _module, _layer])
+def test_a_replaced_parameter_is_seen(replace: Any) -> None:
     model = stack()
     s, plan = planned(model)
     gather = plan.gatherer(model)
     assert all(a is b.value for a, b in zip(gather(), s.extras, strict=True))
-    model.layers[2].lin.weight = nn.Parameter(torch.zeros(8, 8), requires_grad=False)
+    new = torch.full((8, 8), 3.0)
+    replace(model, new)
+    assert [v for v in gather() if v.shape == new.shape and bool((v == new).all())]
     assert any(v is model.layers[2].lin.weight for v in gather())
 
 
@@ -118,7 +152,7 @@ def test_foreign_pickles_are_refused(what: Any) -> None:
 )
 def test_foreign_names_are_refused(name: str) -> None:
     out = io.BytesIO()
-    ByName(out).dump(("", ["!" + name], [], []))
+    ByName(out).dump(("", ["!" + name], [], "", []))
     with pytest.raises(pickle.UnpicklingError):
         loads(out.getvalue())
 
@@ -130,7 +164,7 @@ def test_damaged_bytes_are_refused(data: bytes) -> None:
 
 
 def test_only_opaque_types_are_made() -> None:
-    plan = Plan("", [], [], [Bound("L['self'].x", ("os", "system"), ("echo never",))])
+    plan = Plan("", [], [], fixed=[Made(("os", "system"), ("echo never",))])
     with pytest.raises(NotOnce, match=r"os\.system is no opaque type"):
         plan.gatherer(nn.Module())
 
@@ -154,18 +188,23 @@ def test_nodes_without_a_name_are_refused() -> None:
         write(graph, split(graph, lambda n: False), [None], [])
 
 
-def test_reader_shares_prefixes() -> None:
+def bound(expressions: Any, root: nn.Module, fixed: list[Any]) -> Any:
+    space: dict[str, Any] = {}
+    exec(access.binder(expressions), space)
+    return space["bind"](root, fixed)
+
+
+def test_owners_are_found_once() -> None:
     model = stack()
     expressions = [
         f"L['self']._modules['layers']._modules['{i}']._modules['lin']._parameters['{p}']"
         for i in range(6)
         for p in ("weight", "bias")
     ]
-    read = access.reader([*expressions, "L['self'].log", "L['self']"])
-    values = read(model)
-    assert values[3] is model.layers[1].lin.bias
-    assert values[-2:] == [model.log, model]
-    assert access.reader([])(model) == []
+    read = bound([*expressions, "L['self'].log", None, "L['self']"], model, ["made"])
+    assert read()[3] is model.layers[1].lin.bias
+    assert read()[-3:] == [model.log, "made", model]
+    assert bound([], model, [])() == []
 
 
 @pytest.mark.parametrize("expression", ["G['x'].y", "L['a'].f()", "__import__('os')", "L", "L[x].y", "(", "L['a'] + 1"])
@@ -176,7 +215,7 @@ def test_other_expressions_are_refused(expression: str) -> None:
 
 def test_extras_of_one_local_only() -> None:
     with pytest.raises(NotOnce, match="several"):
-        access.reader(["L['a'].x", "L['b'].x"])
+        access.binder(["L['a'].x", "L['b'].x"])
 
 
 def test_run_is_what_the_model_gives() -> None:
