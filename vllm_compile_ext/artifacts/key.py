@@ -1,0 +1,86 @@
+"""The key of an entry, and what a miss is due to.
+
+Factors are a flat table, name -> value, of everything that can change compiled code.  Where they come from is not known
+here; that two tables have one key only if they are equal is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from vllm_compile_ext.artifacts.manifest import Manifest, digest
+
+_WIDTH = 40  # characters of a value that fit into the line
+_SHOWN = 3  # changes that fit into the line
+
+
+class Change(NamedTuple):
+    """A factor that differs; None stands for a factor that is not there."""
+
+    name: str
+    old: str | None
+    new: str | None
+
+    def __str__(self) -> str:
+        old, new = _shorten(self.old or "", self.new or "")
+        return f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}"
+
+
+def key_of(factors: Mapping[str, str]) -> str:
+    """64 lower hexadecimal digits; the order of `factors` does not matter."""
+    return digest(msgspec.json.encode(dict(factors), order="sorted"))
+
+
+def difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
+    """The factors that differ, by name."""
+    names = sorted(old.keys() | new.keys())
+    return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
+
+
+def closest(factors: Mapping[str, str], manifests: Iterable[Manifest]) -> tuple[Manifest, list[Change]] | None:
+    """The entry with the fewest changes up to `factors`, and these; None when there are no entries.
+
+    Among equals it is the one whose changed values begin most alike (2.13.0 is closer to 2.13.1 than 2.12.0 is), then
+    the newest.
+    """
+
+    def distance(found: tuple[Manifest, list[Change]]) -> tuple[int, int, float]:
+        manifest, changes = found
+        alike = sum(_common(change.old or "", change.new or "") for change in changes)
+        return len(changes), -alike, -manifest.created
+
+    return min(((m, difference(m.factors, factors)) for m in manifests), key=distance, default=None)
+
+
+def summary(changes: Sequence[Change] | None) -> str:
+    """The line that says why there was a miss: "cache miss: torch 2.13.0 -> 2.13.1".
+
+    `changes` are those of `closest`; None says that nothing is stored, none that an entry is there but was of no use.
+    """
+    if changes is None:
+        return "cache miss: nothing is stored yet"
+    if not changes:
+        return "cache miss: an entry with these factors is there, but it is incomplete or cannot be used"
+    more = f" and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+    return "cache miss: " + ", ".join(map(str, changes[:_SHOWN])) + more
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _shorten(old: str, new: str) -> tuple[str, str]:
+    """Both values, of long ones the part where they begin to differ."""
+    start = _common(old, new)
+    start = max(0, start - 10) if max(len(old), len(new)) > _WIDTH else 0
+
+    def cut(value: str) -> str:
+        shown = value[start : start + _WIDTH]
+        return ("…" if start else "") + shown + ("…" if len(value) > start + _WIDTH else "")
+
+    return cut(old), cut(new)
