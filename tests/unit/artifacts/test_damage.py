@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.artifacts import program
 from tests.unit.artifacts.test_manifest import BAD_KEYS, BAD_SHARDS
-from vllm_compile_ext.artifacts import locks
+from vllm_compile_ext.artifacts import files, locks
 from vllm_compile_ext.artifacts.manifest import Blob, ManifestError, encode
 from vllm_compile_ext.artifacts.store import DamagedError, MissingError, Store
 
@@ -189,6 +189,11 @@ def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(store: Stor
     os.truncate(store.layout.blob(blob), 1 << 40)  # takes no room, but nobody has the memory to read it
     with pytest.raises(DamagedError, match="bytes where 1000 were written"):
         store.get(blob)
+
+
+def test_a_device_is_not_read() -> None:
+    with pytest.raises(DamagedError, match="not a regular file"):
+        files.read(Path(os.devnull))
 
 
 def test_files_that_cannot_be_read(user: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -58,7 +58,11 @@ def test_the_closest_has_the_fewest_changes() -> None:
 
 
 def test_among_equals_the_closest_has_the_most_similar_values_then_is_the_newest() -> None:
-    old, new, other = entry("old", 1.0, torch="2.13.0"), entry("new", 2.0, torch="2.13.0"), entry("other", torch="1.0")
+    old, new, other = (
+        entry("old", 1.0, torch="2.13.0"),
+        entry("new", 2.0, torch="2.13.0"),
+        entry("other", 3.0, torch="1.0"),
+    )
     for entries in ([old, new, other], [other, new, old]):
         found = closest({"torch": "2.13.1"}, entries)
         assert found is not None

@@ -340,6 +340,7 @@ def test_a_read_only_mount(disk: Path, caplog: pytest.LogCaptureFixture) -> None
     assert program.load(store, written) == program.members("model")
     with store.writer(written.key, 5) as mine:
         assert not mine
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
     refused: list[Callable[[], object]] = [
         lambda: store.put(b"new"),
         lambda: store.commit(written),
