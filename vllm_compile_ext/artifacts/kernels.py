@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +88,7 @@ def relocate(folder: Path) -> None:
             listed = json.loads(path.read_text())["child_paths"]
             beside = {name: str(path.parent / Path(name).name) for name in listed}
             if beside != listed:
-                new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+                new = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
                 new.write_text(json.dumps({"child_paths": beside}))
                 new.replace(path)
 
@@ -126,7 +125,7 @@ def _kernel(path: Path) -> Kernel:
 
 def _remove(path: Path, folder: Path) -> bool:
     """Remove a kernel at once for whoever looks for it, then its files."""
-    leaving = path if path.name.startswith(_LEAVING) else folder / f"{_LEAVING}{uuid.uuid4().hex}"
+    leaving = path if path.name.startswith(_LEAVING) else folder / f"{_LEAVING}{os.urandom(8).hex()}"
     try:
         path.rename(leaving)
     except OSError:
