@@ -19,7 +19,7 @@ import logging
 import os
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +150,8 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
         if not chosen and (place.exists() or not _filled(cache, environ)):
             places[cache.variable] = place
     try:
-        for place in places.values():
-            _make_private(root, place)
         if places:
+            _make_private(root, places.values())
             _check_room(folder(environ))
             (folder(environ) / kernels.STAMP).touch(mode=0o600)
     except (_RefusedError, OSError) as error:
@@ -171,39 +170,40 @@ def _filled(cache: Cache, environ: Mapping[str, str]) -> bool:
     return any(next(glob.iglob(pattern), None) for pattern in patterns)  # noqa: PTH207
 
 
-def _make_private(root: Path, place: Path) -> None:
-    """Make `place` and what is missing above it, down from `root` for the owner only; check what was there.
+def _make_private(root: Path, places: Iterable[Path]) -> None:
+    """Make `places` and what is missing above them, down from `root` for the owner only; check what was there.
 
     Raises `_RefusedError` where others can write, `OSError` where a folder cannot be made.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
-    level = root
-    for part in ("", *place.relative_to(root).parts):
-        level /= part
-        with suppress(FileExistsError):
-            level.mkdir(mode=0o700)
-        _check_private(level, level.stat() if level == root else level.lstat())
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise _RefusedError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
+    checked = set()
+    for place in places:
+        level = root
+        for part in ("", *place.relative_to(root).parts):
+            level /= part
+            if level not in checked:
+                with suppress(FileExistsError):
+                    level.mkdir(mode=0o700)
+                _check_private(level, level.stat() if level == root else level.lstat())
+                checked.add(level)
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise _RefusedError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
 
 
 def _check_private(level: Path, found: os.stat_result) -> None:
-    import shlex
-
-    me, quoted = os.geteuid(), shlex.quote(str(level))
+    me = os.geteuid()
     if not stat.S_ISDIR(found.st_mode):
         raise _RefusedError(f"{level} is not a folder; move it away")
     if found.st_uid not in (0, me):
-        raise _RefusedError(
-            f"{level} belongs to user {found.st_uid}, and what lies there is run; chown {me} {quoted}, or name another "
-            "folder in VLLM_COMPILE_STORE"
-        )
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        mode = stat.S_IMODE(found.st_mode)
-        raise _RefusedError(
-            f"others can write to {level} (mode {mode:o}), and what lies there is run; chmod go-w {quoted}, or name "
-            "another folder in VLLM_COMPILE_STORE"
-        )
+        what, mend = f"{level} belongs to user {found.st_uid}", f"chown {me}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        what, mend = f"others can write to {level} (mode {stat.S_IMODE(found.st_mode):o})", "chmod go-w"
+    else:
+        return
+    import shlex
+
+    command = f"{mend} {shlex.quote(str(level))}"
+    raise _RefusedError(f"{what}, and what lies there is run; {command}, or name another folder in VLLM_COMPILE_STORE")
 
 
 def _check_room(place: Path) -> None:
