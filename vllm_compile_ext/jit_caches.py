@@ -143,15 +143,10 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables to set, with the mark; nothing when the user wants no store or its folder cannot be used."""
     if environ.get("VLLM_DISABLE_COMPILE_CACHE", "0").strip() not in ("", "0"):
         return {}
-    root, places = envs.store(environ), {}
-    for cache in CACHES:
-        place = folder(environ).joinpath(cache.name, "-".join(cache.apart()))
-        chosen = any(name in environ for name in (cache.variable, *cache.also))
-        if not chosen and (place.exists() or not _filled(cache, environ)):
-            places[cache.variable] = place
     try:
+        places = _places(environ)
         if places:
-            _make_private(root, places.values())
+            _make_private(envs.store(environ), places.values())
             _check_room(folder(environ))
             (folder(environ) / kernels.STAMP).touch(mode=0o600)
     except (_RefusedError, OSError) as error:
@@ -162,6 +157,17 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     found = {variable: str(place) for variable, place in places.items()}
     return found | {MARK: "\n".join(f"{name}={value}" for name, value in found.items())} if found else {}
+
+
+def _places(environ: Mapping[str, str]) -> dict[str, Path]:
+    """The variables that are ours to set, and the folders to name in them."""
+    places = {}
+    for cache in CACHES:
+        place = folder(environ).joinpath(cache.name, "-".join(cache.apart()))
+        chosen = any(name in environ for name in (cache.variable, *cache.also))
+        if not chosen and (place.exists() or not _filled(cache, environ)):
+            places[cache.variable] = place
+    return places
 
 
 def _filled(cache: Cache, environ: Mapping[str, str]) -> bool:

@@ -214,6 +214,16 @@ def test_a_place_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "cannot be written" in caplog.text
 
 
+def test_a_place_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def exists(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    jit_caches.settle(active=True)
+    assert seen() == {}
+    assert "Permission denied; name another folder in VLLM_COMPILE_STORE" in caplog.text
+
+
 def test_a_place_without_room(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(jit_caches, "FREE", 2**70)
     jit_caches.settle(active=True)
