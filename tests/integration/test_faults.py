@@ -74,7 +74,8 @@ TOYS = (
             os.environ.update(env)
             model = toys.build(kind, toys.config(root))
             off = toys.off(model)
-            return [off, counter.num_aot_artifacts_loaded, counter.num_inductor_compiles, counter.num_aot_artifacts_saved]
+            compiled, saved = counter.num_inductor_compiles, counter.num_aot_artifacts_saved
+            return [off, counter.num_aot_artifacts_loaded, compiled, saved]
         return forks.Fork(function)
 
     def trial(root, **env):

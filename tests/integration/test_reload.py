@@ -155,7 +155,9 @@ def test_a_warm_start_enters_no_compiler(ran: dict[str, Any]) -> None:
 def test_a_warm_start_imports_no_compiler(ran: dict[str, Any]) -> None:
     """What the load brings in is the plugin's own and the model's pieces."""
     foreign = [name for name in ran["guarded"]["imported"] if not name.startswith("vllm_compile_ext")]
-    assert [name for name in foreign if name.startswith(("torch._dynamo", "torch._inductor", "torch.fx", "sympy"))] == []
+    assert [
+        name for name in foreign if name.startswith(("torch._dynamo", "torch._inductor", "torch.fx", "sympy"))
+    ] == []
 
 
 def test_reloaded_weights_are_used(ran: dict[str, Any]) -> None:

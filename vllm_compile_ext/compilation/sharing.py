@@ -33,7 +33,7 @@ class Shared:
 
     def __init__(self, entry: Entry | None, fingerprints: Sequence[str | None]) -> None:
         self.entry = entry
-        self.keys = [f and entry and key_of({"program": entry.key, "piece": f}) for f in fingerprints]
+        self.keys = [key_of({"program": entry.key, "piece": f}) if f and entry else None for f in fingerprints]
         self.kept: dict[int, dict[str, dict[str, Blob]]] = {}
         self.loaded = 0
         self._locks = ExitStack()
@@ -89,7 +89,9 @@ class Shared:
                     platform=platforms.name(),
                     factors={"program": self.entry.key},
                     sources={},
-                    members={f"{shape}/{name}": blob for shape, parts in members.items() for name, blob in parts.items()},
+                    members={
+                        f"{shape}/{name}": blob for shape, parts in members.items() for name, blob in parts.items()
+                    },
                 )
             )
             self.kept[number] = members
