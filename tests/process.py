@@ -59,7 +59,7 @@ def start(code: str, folder: Path, *args: str, **env: str | None) -> subprocess.
         )
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path, timeout: float = 600) -> Outcome:
+def finish(process: subprocess.Popen[bytes], folder: Path, timeout: float = 870) -> Outcome:
     """Wait for a process of `start`, at most `timeout` seconds."""
     code = process.wait(timeout)
     report = folder / "report.json"

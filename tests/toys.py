@@ -21,6 +21,7 @@ from vllm.config.logging import LoggingConfig  # noqa: E402
 from vllm.logger import configure_logging  # noqa: E402
 from vllm.sequence import IntermediateTensors  # noqa: E402
 
+from vllm_compile_ext.artifacts.store import Store  # noqa: E402
 from vllm_compile_ext.compilation import rules  # noqa: E402
 
 configure_logging(LoggingConfig())
@@ -212,3 +213,9 @@ def counted() -> Iterator[dict[str, int]]:
     before, counts = vars(compilation_counter).copy(), {}
     yield counts
     counts.update((name, value - before[name]) for name, value in vars(compilation_counter).items())
+
+
+def kernels(root: str) -> list[str]:
+    """Digests of the kernels in the store of the cache root `root`."""
+    store = Store.open(Path(root) / "compile_store")
+    return sorted({n.rpartition("/")[2] for m in store.manifests() for n in m.members if "kernel/" in n})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 _TRUE = ("1", "true", "yes", "on")
@@ -27,12 +28,18 @@ def _count(*, default: int, meaning: str, in_key: bool = False) -> Any:
     return field(default=default, metadata={"meaning": meaning, "in_key": in_key, "allowed": "a whole number from 0"})
 
 
+def _folder(*, default: str, meaning: str) -> Any:
+    """A folder's name, kept as text; "" where it is unset, and `default` says in words what that stands for."""
+    return field(default="", metadata={"meaning": meaning, "in_key": False, "allowed": "a folder", "default": default})
+
+
 @dataclass(frozen=True)
 class Settings:
     """The plugin's variables, one field each, parsed.  A field's metadata holds:
 
     ``meaning``: what the variable does, in a sentence or two; ``allowed``: its values, for people;
-    ``in_key``: True where the value changes the compiled code, and so belongs in vLLM's compile cache key.
+    ``in_key``: True where the value changes the compiled code, and so belongs in vLLM's compile cache key;
+    ``default``: the default in words, where its value does not say it.
     """
 
     VLLM_COMPILE_EXT: bool = _switch(
@@ -53,9 +60,25 @@ class Settings:
         default=0,
         meaning="How many kernels compile at a time in a cold start. 0 stands for the cores that the process may use.",
     )
+    VLLM_COMPILE_STORE: str = _folder(
+        default="compile_store in vLLM's cache root",
+        meaning="Where compiled code is kept between starts. What lies there is run: the folder is made for its owner "
+        "only and is not used while others can write to it.",
+    )
+    VLLM_COMPILE_STORE_MAX_GB: int = _count(
+        default=10,
+        meaning="How many GiB compiled code may take in the store; what was not used for longest goes first. "
+        "0 stands for no limit.",
+    )
+    VLLM_COMPILE_WAIT: int = _count(
+        default=600,
+        meaning="How many seconds to wait for another process that compiles the same model, before doing it here too.",
+    )
 
 
-def _parse(name: str, raw: str, kind: type) -> bool | int:
+def _parse(name: str, raw: str, kind: type) -> bool | int | str:
+    if kind is str:
+        return raw
     value = raw.strip().lower()
     if kind is int:
         if value.isdecimal():
@@ -73,6 +96,28 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     found = [f for f in fields(Settings) if environ.get(f.name)]
     values: dict[str, Any] = {f.name: _parse(f.name, environ[f.name], type(f.default)) for f in found}
     return Settings(**values)
+
+
+def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
+    """vLLM's cache root, found as vLLM 0.32.0 does (`vllm/envs.py`, VLLM_CACHE_ROOT) and without importing it."""
+    base = environ.get("XDG_CACHE_HOME", "~/.cache")
+    return _absolute(environ.get("VLLM_CACHE_ROOT", f"{base}/vllm" if base else "vllm"))
+
+
+def store(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of the store of compiled code: VLLM_COMPILE_STORE, or its default."""
+    named = environ.get("VLLM_COMPILE_STORE")
+    return _absolute(named) if named else cache_root(environ) / "compile_store"
+
+
+def _absolute(name: str) -> Path:
+    # Not Path.expanduser: like vLLM, this does not raise for a user without a home.
+    return Path(os.path.expanduser(name)).absolute()  # noqa: PTH111
+
+
+def text(value: bool | int | str) -> str:
+    """The value of a variable as one would set it."""
+    return value if isinstance(value, str) else str(int(value))
 
 
 def strict() -> bool:
@@ -101,5 +146,6 @@ def table() -> list[Row]:
     for f in fields(Settings):
         assert f.default is not MISSING
         about = f.metadata
-        rows.append(Row(f.name, about["allowed"], str(int(f.default)), about["in_key"], about["meaning"]))
+        default = about.get("default", text(f.default))
+        rows.append(Row(f.name, about["allowed"], default, about["in_key"], about["meaning"]))
     return rows

@@ -92,7 +92,7 @@ def _take_over(settings: envs.Settings) -> Status:
     _undos.extend(monkeypatches.make(monkeypatches.ACTIVE))
     defaults = envs.Settings()
     changed = [row.name for row in envs.table() if getattr(settings, row.name) != getattr(defaults, row.name)]
-    switched = [f"{name}={int(getattr(settings, name))}" for name in changed]
+    switched = [f"{name}={envs.text(getattr(settings, name))}" for name in changed]
     line = (
         f"vllm-compile-ext {__version__} is active (vllm {vllm}, torch {torch}): "
         f"vllm.compilation.{{{','.join(swap.REPLACED)}}} swapped"

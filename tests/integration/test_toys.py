@@ -28,7 +28,7 @@ WORKS = """
         out["parts"] = [toys.off(body), toys.off(head)]
     out["parts counts"] = counts
     out["answer"] = body(toys.tokens()).tolist()
-    out["kernels"] = sorted(p.name for p in toys.Path("parts").rglob("*.main.cpp"))
+    out["kernels"] = toys.kernels("parts")
 
     with toys.counted() as counts:
         other = toys.build(toys.Plain, config)
@@ -66,7 +66,7 @@ WORKS = """
 
     os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
     out["no cache"] = toys.off(toys.build(toys.Plain, toys.config("no cache")))
-    out["no cache files"] = [str(p) for p in toys.Path("no cache").rglob("model")]
+    out["no cache files"] = [str(p) for p in toys.Path("no cache").rglob("compile_store")]
     del os.environ["VLLM_DISABLE_COMPILE_CACHE"]
 
     seen = []
@@ -227,9 +227,9 @@ def test_code_that_is_edited_between_starts_is_compiled_again(tmp_path: Path) ->
         values.append(outcome.value)
     assert [off for off, _, _ in values] == pytest.approx([0, 0, 0], abs=1e-5)
     assert [counts["num_aot_artifacts_loaded"] for _, counts, _ in values] == [0, 1, 0]
-    assert [counts["num_inductor_compiles"] for _, counts, _ in values] == [3, 0, 3]
+    assert [counts["num_inductor_compiles"] for _, counts, _ in values] == [3, 0, 2], "the last piece is what it was"
     assert values[0][2] == values[1][2] != values[2][2]
-    assert outcome.lines("WARNING", "Compiling model again", "Source code has changed")
+    assert outcome.lines("cache miss: source of edited")
 
 
 FAILS = """

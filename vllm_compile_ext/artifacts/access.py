@@ -13,7 +13,10 @@ class UnsafeStoreError(RuntimeError):
 
 
 def check(folder: Path, root: Path) -> None:
-    """Raises `UnsafeStoreError` when others can write `folder`, a part of the store `root`; a missing one is fine."""
+    """Raises `UnsafeStoreError` when others can write `folder`, a part of the store `root`; a missing one is fine.
+
+    On a read-only mount the owner does not matter: an image is often built by another user.
+    """
     try:
         found = folder.stat()
         fixed = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)

@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_compile_ext.artifacts.files import SAFE
@@ -82,7 +82,8 @@ def locked(path: Path, *, exclusive: bool, timeout: float) -> Iterator[bool]:
     try:
         yield _acquire(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, time.monotonic() + timeout)
     finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
         os.close(handle)
 
 

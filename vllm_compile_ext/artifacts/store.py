@@ -97,9 +97,12 @@ class Store:
 
     def get(self, blob: Blob) -> bytes:
         """The bytes of `blob`, with the right digest.  Raises `DamagedError`, also when they are missing."""
-        path = self.layout.blob(blob)
-        data = files.read(path, blob.size)
-        if digest(data) != blob.digest:
+        return self._check(self.layout.blob(blob), blob.digest, blob.size)
+
+    @staticmethod
+    def _check(path: Path, expected: str, size: int | None) -> bytes:
+        data = files.read(path, size)
+        if digest(data) != expected:
             raise DamagedError(path, "is corrupt: its digest does not match")
         return data
 
@@ -148,6 +151,7 @@ class Store:
         timeout = max(0.0, timeout)  # less than 0 would be for ever
         deadline = time.monotonic() + timeout
         try:
+            files.make_folder(self.layout.locks)  # the store may have been deleted since
             held.enter_context(FileLock(self.layout.lock(key), timeout=timeout, mode=0o600))
             # Afterwards: who waits for a key must not keep unneeded blobs from being removed.
             left = max(0.0, deadline - time.monotonic())
@@ -195,15 +199,13 @@ class Store:
                 blobs.update(self._load(path).members.values())
             except DamagedError as error:
                 problems.append(error)
-        paths = {self.layout.blob(blob) for blob in blobs}
-        for path in self.layout.blobs.glob("??/*"):
-            if path not in paths:
-                blobs.add(Blob(path.name, path.lstat().st_size))
-        for blob in sorted(blobs, key=lambda blob: blob.digest):
+        paths = {self.layout.blob(blob): blob for blob in blobs}
+        for path in sorted(paths.keys() | set(self.layout.blobs.glob("??/*"))):
             try:
-                self.get(blob)
+                self._check(path, path.name, paths[path].size if path in paths else None)
             except DamagedError as error:
-                problems.append(error)
+                if path in paths or not isinstance(error, MissingError):  # else just removed, needed by none
+                    problems.append(error)
         return problems
 
     def size(self) -> int:

@@ -1,17 +1,19 @@
-"""`vllm.compilation.decorators`: upstream's, with a checked load.
-
-Upstream unpickles the artifact that a start finds.  Here its seal is checked first: an artifact that is not what was
-written is named, left unread and compiled again.
-"""
+"""`vllm.compilation.decorators`: upstream's, with the store in place of its folder of artifacts."""
 
 from __future__ import annotations
 
 import logging
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_compile_ext.artifacts import seal
-from vllm_compile_ext.compilation import workers
+from vllm_compile_ext.artifacts.files import DamagedError
+from vllm_compile_ext.artifacts.manifest import Manifest
+from vllm_compile_ext.bytecode.transformed import NotSaved
+from vllm_compile_ext.compilation import entry as entries
+from vllm_compile_ext.compilation import program, scratch, workers
+from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.compilation.wrapper import aot_bytecode, inspect_bytecode
 from vllm_compile_ext.upstream import decorators as upstream
@@ -19,52 +21,149 @@ from vllm_compile_ext.upstream import decorators as upstream
 logger = logging.getLogger(__name__)
 
 _upstream_load = upstream._try_load_aot_compiled_fn
+_upstream_decorate = upstream._support_torch_compile
 
 
 def __getattr__(name: str) -> Any:
     return getattr(upstream, name)
 
 
-def _sound(path: Path) -> bool:
-    """Whether the artifact `path` exists and is what was written; damaged files that it needs are removed.
-
-    Inductor makes a missing file again, and runs a damaged one.
-    """
-    root = path.parent.parent
-    try:
-        _, damaged = seal.read(path, root)
-    except FileNotFoundError:
-        return False
-    except (OSError, seal.DamagedError) as error:
-        logger.warning("compiling again: %s", error)
-        return False
-    for bad in damaged:
-        logger.warning("compiling one file again: %s", bad)
-        bad.path.unlink(missing_ok=True)
-    return True
+class _Miss(Exception):  # noqa: N818 - leaves the timer without a line about a load
+    pass
 
 
 def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | None:
-    """Load the artifact of an earlier start, or return None when there is none that can be trusted.
+    """Load what an earlier start compiled; None, after a line that says why, when the model has to be compiled.
 
-    Under ``VLLM_FORCE_AOT_LOAD=1`` a failure raises, as it does upstream.
+    Then this process is the one that compiles it, unless it waited in vain for another one.
+    Under ``VLLM_FORCE_AOT_LOAD=1`` a miss raises, as it does upstream.
     """
     import vllm.envs
 
     path = Path(aot_compilation_path)
-    if not _sound(path):
+    entry = entries.of(model)
+    if entry is None:
         if vllm.envs.VLLM_FORCE_AOT_LOAD:
-            raise FileNotFoundError(f"VLLM_FORCE_AOT_LOAD=1, but there is no sound artifact at {path}")
+            raise FileNotFoundError("VLLM_FORCE_AOT_LOAD=1, but there is no store to load from: see the line above")
         return None
+    loaded = _load(entry, model, path)
+    if loaded is not None:
+        return loaded
+    why = entry.miss()
+    if vllm.envs.VLLM_FORCE_AOT_LOAD:
+        raise FileNotFoundError(f"VLLM_FORCE_AOT_LOAD=1, but {why} (store {entry.store.root}, key {entry.key[:12]})")
+    logger.info("%s%s", entry.tag, why)
+    if entry.claim():
+        loaded = _load(entry, model, path)  # by the process that was waited for
+        if loaded is not None:
+            entry.release()
+            return loaded
+    setattr(model, entries.NAME, entry)
+    return None
+
+
+def _load(entry: Entry, model: Any, path: Path) -> Any | None:
+    from vllm.compilation.monitor import monitor_torch_compile
+
+    try:
+        with monitor_torch_compile(
+            model.vllm_config, is_encoder=model._is_encoder, tag=getattr(model, "_compile_tag", ""), announce_start=False
+        ):
+            manifest = entry.find()
+            if manifest is None:
+                raise _Miss
+            if manifest.about.get("form") == program.NATIVE:
+                loaded = _native(entry, manifest, model, path)
+            else:
+                loaded = _by_upstream(entry, manifest, model, path)
+        entry.store.use(manifest)
+    except _Miss:
+        return None
+    except Exception as error:  # whatever it is, compiling again is the way out
+        known = isinstance(error, DamagedError | OSError)
+        logger.warning("%scompiling again: %s", entry.tag, error if known else f"{type(error).__name__}: {error}")
+        logger.debug("loading failed", exc_info=True)
+        return None
+    logger.info("%sloaded compiled code %s of %s", entry.tag, entry.key[:12], entry.store.root)
+    return loaded
+
+
+def _native(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
+    from vllm.compilation.counter import compilation_counter
+
+    function, code = program.load_native(entry.store, manifest, model)
+    model.vllm_config.compilation_config.traced_files.update(entries.source_files(manifest.sources))
+    compilation_counter.num_aot_artifacts_loaded += 1
+    compilation_counter.num_compiled_artifacts_loaded += sum(n.startswith("piece/") for n in manifest.members)
+    inspect_bytecode(model, code, path)
+    return function
+
+
+def _by_upstream(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
+    """Upstream's own load, from files of this process."""
     workers.wait()
-    compiled = _upstream_load(model, aot_compilation_path)
-    if compiled is not None:
-        function = compiled._artifacts.compiled_fn
-        if isinstance(function, PlanFunction):
-            function.bind(model)
-        inspect_bytecode(model, aot_bytecode(compiled), path)
-    return compiled
+    loaded = _upstream_load(model, str(program.unpack_upstream(entry.store, manifest)))
+    if loaded is None:
+        raise _Miss  # upstream has said why
+    function = loaded._artifacts.compiled_fn
+    if isinstance(function, PlanFunction):
+        function.bind(model)
+    inspect_bytecode(model, aot_bytecode(loaded), path)
+    return loaded
+
+
+def _save(model: Any) -> None:
+    """Keep what was compiled, in place of upstream's `save_aot_compiled_function`; a failure costs a line."""
+    from vllm.compilation.counter import compilation_counter
+
+    entry: Entry | None = model.__dict__.get(entries.NAME)
+    if entry is None or not entry.store.writable:
+        return
+    try:
+        compiled = model.aot_compiled_fn
+        form, members = program.keep(entry.store, compiled)
+        entry.commit(members, entries.sources_of(compiled), {"form": form})
+        compilation_counter.num_aot_artifacts_saved += 1
+        size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
+        logger.info("%skept as %s in %s (%.1f MB)", entry.tag, entry.key[:12], entry.store.root, size / 1e6)
+    except NotSaved as why:
+        logger.warning("%snot kept, the next start compiles again: %s", entry.tag, why)
+    except OSError as error:
+        logger.warning("%snot kept, the next start compiles again: %s", entry.tag, error)
+    except Exception as error:
+        logger.warning("%snot kept, the next start compiles again: %s: %s", entry.tag, type(error).__name__, error)
+        logger.debug("saving failed", exc_info=True)
+    finally:
+        entries.release(model)
+
+
+def _support_torch_compile(cls: type, *args: Any, **kwargs: Any) -> type:
+    decorated: Any = _upstream_decorate(cls, *args, **kwargs)
+    decorated.save_aot_compiled_function = _save
+    return decorated  # type: ignore[no-any-return]
+
+
+class _Environment:
+    """`vllm.envs` for upstream's decorator, with a cache root that can be written."""
+
+    def __getattr__(self, name: str) -> Any:
+        import vllm.envs
+
+        value = getattr(vllm.envs, name)
+        return _writable(value) if name == "VLLM_CACHE_ROOT" else value
+
+
+def _writable(root: str) -> str:
+    """`root`, or this process's scratch folder: upstream makes folders there before it looks for an artifact."""
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError:
+        return os.fspath(scratch.folder())
 
 
 # `upstream` is this plugin's own copy of the module (see swap.py): vLLM's is not touched.
 upstream._try_load_aot_compiled_fn = _try_load_aot_compiled_fn
+upstream._support_torch_compile = _support_torch_compile
+upstream.envs = _Environment()

@@ -15,9 +15,10 @@ from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
 from vllm_compile_ext.compilation import workers
-from vllm_compile_ext.compilation.plan_function import PlanFunction
+from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piece
 from vllm_compile_ext.compilation.progress import Progress
 from vllm_compile_ext.compilation.session import Session
+from vllm_compile_ext.compilation.sharing import Shared
 from vllm_compile_ext.graph import plan as plans
 from vllm_compile_ext.graph.fingerprint import Unfingerprintable, fingerprint
 from vllm_compile_ext.graph.split import Piece, decompose_sizes, extract, split
@@ -40,7 +41,7 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     decompose_sizes(graph.graph)
     operators = config.splitting_ops or []
     pieces = split(graph.graph, lambda node: should_split(node, operators))
-    numbers, firsts = deduplicate(pieces, graph)
+    numbers, firsts, fingerprints = deduplicate(pieces, graph)
     modules = [extract(piece, graph) for piece in firsts]
     plan = plans.write(graph.graph, pieces, numbers, extras)
     session.compiling = True
@@ -73,63 +74,114 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     # An index that upstream's path left in the user's `cache_dir` numbers other pieces.
     backend.compiler_manager.cache.clear()
     _write_graph(folder, plan, modules)
-    compiled = _compile(backend, modules, len(plan.calls), tag)
+    shared = Shared(session.entry, fingerprints)
+    compiled = _compile(backend, modules, shared, len(plan.calls), tag)
     backend._called = True
     function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
+    function.kept = shared.kept
     function.bind(session.model)
     return function
 
 
-def deduplicate(pieces: Sequence[Piece], graph: torch.fx.GraphModule) -> tuple[list[int | None], list[Piece]]:
-    """Number of the distinct piece that each piece is, None for splitting operators; and the distinct pieces.
+def deduplicate(
+    pieces: Sequence[Piece], graph: torch.fx.GraphModule
+) -> tuple[list[int | None], list[Piece], list[str | None]]:
+    """Number of the distinct piece that each piece is, None for splitting operators; the distinct pieces; and their
+    fingerprints.
 
-    A piece that holds something whose identity cannot be told is distinct from all others.
+    A piece that holds something whose identity cannot be told is distinct from all others and has no fingerprint.
     """
     known: dict[str, int] = {}
     numbers: list[int | None] = []
     firsts: list[Piece] = []
+    fingerprints: list[str | None] = []
     for piece in pieces:
         if piece.splitting:
             numbers.append(None)
             continue
+        key = None
         try:
             key = fingerprint(piece, graph)
         except Unfingerprintable as why:
             logger.debug("piece %d is compiled on its own: %s", len(numbers), why)
-            key = f"piece {len(numbers)}"
-        if key not in known:
-            known[key] = len(firsts)
+        if key is None or key not in known:
+            if key is not None:
+                known[key] = len(firsts)
+            numbers.append(len(firsts))
             firsts.append(piece)
-        numbers.append(known[key])
-    return numbers, firsts
+            fingerprints.append(key)
+        else:
+            numbers.append(known[key])
+    return numbers, firsts, fingerprints
 
 
-def _compile(backend: Any, modules: Sequence[torch.fx.GraphModule], sites: int, tag: str) -> list[Any]:
+def _compile(
+    backend: Any, modules: Sequence[torch.fx.GraphModule], shared: Shared, sites: int, tag: str
+) -> list[PiecewiseBackend]:
+    """The distinct pieces, loaded where another process has compiled them."""
     count = workers.wanted()
     started = time.perf_counter()
+    made: dict[int, PiecewiseBackend] = {}
     with Progress(f"{tag}compiling", len(modules), sites) as progress, workers.compiling(count) as kernels:
-        compiled = []
-        for number, module in enumerate(modules):
-            symbols = [n for n in module.graph.find_nodes(op="placeholder")]
-            compiled.append(
-                PiecewiseBackend(
-                    module,
-                    backend.vllm_config,
-                    number,
-                    len(modules),
-                    [i for i, node in enumerate(symbols) if isinstance(node.meta["example_value"], torch.SymInt)],
-                    backend,
-                    True,
-                    submod_name=f"piece_{number}",
-                )
-            )
-            progress.advance()
-        progress.phase("waiting for kernels")
-        kernels.wait()
+        mine: list[int] = []
+
+        def finish() -> None:
+            progress.phase("waiting for kernels")
+            kernels.wait()
+            for number in mine:
+                shared.keep(number, made[number])
+            mine.clear()
+            shared.release()
+
+        try:
+            for wait in (False, True):
+                for number, module in enumerate(modules):
+                    if number in made:
+                        continue
+                    piece = _loaded(backend, number, module, len(modules), shared)
+                    if piece is None and shared.claim(number, wait=wait):
+                        # Whoever had it may have been done with it just before.
+                        piece = _loaded(backend, number, module, len(modules), shared)
+                        if piece is None:
+                            piece = _lowered(backend, number, module, len(modules))
+                            mine.append(number)
+                    if piece is not None:
+                        made[number] = piece
+                        progress.advance()
+                    if wait:  # nothing is held while waiting for the next one
+                        finish()
+                finish()
+        finally:
+            shared.release()
     logger.info(
-        "%scompiled %d pieces with %d workers (%.2f s)", tag, len(modules), count, time.perf_counter() - started
+        "%scompiled %d pieces with %d workers, loaded %d that another process compiled (%.2f s)",
+        tag,
+        len(modules) - shared.loaded,
+        count,
+        shared.loaded,
+        time.perf_counter() - started,
     )
-    return compiled
+    return [made[number] for number in range(len(modules))]
+
+
+def _symbols(module: torch.fx.GraphModule) -> list[int]:
+    """Which inputs of a piece are symbols."""
+    inputs = module.graph.find_nodes(op="placeholder")
+    return [i for i, node in enumerate(inputs) if isinstance(node.meta["example_value"], torch.SymInt)]
+
+
+def _loaded(
+    backend: Any, number: int, module: torch.fx.GraphModule, count: int, shared: Shared
+) -> PiecewiseBackend | None:
+    found = shared.load(number)
+    return None if found is None else loaded_piece(backend, number, count, _symbols(module), found)
+
+
+def _lowered(backend: Any, number: int, module: torch.fx.GraphModule, count: int) -> PiecewiseBackend:
+    """Inductor's work, but for the kernels that compile in the background."""
+    symbols = _symbols(module)
+    config = backend.vllm_config
+    return PiecewiseBackend(module, config, number, count, symbols, backend, True, submod_name=f"piece_{number}")
 
 
 def _write_graph(folder: Path, plan: plans.Plan, modules: Sequence[torch.fx.GraphModule]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch._dynamo.aot_compile import SerializableCallable
 from vllm.compilation.caching import StandaloneCompiledArtifacts
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
+from vllm_compile_ext.artifacts.manifest import Blob
 from vllm_compile_ext.graph import plan as plans
 from vllm_compile_ext.upstream import backends as upstream
 
@@ -27,6 +28,8 @@ class PlanFunction(SerializableCallable):
         self.pieces = pieces
         self.prefix = prefix
         self.is_encoder = is_encoder
+        # Distinct piece -> compile range -> its members, for the pieces that the store has.
+        self.kept: Mapping[int, dict[str, dict[str, Blob]]] = {}
         last = len(plan.calls) - 1
         # Each call site replays CUDA graphs of its own: its tensors have addresses of their own.
         sites = [
@@ -39,7 +42,7 @@ class PlanFunction(SerializableCallable):
         self._gather: Callable[[], list[Any]] | None = None
 
     def bind(self, model: Any) -> None:
-        """Read the tensors of copied layers from `model` from now on."""
+        """Read the tensors of copied layers from `model` from now on; replaced ones are seen (`Plan.gatherer`)."""
         self._gather = self.plan.gatherer(model)
 
     def __call__(self, *args: Any) -> Any:
@@ -69,30 +72,52 @@ class PlanFunction(SerializableCallable):
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> PlanFunction:
         """Load what `serialize_compile_artifacts` kept, for vLLM's current configuration."""
-        from vllm.compilation.backends import VllmBackend
         from vllm.config import get_current_vllm_config
 
         state = pickle.loads(data)
         config = get_current_vllm_config()
         artifacts = state["artifacts"]
         artifacts.load_all()
-        backend = VllmBackend(config, state["prefix"], state["is_encoder"])
         indices = state["sym_shape_indices"]
         runnables: list[dict[str, Any]] = [{} for _ in indices]
         for key in artifacts.submodule_bytes:
             number, _, shape = key.partition("_")
             runnables[int(number)][shape] = artifacts.get_loaded(number, shape)
+        plan = plans.loads(state["plan"])
+        return cls.of(plan, indices, runnables, config, state["prefix"], state["is_encoder"])
+
+    @classmethod
+    def of(
+        cls,
+        plan: plans.Plan,
+        symbols: Sequence[list[int]],
+        runnables: Sequence[Mapping[str, Callable[..., Any]]],
+        vllm_config: Any,
+        prefix: str,
+        is_encoder: bool,
+    ) -> PlanFunction:
+        """From pieces that are compiled: `runnables`, for each one compile range -> callable."""
+        from vllm.compilation.backends import VllmBackend
+
+        backend = VllmBackend(vllm_config, prefix, is_encoder)
         pieces = [
-            PiecewiseBackend(
-                graph=None,
-                vllm_config=config,
-                piecewise_compile_index=number,
-                total_piecewise_compiles=len(indices),
-                sym_shape_indices=indices[number],
-                vllm_backend=backend,
-                returns_tuple=True,
-                compiled_runnables=runnables[number],
-            )
-            for number in range(len(indices))
+            loaded_piece(backend, number, len(runnables), symbols[number], found)
+            for number, found in enumerate(runnables)
         ]
-        return cls(plans.loads(state["plan"]), pieces, config, state["prefix"], state["is_encoder"])
+        return cls(plan, pieces, vllm_config, prefix, is_encoder)
+
+
+def loaded_piece(
+    backend: Any, number: int, count: int, symbols: list[int], runnables: Mapping[str, Callable[..., Any]]
+) -> PiecewiseBackend:
+    """Upstream's dispatch by number of tokens over a piece that is compiled."""
+    return PiecewiseBackend(
+        graph=None,
+        vllm_config=backend.vllm_config,
+        piecewise_compile_index=number,
+        total_piecewise_compiles=count,
+        sym_shape_indices=symbols,
+        vllm_backend=backend,
+        returns_tuple=True,
+        compiled_runnables=dict(runnables),
+    )

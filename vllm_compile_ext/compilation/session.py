@@ -7,18 +7,20 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.graph.regions import Tracer
 
 
 class Session:
-    """The model that is compiled, its tracer, and how far the compilation has come.
+    """The model that is compiled, its tracer, its place in the store, and how far the compilation has come.
 
     compiling: the graph is understood and pieces are being compiled.  An error before this point means that the model
     is traced again as upstream does it; an error after it is the user's to see.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, entry: Entry | None) -> None:
         self.model = model
+        self.entry = entry
         self.tracer = Tracer(model, lookups=_lookups())
         self.compiling = False
 

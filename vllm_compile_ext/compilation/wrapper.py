@@ -1,19 +1,18 @@
-"""`vllm.compilation.wrapper`: upstream's, with the decompiler off the start path and a seal behind the artifact."""
+"""`vllm.compilation.wrapper`: upstream's; a model is traced once a kind of layer, in a folder of this process."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
+import os
 import sys
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 from vllm_compile_ext import envs
-from vllm_compile_ext.artifacts import seal
 from vllm_compile_ext.bytecode import buffers, dump
-from vllm_compile_ext.compilation import inductor_files, rules, workers
+from vllm_compile_ext.compilation import entry as entries
+from vllm_compile_ext.compilation import rules, scratch, workers
 from vllm_compile_ext.compilation.session import Session
 from vllm_compile_ext.upstream import wrapper as upstream
 
@@ -56,30 +55,6 @@ def aot_bytecode(compiled: Any) -> CodeType:
     return code
 
 
-def artifact_of(model: Any) -> Path:
-    """Where upstream's decorator will look for the compiled `model` (vLLM 0.32.0, `compilation/decorators.py`)."""
-    import vllm.envs
-    from vllm.compilation.caching import aot_compile_hash_factors
-    from vllm.compilation.decorators import _model_hash_key
-
-    config = model.vllm_config
-    factors = [*aot_compile_hash_factors(config), _model_hash_key(model.forward)]
-    key = hashlib.sha256(str(factors).encode()).hexdigest()
-    rank = f"rank_{config.parallel_config.rank}_{config.parallel_config.data_parallel_index}"
-    return Path(vllm.envs.VLLM_CACHE_ROOT) / "torch_compile_cache" / "torch_aot_compile" / key / rank / "model"
-
-
-def _save_sealed(compiled: Any, path: str) -> None:
-    """Write what upstream's `save_compiled_function` would, with a seal behind it.
-
-    `path` is the temporary name in the rank's folder that upstream then renames; Inductor's files lie in the folder
-    ``inductor_cache`` beside that folder (vLLM 0.32.0, `compilation/decorators.py`).
-    """
-    root = Path(path).parent.parent
-    payload = type(compiled).serialize(compiled).serialized_data
-    Path(path).write_bytes(seal.seal(payload, root, inductor_files.loaded(root / "inductor_cache")))
-
-
 def _compiled_frame(old_code: CodeType) -> Any:
     """The frame that Dynamo is compiling, found in the locals of `convert_frame._compile` further up the stack."""
     caller: Any = sys._getframe()
@@ -98,7 +73,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if rules.why_upstream(self.vllm_config) is None:
-            workers.prepare(workers.wanted(), lambda: not artifact_of(self).exists())
+            workers.prepare(workers.wanted(), lambda: entries.is_new(self))
 
     def _trace_once(self, *args: Any, **kwargs: Any) -> Any | None:
         """Compile with identical layers traced once; None, after a line that says why, where upstream has to do it."""
@@ -106,7 +81,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
         if reason := rules.why_upstream(self.vllm_config):
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, reason)
             return None
-        session = Session(self)
+        session = Session(self, self.__dict__.get(entries.NAME))
         try:
             with session.active():
                 return super().aot_compile(*args, **kwargs)
@@ -120,14 +95,17 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             return None
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch.inductor())
         try:
             compiled = self._trace_once(*args, **kwargs)
             if compiled is None:
                 compiled = super().aot_compile(*args, **kwargs)
+            inspect_bytecode(self, aot_bytecode(compiled), getattr(self, "_aot_compilation_path", None))
+        except BaseException:
+            entries.release(self)
+            raise
         finally:
             workers.stop()
-        inspect_bytecode(self, aot_bytecode(compiled), getattr(self, "_aot_compilation_path", None))
-        compiled.save_compiled_function = functools.partial(_save_sealed, compiled)
         return compiled
 
     def bytecode_hook(self, old_code: CodeType, new_code: CodeType) -> None:

@@ -1,0 +1,73 @@
+"""Many starts from one process: vLLM is imported once, and each start is a fork of it.
+
+Imported by processes of `tests/process.py` only.  No thread pool may have run before the first fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ended:
+    """status: as of a process, negative for a signal.  value: what the function returned, None if it did not end."""
+
+    status: int
+    value: Any
+    output: str
+
+    def lines(self, *words: str) -> list[str]:
+        return [line for line in self.output.splitlines() if all(word in line for word in words)]
+
+
+class Fork:
+    """A running start: `function()` in a process of its own, in a process group of its own."""
+
+    _count = 0
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        Fork._count += 1
+        self.result, self.output = Path(f"fork{Fork._count}.json"), Path(f"fork{Fork._count}.txt")
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            handle = os.open(self.output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            self.result.write_text(json.dumps(function()))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def kill(self) -> None:
+        """As if the machine had lost power: the process and the compilers it started."""
+        for kill, target in ((os.killpg, self.pid), (os.kill, self.pid)):
+            try:
+                kill(target, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def end(self) -> Ended:
+        _, status = os.waitpid(self.pid, 0)
+        value = json.loads(self.result.read_text()) if self.result.exists() else None
+        return Ended(os.waitstatus_to_exitcode(status), value, self.output.read_text(errors="replace"))
+
+
+def run(function: Callable[[], Any]) -> Ended:
+    return Fork(function).end()

@@ -1,0 +1,357 @@
+"""The store under faults.  Each trial ends with an engine that serves, or a model that runs, and the right answer.
+
+A trial is a start: a fork of a process that has vLLM imported (`tests/forks.py`).  Engines are real ones; where there
+are many trials, a toy model stands in, judged by itself in eager mode.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import process
+
+pytestmark = pytest.mark.engine
+
+COMMON = """
+    import os, random, shutil, time
+    from pathlib import Path
+    from vllm_compile_ext import plugin
+    plugin.register()
+    from tests import forks
+    from vllm.compilation.counter import compilation_counter as counter
+    from vllm_compile_ext.artifacts.store import Store
+
+    def blobs(root):
+        return sorted(Path(root, "compile_store").glob("v1/blobs/*/*"))
+
+    def manifests(root):
+        return sorted(Path(root, "compile_store").glob("v1/manifests/*/*.json"))
+
+    def truncate(path):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    def another(path):  # a longer blob, cut, so that the size is right
+        longer = max(blobs(path.parents[4]), key=lambda p: (p != path) * p.stat().st_size)
+        path.write_bytes((longer.read_bytes() * 9)[: path.stat().st_size])
+
+    def symlink(path):
+        aside = path.with_name("aside")
+        path.rename(aside)
+        path.symlink_to(aside)
+
+    def folder(path):
+        path.unlink()
+        path.mkdir()
+
+    def newer(path):
+        path.write_text(path.read_text().replace('"format":1', '"format":2'))
+
+    def fresh(root):  # a copy of what the first cold start left
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree("made", root)
+
+    def told(ended):
+        return [line for line in ended.lines("WARNING") if "compil" in line or "store" in line]
+"""
+
+TOYS = (
+    COMMON
+    + """
+    from tests import toys
+
+    def start(root, kind=toys.Plain, **env):
+        def function():
+            os.environ.update(env)
+            model = toys.build(kind, toys.config(root))
+            off = toys.off(model)
+            return [off, counter.num_aot_artifacts_loaded, counter.num_inductor_compiles, counter.num_aot_artifacts_saved]
+        return forks.Fork(function)
+
+    def trial(root, **env):
+        ended = start(root, **env).end()
+        return [ended.status, ended.value, told(ended)]
+
+    out = {"cold": trial("made"), "warm": trial("made")}
+    for damage in (truncate, flip, another, symlink):
+        trials = out[damage.__name__] = []
+        for number in range(len(blobs("made"))):
+            fresh("root")
+            damage(blobs("root")[number])
+            trials.append(trial("root"))
+            trials.append(trial("root"))
+    for damage in (truncate, flip, symlink, folder, newer):
+        fresh("root")
+        for path in manifests("root"):
+            damage(path)
+        out[f"manifests {damage.__name__}"] = trial("root")
+
+    started = [start("race") for _ in range(8)]
+    out["race"] = [[e.status, e.value] for e in (s.end() for s in started)]
+
+    fresh("root")
+    ancient = time.time() + 10 * 365 * 86400
+    for path in Path("root", "compile_store").rglob("*"):
+        os.utime(path, (ancient, ancient))
+    out["clock"] = [trial("root", VLLM_COMPILE_STORE_MAX_GB="1"), trial("root", VLLM_COMPILE_STORE_MAX_GB="1")]
+
+    fresh("root")
+    os.chmod("root/compile_store", 0o777)
+    out["open to others"] = trial("root")
+
+    fresh("root")
+    shutil.rmtree("root/compile_store/v1/blobs")
+    out["no blobs"] = [trial("root"), trial("root")]
+
+    def deleted_while_serving():
+        config = toys.config("root")
+        model = toys.build(toys.Plain, config)
+        first = toys.off(model)
+        shutil.rmtree("root/compile_store")
+        other = toys.build(toys.Head, config)
+        return [first, toys.off(model), toys.off(other), counter.num_aot_artifacts_saved]
+    fresh("root")
+    ended = forks.run(deleted_while_serving)
+    out["deleted"] = [ended.status, ended.value, told(ended)]
+
+    disk = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    if disk is not None:
+        os.environ["VLLM_COMPILE_STORE"] = str(disk / "store")
+        (disk / "filler").write_bytes(bytes(1))
+        out["filled"] = []
+        for free in (0, 8, 40, 90):  # KiB
+            shutil.rmtree(disk / "store", ignore_errors=True)
+            with open(disk / "filler", "wb") as file:
+                try:
+                    while file.write(bytes(4096)):
+                        file.flush()
+                except OSError:
+                    pass
+            with open(disk / "filler", "r+b") as file:
+                file.truncate(os.path.getsize(disk / "filler") - free * 1024)
+            out["filled"].append(trial("elsewhere"))
+        (disk / "filler").unlink()
+        out["room again"] = [trial("elsewhere"), trial("elsewhere")]
+        os.system(f"mount -o remount,ro {disk}")
+        out["read-only"] = trial("elsewhere")
+        shutil.rmtree("elsewhere", ignore_errors=True)
+        os.environ["VLLM_COMPILE_STORE"] = str(disk / "none")
+        out["read-only, empty"] = trial("elsewhere")
+        # All of vLLM's cache root: stock ends with an error here.
+        del os.environ["VLLM_COMPILE_STORE"]
+        out["read-only root"] = trial(str(disk / "root"))
+        os.system(f"mount -o remount,rw {disk}")
+    report(out)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A file system of 512 KiB, or None where mounting is not allowed."""
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", folder], capture_output=True)
+    yield folder if mounted.returncode == 0 else None
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def toy(disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    outcome = process.run(TOYS, *([str(disk)] if disk else []), folder=tmp_path_factory.mktemp("toys"))
+    assert outcome.code == 0, outcome.output[-5000:]
+    return outcome.value
+
+
+def right(trial: list[Any]) -> None:
+    status, value, _ = trial
+    assert status == 0
+    assert value[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_judge(toy: dict[str, Any]) -> None:
+    right(toy["cold"])
+    right(toy["warm"])
+    assert toy["cold"][1][1:] == [0, 3, 1]
+    assert toy["warm"][1][1:] == [1, 0, 0]
+    assert toy["cold"][2] == toy["warm"][2] == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "another", "symlink"])
+def test_every_blob_damaged(toy: dict[str, Any], damage: str) -> None:
+    """One after the other: the start says so, compiles what is damaged, and the next one loads again."""
+    trials = toy[damage]
+    assert len(trials) >= 2 * 10
+    for hurt, mended in zip(trials[::2], trials[1::2], strict=True):
+        right(hurt)
+        right(mended)
+        assert hurt[1][1] == 0
+        assert hurt[1][2] <= 1, "only the piece that is damaged is compiled"
+        assert any("compiling again" in line for line in hurt[2])
+        assert mended[1][1:] == [1, 0, 0]
+        assert mended[2] == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "symlink", "folder", "newer"])
+def test_every_manifest_damaged(toy: dict[str, Any], damage: str) -> None:
+    trial = toy[f"manifests {damage}"]
+    right(trial)
+    assert trial[1][1:3] == [0, 3]
+    assert any("manifests" in line for line in trial[2])
+
+
+def test_eight_cold_starts_at_once(toy: dict[str, Any]) -> None:
+    trials = toy["race"]
+    assert [status for status, _ in trials] == [0] * 8
+    assert [value[0] for _, value in trials] == pytest.approx([0] * 8, abs=1e-5)
+    assert sum(value[2] for _, value in trials) == 3, "each piece is compiled once"
+    assert sum(value[1] for _, value in trials) == 7, "seven have waited and loaded"
+
+
+def test_a_clock_that_was_set_back(toy: dict[str, Any]) -> None:
+    for trial in toy["clock"]:
+        right(trial)
+        assert trial[1][1:] == [1, 0, 0]
+
+
+def test_a_store_that_others_can_write(toy: dict[str, Any]) -> None:
+    trial = toy["open to others"]
+    right(trial)
+    assert trial[1][1:] == [0, 3, 0]
+    assert any("chmod" in line for line in trial[2])
+
+
+def test_blobs_that_are_gone(toy: dict[str, Any]) -> None:
+    first, second = toy["no blobs"]
+    right(first)
+    right(second)
+    assert first[1][1:] == [0, 3, 1]
+    assert second[1][1:] == [1, 0, 0]
+
+
+def test_deleted_while_serving(toy: dict[str, Any]) -> None:
+    status, value, _ = toy["deleted"]
+    assert status == 0
+    assert value[:3] == pytest.approx([0] * 3, abs=1e-5)
+
+
+def test_a_full_disk(toy: dict[str, Any]) -> None:
+    if "filled" not in toy:
+        pytest.skip("mounting is not allowed here")
+    for trial in toy["filled"]:
+        right(trial)
+        assert trial[1][1:] == [0, 3, 0]
+        assert len(trial[2]) in (1, 2, 3, 4), "it is said, and not at length"
+    for trial, kept in zip(toy["room again"], ([0, 3, 1], [1, 0, 0]), strict=True):
+        right(trial)
+        assert trial[1][1:] == kept
+
+
+def test_a_read_only_store(toy: dict[str, Any]) -> None:
+    if "read-only" not in toy:
+        pytest.skip("mounting is not allowed here")
+    right(toy["read-only"])
+    assert toy["read-only"][1][1:] == [1, 0, 0]
+    for name in ("read-only, empty", "read-only root"):
+        right(toy[name])
+        assert toy[name][1][1:] == [0, 3, 0]
+
+
+ENGINES = (
+    COMMON
+    + """
+    from vllm import LLM, SamplingParams
+    import vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker, vllm.model_executor.models.llama
+    import torch._inductor.compile_fx
+    model = sys.argv[1]
+    PROMPTS = ("The import statement", "def f(x):", "x")
+
+    def start(root, **env):
+        def function():
+            os.environ.update(env)
+            os.environ["VLLM_CACHE_ROOT"] = str(Path(root).absolute())
+            limits = dict(max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.4)
+            llm = LLM(model=model, dtype="float32", disable_log_stats=True, **limits)
+            params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+            tokens = [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, params, use_tqdm=False)]
+            return [tokens, counter.num_aot_artifacts_loaded, counter.num_inductor_compiles]
+        return forks.Fork(function)
+
+    def trial(root, **env):
+        ended = start(root, **env).end()
+        return [ended.status, ended.value, told(ended)]
+
+    began = time.monotonic()
+    out = {"cold": trial("made")}
+    took = time.monotonic() - began
+    out["warm"] = trial("made")
+    for damage in (truncate, flip, another, symlink):
+        fresh("root")
+        for path in blobs("root"):
+            damage(path)
+        out[damage.__name__] = trial("root")
+    fresh("root")
+    flip(blobs("root")[0])
+    ended = start("root", VLLM_FORCE_AOT_LOAD="1").end()
+    out["forced"] = [ended.status, ended.lines("VLLM_FORCE_AOT_LOAD=1, but")]
+
+    moments = random.Random(20)
+    kills = out["kills"] = []
+    for number in range(20):
+        # Some on an empty store, some on what the last ones left; few before compiling has begun.
+        if number % 3 == 0:
+            shutil.rmtree("killed", ignore_errors=True)
+        victim = start("killed")
+        time.sleep(moments.uniform(0.15, 1.0) * took)
+        victim.kill()
+        killed = victim.end()
+        damaged = [str(d) for d in Store.open(Path("killed/compile_store")).verify()]
+        kills.append([killed.status, damaged, trial("killed") if number % 3 != 1 else None])
+    out["after"] = trial("killed")
+    report(out)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def engines(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    outcome = process.run(ENGINES, str(llama2), folder=tmp_path_factory.mktemp("engines"))
+    assert outcome.code == 0, outcome.output[-5000:]
+    return outcome.value
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "another", "symlink"])
+def test_an_engine_with_all_blobs_damaged(engines: dict[str, Any], damage: str) -> None:
+    status, value, lines = engines[damage]
+    assert status == 0
+    assert value == [engines["cold"][1][0], 0, 3]
+    assert lines
+
+
+def test_forced_loading_makes_damage_an_error(engines: dict[str, Any]) -> None:
+    status, lines = engines["forced"]
+    assert status == 1
+    assert lines
+
+
+def test_writers_killed_at_random_moments(engines: dict[str, Any]) -> None:
+    tokens = engines["cold"][1][0]
+    assert all(len(set(t)) > 5 for t in tokens), "greedy tokens must vary"
+    assert engines["warm"][1] == [tokens, 1, 0]
+    assert sum(status == -9 for status, _, _ in engines["kills"]) >= 10, "most were killed before they were done"
+    for _, damaged, next_one in engines["kills"]:
+        assert damaged == [], "what can be read is whole"
+        if next_one is not None:
+            assert next_one[0] == 0
+            assert next_one[1][0] == tokens
+            assert not next_one[2], "nothing half-written was read"
+    assert engines["after"][1] == [tokens, 1, 0]

@@ -1,0 +1,238 @@
+"""What leaves the store: the least recently used, never what is in use or being written."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.artifacts import program
+from vllm_compile_ext.artifacts.store import MissingError, Removed, Store
+
+HOUR = 3600.0
+
+
+def age(path: Path, hours: float) -> None:
+    """Make `path` look as if it was last used so many hours ago."""
+    then = time.time() - hours * HOUR
+    os.utime(path, (then, then))
+
+
+def used(store: Store, manifest: program.Manifest, hours: float) -> None:
+    age(store.layout.manifest(manifest.key, manifest.shard), hours)
+
+
+def names(store: Store) -> set[str]:
+    return {manifest.model for manifest in store.manifests()}
+
+
+def blobs(store: Store) -> list[Path]:
+    return list(store.layout.blobs.glob("*/*"))
+
+
+@pytest.fixture
+def three(store: Store) -> dict[str, program.Manifest]:
+    """Entries of 3 blobs of 1000 bytes each and one that they share, used 3, 2 and 1 hours ago."""
+    found = {}
+    for hours, name in [(3, "old"), (2, "middle"), (1, "new")]:
+        found[name] = program.leave(store, name)
+        used(store, found[name], hours)
+    return found
+
+
+def test_size_counts_shared_blobs_once(store: Store, three: dict[str, program.Manifest]) -> None:
+    manifests = sum(store.layout.manifest(m.key, m.shard).stat().st_size for m in three.values())
+    assert store.size() == 10 * 1000 + manifests
+
+
+def test_the_least_recently_used_go_until_the_rest_fits(store: Store, three: dict[str, program.Manifest]) -> None:
+    before = store.size()
+    removed = store.gc(max_bytes=before - 1)
+    assert removed.manifests == [f"{three['old'].key}/rank0"]
+    assert names(store) == {"middle", "new"}
+    assert before - store.size() == removed.freed > 3000
+    assert len(blobs(store)) == 7
+    assert store.verify() == []
+    assert store.gc(max_bytes=store.size()).manifests == []
+    assert store.gc(max_bytes=0).freed > 0
+    assert (names(store), blobs(store), store.size()) == (set(), [], 0)
+
+
+def test_use_makes_an_entry_the_last_to_go(store: Store, three: dict[str, program.Manifest]) -> None:
+    with program.child('store.use(store.find(sys.argv[2], "rank0"))', store.root, three["old"].key) as other:
+        other.wait()
+    store.gc(max_bytes=store.size() - 1)
+    assert names(store) == {"old", "new"}
+
+
+def test_what_was_not_used_for_long_goes(store: Store, three: dict[str, program.Manifest]) -> None:
+    removed = store.gc(max_age=1.5 * HOUR)
+    assert removed.manifests == [f"{three[name].key}/rank0" for name in ("old", "middle")]
+    assert program.load(store, three["new"]) == program.members("new")
+    assert len(blobs(store)) == 4
+
+
+def test_without_limits_nothing_goes(store: Store, three: dict[str, program.Manifest]) -> None:
+    assert store.gc() == Removed([], [], 0)
+    assert names(store) == {"old", "middle", "new"}
+
+
+def test_the_limit_is_kept_each_time_a_writer_is_done(store: Store, three: dict[str, program.Manifest]) -> None:
+    limited = Store.open(store.root, max_bytes=store.size() + 1000)
+    with limited.writer(program.key_of(program.factors("fresh")), 5):
+        program.write(limited, "fresh")
+    assert names(store) == {"middle", "new", "fresh"}
+    tiny = Store.open(store.root, max_bytes=0)
+    with tiny.writer(program.key_of(program.factors("huge")), 5):
+        huge = program.write(tiny, "huge", size=100_000)
+    assert names(store) == {"fresh", "huge"}  # this process runs both
+    assert program.load(tiny, huge) == program.members("huge", size=100_000)
+
+
+USES = """
+for manifest in store.manifests():
+    store.use(manifest)
+say("uses")
+time.sleep(600)
+"""
+
+
+def test_what_another_process_uses_stays_until_that_is_killed(store: Store, three: dict[str, program.Manifest]) -> None:
+    with program.child(USES, store.root) as other:
+        assert program.heard(other) == "uses"
+        for removed in (store.gc(max_bytes=0, max_age=0), store.remove(three["old"].key)):
+            assert removed.manifests == []
+            assert f"{three['old'].key}/rank0" in removed.in_use
+        assert names(store) == set(three)
+        assert store.verify() == []
+        other.kill()
+        other.wait()
+    assert len(store.gc(max_bytes=0).manifests) == 3
+    assert store.size() == 0
+
+
+def test_what_a_writer_has_put_but_not_yet_named_stays(store: Store, three: dict[str, program.Manifest]) -> None:
+    with store.writer("0" * 64, 5):
+        begun = program.manifest(store, "begun", program.members("begun"))
+        again = program.manifest(store, "old", program.members("old"))
+        for path in blobs(store):
+            age(path, 99)
+        removed = store.gc(max_bytes=0)
+        assert len(removed.manifests) == 3
+        assert program.load(store, begun) == program.members("begun")
+        assert program.load(store, again) == program.members("old")
+    store.gc()
+    assert blobs(store) == []
+    with pytest.raises(MissingError):
+        program.load(store, begun)
+
+
+def test_a_writer_in_another_process_counts_too(store: Store) -> None:
+    code = """
+    with store.writer("0" * 64, 5):
+        program.manifest(store, "begun", program.members("begun"))
+        say("put")
+        time.sleep(600)
+    """
+    with program.child(code, store.root) as other:
+        assert program.heard(other) == "put"
+        for path in blobs(store):
+            age(path, 99)
+        store.gc(max_bytes=0)
+        assert len(blobs(store)) == 4
+        other.kill()
+        other.wait()
+    store.gc(max_bytes=0)
+    assert blobs(store) == []
+
+
+def test_young_files_that_nothing_needs_stay(store: Store) -> None:
+    blob = store.put(b"who wrote this may be about to name it")
+    (store.layout.tmp / "young").write_bytes(b"")
+    (store.layout.tmp / "old").write_bytes(b"")
+    age(store.layout.tmp / "old", 2)
+    store.gc()
+    assert store.get(blob)
+    assert [path.name for path in store.layout.tmp.iterdir()] == ["young"]
+
+
+def test_a_blob_that_is_put_again_is_young_again(store: Store) -> None:
+    path = store.layout.blob(store.put(b"data"))
+    age(path, 99)
+    store.put(b"data")
+    store.gc()
+    assert path.exists()
+
+
+def test_a_clock_set_back_does_no_harm(store: Store, three: dict[str, program.Manifest]) -> None:
+    used(store, three["new"], -1000)
+    for path in blobs(store):
+        age(path, -1000)
+    store.put(b"unneeded")
+    assert store.gc(max_age=0.5 * HOUR).manifests == [f"{three[name].key}/rank0" for name in ("old", "middle")]
+    assert program.load(store, three["new"]) == program.members("new")
+    store.use(three["new"])
+    path = store.layout.manifest(three["new"].key, "rank0")
+    assert abs(path.stat().st_mtime - time.time()) < HOUR
+
+
+def test_everything_in_the_future_still_goes_for_its_size(store: Store, three: dict[str, program.Manifest]) -> None:
+    for manifest in three.values():
+        used(store, manifest, -1000)
+    assert len(store.gc(max_bytes=0).manifests) == 3
+
+
+def test_remove_takes_a_prefix_and_leaves_what_others_need(store: Store, three: dict[str, program.Manifest]) -> None:
+    removed = store.remove(three["old"].key[:12])
+    assert removed.manifests == [f"{three['old'].key}/rank0"]
+    assert removed.freed > 3000
+    assert names(store) == {"middle", "new"}
+    assert len(blobs(store)) == 7
+    assert store.verify() == []
+    assert not store.layout.manifest(three["old"].key, "rank0").parent.exists()
+    assert store.remove("0" * 64).manifests == []
+
+
+def test_damaged_manifests_and_strange_files_can_go(store: Store, three: dict[str, program.Manifest]) -> None:
+    store.layout.manifest(three["old"].key, "rank0").write_bytes(b"garbage")
+    linked = store.layout.manifest(three["middle"].key, "rank0")
+    linked.unlink()
+    linked.symlink_to(store.layout.manifest(three["new"].key, "rank0"))
+    (store.layout.blobs / "ab").mkdir(exist_ok=True)
+    (store.layout.blobs / "ab" / "stranger").write_bytes(b"")
+    (store.layout.manifests / "stranger").write_bytes(b"")
+    (store.layout.locks / "stranger.lock").mkdir()
+    for path in store.root.rglob("*"):
+        os.utime(path, (0, 0), follow_symlinks=False)
+    store.gc()
+    assert len(blobs(store)) == 4
+    assert len(store.remove(three["old"].key).manifests) == 1
+    assert len(store.remove(three["middle"].key).manifests) == 1
+    assert program.load(store, three["new"]) == program.members("new")
+    assert store.verify() == []
+
+
+def test_a_manifest_of_a_newer_format_keeps_its_blobs(store: Store) -> None:
+    blob = store.put(b"data of a newer version")
+    path = store.layout.manifest("0" * 64, "rank0")
+    path.parent.mkdir()
+    path.write_text('{"format": 2, "needs": ["%s"]}' % blob.digest)  # noqa: UP031 - braces
+    age(store.layout.blob(blob), 99)
+    store.gc()
+    assert store.get(blob)
+    assert store.gc(max_bytes=0).manifests == ["0" * 64 + "/rank0"]
+    assert blobs(store) == []
+
+
+def test_locks_of_entries_that_are_gone_go_too(store: Store, three: dict[str, program.Manifest]) -> None:
+    for key in (three["new"].key, "0" * 64, "1" * 64):
+        with store.writer(key, 5):
+            pass
+        age(store.layout.lock(key), 99)
+    with store.writer("2" * 64, 5):
+        pass
+    store.gc()
+    left = {path.stem for path in store.layout.locks.iterdir()}
+    assert left == {"store", three["new"].key, "2" * 64}

@@ -1,0 +1,196 @@
+"""A model's place in the store: its key, what is there for it, and who may write it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from vllm_compile_ext import envs, platforms
+from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, summary
+from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest
+from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
+
+logger = logging.getLogger(__name__)
+
+_store: Store | None = None
+_opened: Path | None = None
+
+
+def store() -> Store | None:
+    """The store of this process; None, after one line that says why, where there is none to be used."""
+    global _store, _opened
+    import vllm.envs
+
+    if vllm.envs.VLLM_DISABLE_COMPILE_CACHE:
+        return None
+    folder = envs.store()
+    if folder != _opened:
+        _opened, _store = folder, None
+        limit = envs.load().VLLM_COMPILE_STORE_MAX_GB
+        try:
+            _store = Store.open(folder, int(limit * 2**30) if limit else None)
+        except UnsafeStoreError as error:
+            logger.warning("every start compiles, nothing is read or kept: %s", error)
+        except OSError as error:
+            logger.warning("every start compiles: the store %s cannot be opened (%s)", folder, error)
+    return _store
+
+
+class Entry:
+    """What the store has for one model, as it is configured now.
+
+    shard: ranks have equal keys and each its own entry, since a rank may hold other layers and other constants.
+    """
+
+    def __init__(self, store: Store, model: Any) -> None:
+        from vllm_compile_ext.compilation.factors import factors
+
+        config = model.vllm_config
+        parallel = config.parallel_config
+        self.store = store
+        self.factors = factors(config, model)
+        self.key = key_of(self.factors)
+        # Data parallel ranks run the same code, unless experts are spread over them.
+        expert = f"_dp{parallel.data_parallel_index}" if parallel.enable_expert_parallel else ""
+        self.shard = f"rank{parallel.rank}{expert}"
+        self.tag = f"[{getattr(model, '_compile_tag', '')}] "
+        name = getattr(config.model_config, "model", "") or ""
+        self.model = f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip()
+        self._claim = ExitStack()
+
+    def find(self) -> Manifest | None:
+        """The entry, when there is one and the sources that it was made from are the ones here."""
+        found = self.store.find(self.key, self.shard)
+        return None if found is None or changed_sources(found.sources) else found
+
+    def miss(self) -> str:
+        """Why there is no entry, in a line; recorded for ``vllm-compile-ext explain miss``."""
+        from vllm_compile_ext.artifacts import misses
+
+        found = self.store.find(self.key, self.shard)
+        changes: list[Change] | None
+        if found is not None:
+            changes = changed_sources(found.sources)
+        else:
+            programs = [m for m in self.store.manifests() if m.kind == "program"]
+            mine = [m for m in programs if m.shard == self.shard and _same_class(m, self.factors)]
+            nearest = closest(self.factors, mine or programs)
+            found, changes = nearest if nearest else (None, None)
+        if self.store.writable:
+            try:
+                misses.record(
+                    self.store.layout,
+                    key=self.key,
+                    shard=self.shard,
+                    model=self.model,
+                    factors=self.factors,
+                    closest_key=found.key if found else None,
+                    changes=changes or [],
+                )
+            except OSError as error:
+                logger.debug("the miss was not recorded: %s", error)
+        return summary(changes)
+
+    def claim(self) -> bool:
+        """Become the one process that compiles this entry; True when another one was waited for and may have done it."""
+        if not self.store.writable:
+            return False
+        name = key_of({"key": self.key, "shard": self.shard})
+        if self._claim.enter_context(self.store.writer(name, 0)):
+            return False
+        self.release()
+        bound = envs.load().VLLM_COMPILE_WAIT
+        logger.info("%sanother process compiles this model: waiting for it, at most %d s", self.tag, bound)
+        self._claim.enter_context(self.store.writer(name, bound))
+        return True
+
+    def release(self) -> None:
+        """Let others write."""
+        self._claim.close()
+
+    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str], about: Mapping[str, str]) -> Manifest:
+        """Write the entry.  Raises `OSError`."""
+        made = Manifest(
+            kind="program",
+            key=self.key,
+            shard=self.shard,
+            model=self.model,
+            created=time.time(),
+            platform=platforms.name(),
+            factors=self.factors,
+            sources=dict(sources),
+            members=dict(members),
+            about=dict(about),
+        )
+        self.store.commit(made)
+        return made
+
+
+def _same_class(manifest: Manifest, factors: Mapping[str, str]) -> bool:
+    return manifest.factors.get("class") == factors.get("class")
+
+
+NAME = "_compile_ext_entry"  # the attribute of a model that holds its entry while it compiles
+
+
+def of(model: Any) -> Entry | None:
+    """The place of `model`; None where compiled code is not kept."""
+    found = store()
+    return Entry(found, model) if found is not None else None
+
+
+def release(model: Any) -> Entry | None:
+    """Let others write the entry of `model`, and return it."""
+    entry: Entry | None = model.__dict__.pop(NAME, None)
+    if entry is not None:
+        entry.release()
+    return entry
+
+
+def is_new(model: Any) -> bool:
+    """Whether the store has nothing for models of this class: a guess, made before the key can be known."""
+    found = store()
+    name = f" {type(model).__qualname__}"
+    return found is None or not any(m.kind == "program" and name in m.model for m in found.manifests())
+
+
+def sources_of(compiled: Any) -> dict[str, str]:
+    """Module -> blake3 of its source, for all that Dynamo read (`torch._dynamo.package.SourceInfo`, torch 2.13.0)."""
+    return {source.module: digest(source.content.encode()) for source in compiled.source_info().inlined_sources}
+
+
+def changed_sources(sources: Mapping[str, str]) -> list[Change]:
+    """Modules whose source is not what it was."""
+    now = {name: _source(name) for name in sources}
+    return [Change(f"source of {c.name}", c.old and c.old[:12], c.new and c.new[:12]) for c in difference(sources, now)]
+
+
+def source_files(sources: Mapping[str, str]) -> list[str]:
+    """The files of the modules."""
+    return [str(path) for path in map(_file, sources) if path is not None]
+
+
+def _file(module: str) -> Path | None:
+    loaded = sys.modules.get(module)
+    name = getattr(loaded, "__file__", None)
+    if loaded is None:
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            return None
+        name = spec.origin if spec is not None else None
+    return Path(name) if name else None
+
+
+def _source(module: str) -> str:
+    path = _file(module)
+    try:
+        return digest(path.read_text().encode()) if path is not None else "none"
+    except (OSError, UnicodeDecodeError):
+        return "unreadable"

@@ -1,0 +1,98 @@
+"""Each distinct piece is compiled by one process of the machine; the others load it.
+
+Ranks of one model compile at the same time.  Whoever comes first to a piece takes its lock and compiles it, the others
+go on to the next one and come back.  A process waits only when it has nothing left to compile and holds no lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from vllm_compile_ext import envs, platforms
+from vllm_compile_ext.artifacts.files import DamagedError
+from vllm_compile_ext.artifacts.key import key_of
+from vllm_compile_ext.artifacts.manifest import Blob, Manifest
+from vllm_compile_ext.compilation import program
+from vllm_compile_ext.compilation.entry import Entry
+
+logger = logging.getLogger(__name__)
+
+SHARD = "piece"
+
+
+class Shared:
+    """The distinct pieces of one model in the store.
+
+    fingerprints: one a piece, None where a piece is like no other.  entry: None where nothing is kept.
+    kept: piece -> compile range -> members, of those that are in the store.
+    """
+
+    def __init__(self, entry: Entry | None, fingerprints: Sequence[str | None]) -> None:
+        self.entry = entry
+        self.keys = [f and entry and key_of({"program": entry.key, "piece": f}) for f in fingerprints]
+        self.kept: dict[int, dict[str, dict[str, Blob]]] = {}
+        self.loaded = 0
+        self._locks = ExitStack()
+
+    def load(self, number: int) -> dict[str, Callable[..., Any]] | None:
+        """Compile range -> the compiled piece, when the store has it."""
+        key = self.keys[number]
+        found = self.entry.store.find(key, SHARD) if self.entry and key else None
+        if found is None or self.entry is None:
+            return None
+        members: dict[str, dict[str, Blob]] = {}
+        for name, blob in found.members.items():
+            shape, _, rest = name.partition("/")
+            members.setdefault(shape, {})[rest] = blob
+        try:
+            runnables = {s: program.get_piece(self.entry.store, parts["code"]) for s, parts in members.items()}
+        except (DamagedError, KeyError) as error:
+            logger.warning("compiling one piece again: %s", error)
+            return None
+        self.entry.store.use(found)
+        self.kept[number] = members
+        self.loaded += 1
+        return runnables
+
+    def claim(self, number: int, *, wait: bool) -> bool:
+        """Take the lock of a piece, and `wait` for who has it; True when this process is to compile it.
+
+        Without a lock it compiles it too, when `wait` is set: then it took longer than it should.
+        """
+        key = self.keys[number]
+        if self.entry is None or key is None or not self.entry.store.writable:
+            return True
+        bound = envs.load().VLLM_COMPILE_WAIT if wait else 0
+        return self._locks.enter_context(self.entry.store.writer(key, bound)) or wait
+
+    def keep(self, number: int, piece: Any) -> None:
+        """Write a piece that this process compiled (upstream's `PiecewiseBackend`); a failure costs a line."""
+        key = self.keys[number]
+        if self.entry is None or key is None or not self.entry.store.writable:
+            return
+        try:
+            members = program.put_piece(self.entry.store, piece)
+            self.entry.store.commit(
+                Manifest(
+                    kind="piece",
+                    key=key,
+                    shard=SHARD,
+                    model=self.entry.model,
+                    created=time.time(),
+                    platform=platforms.name(),
+                    factors={"program": self.entry.key},
+                    sources={},
+                    members={f"{shape}/{name}": blob for shape, parts in members.items() for name, blob in parts.items()},
+                )
+            )
+            self.kept[number] = members
+        except OSError as error:
+            logger.warning("piece %d is not shared: the store cannot be written (%s)", number, error)
+
+    def release(self) -> None:
+        """Let other processes have the pieces that this one has kept."""
+        self._locks.close()
