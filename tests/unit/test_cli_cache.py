@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests import process
 from tests.unit.artifacts import bundles
+from vllm_compile_ext import platforms
 from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.artifacts.key import difference, key_of
 from vllm_compile_ext.artifacts.store import Store
@@ -28,6 +29,7 @@ PIECE = key_of({"piece": "0"})
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(platforms, "possible", lambda: {bundles.PLATFORM})
     return bundles.filled(tmp_path / "store")
 
 
@@ -63,7 +65,7 @@ def test_ls_lists_models_by_last_use_and_counts_pieces(store: Store) -> None:
     assert qwen == [QWEN[:12], "qwen", "1", "660", "bytes", "2023-11-14", "in", "use"]
     assert llama[:3] == [LLAMA[:12], "llama", "2"]
     assert llama[-3:] == ["3", "d", "ago"]
-    assert pieces[:2] == ["1", "piece"]
+    assert pieces[:3] == ["1", "shared", "piece,"]
     assert total[:2] == _store.size(store.size()).split()
 
 
@@ -185,8 +187,8 @@ def test_verify_of_a_damaged_blob_that_no_entry_needs(store: Store) -> None:
 
 def test_gc_by_size(store: Store) -> None:
     aged(store, 1, LLAMA)
-    limit = (store.size() - 1000) / 1e9
-    text = cli("cache", "gc", "--max-gb", f"{limit:.9f}")
+    limit = (store.size() - 1000) / 2**30
+    text = cli("cache", "gc", "--max-gb", f"{limit:.12f}")
     assert f"removed {LLAMA}/rank0" in text
     assert {entry.key for entry in store.manifests()} == {QWEN, PIECE}
 
@@ -259,14 +261,17 @@ def test_pack_and_unpack_as_json(store: Store, tmp_path: Path) -> None:
     assert packed["file_size"] == out.stat().st_size
 
 
-def test_unpack_for_another_platform(store: Store, tmp_path: Path) -> None:
+def test_unpack_for_another_platform(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("cache", "pack", tmp_path / "out")
     there = Store.open(tmp_path / "there")
-    bundles.entry(there, "gpu", platform="linux-x86_64 cuda sm_90")
     unpack = ["cache", "unpack", tmp_path / "out", "--allow-unsigned", "--store", there.root]
-    assert "this machine is linux-x86_64 cuda sm_90: --any-platform" in cli(*unpack, code=1)
+    monkeypatch.setattr(platforms, "possible", lambda: {"mars"})
+    assert "this machine is mars: for another one use --any-platform" in cli(*unpack, code=1)
+    assert list(there.manifests()) == []
     cli(*unpack, "--any-platform")
-    assert len(list(there.manifests())) == 5
+    assert len(list(there.manifests())) == 4
+    monkeypatch.setattr(platforms, "possible", lambda: None)  # unknown: nothing that is unpacked can be found there
+    cli(*unpack)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +292,15 @@ def test_errors_are_one_line(store: Store, args: list[str], problem: str) -> Non
     assert problem in text
     assert text.startswith("vllm-compile-ext: ")
     assert text.count("\n") == 1
+
+
+def test_a_bundle_cannot_speak_to_the_terminal(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cli("cache", "pack", out)
+    out.write_bytes(bundles.with_index(out.read_bytes(), bundles.index(out.read_bytes()) | {"\x1b[2J": 1}))
+    text = cli("cache", "unpack", out, "--allow-unsigned", code=1)
+    assert "unknown field" in text
+    assert "\x1b" not in text
 
 
 # --- explain miss
@@ -337,17 +351,9 @@ def test_long_values_are_shown_where_they_differ(store: Store, monkeypatch: pyte
 # --- all of them
 
 
-def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLLM_COMPILE_STORE", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert _store.folder(None) == Path("~/.cache/vllm/compile_store")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert _store.folder(None) == Path("/xdg/vllm/compile_store")
-    monkeypatch.setenv("VLLM_CACHE_ROOT", "/root")
-    assert _store.folder(None) == Path("/root/compile_store")
-    monkeypatch.setenv("VLLM_COMPILE_STORE", "/set")
-    assert _store.folder(None) == Path("/set")
-    assert _store.folder(Path("/given")) == Path("/given")
+def test_a_limit_that_is_none(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_STORE_MAX_GB", "many")
+    assert "VLLM_COMPILE_STORE_MAX_GB='many' is not allowed" in cli("cache", "gc", code=1)
 
 
 COMMANDS = [

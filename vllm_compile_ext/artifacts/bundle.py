@@ -183,12 +183,12 @@ def unpack(
     trust: Sequence[Ed25519PublicKey] = (),
     *,
     allow_unsigned: bool = False,
-    platform: str | None = None,
+    platforms: Collection[str] | None = None,
 ) -> Bundle:
     """Put what is in the bundle `file` into the store, after all of it was checked.
 
     trust: whose signatures count; allow_unsigned: whether a bundle with none of theirs is unpacked too.
-    platform: the only one whose code is wanted, None for any.
+    platforms: those whose code is wanted, None for all.
     Raises `BundleError`, or `OSError` as it comes (full disk, read-only), and then the store has no entry of the bundle
     that it did not have before.
     """
@@ -199,7 +199,7 @@ def unpack(
             raise BundleError(f"{file} was not unpacked: another process is removing things from {store.root}")
         try:
             source = _Source(archive.Reader(opened))
-            index, signed_by = _open(source, trust, allow_unsigned=allow_unsigned, platform=platform)
+            index, signed_by = _open(source, trust, allow_unsigned=allow_unsigned, platforms=platforms)
             _fill(store, source, index)
         except (ArchiveError, SignError) as error:
             raise BundleError(f"{file} {error}; nothing of it was unpacked") from error
@@ -239,7 +239,7 @@ class _Source:
 
 
 def _open(
-    source: _Source, trust: Sequence[Ed25519PublicKey], *, allow_unsigned: bool, platform: str | None
+    source: _Source, trust: Sequence[Ed25519PublicKey], *, allow_unsigned: bool, platforms: Collection[str] | None
 ) -> tuple[Index, str | None]:
     """The index, and the name of the key that signed it, when both may be used."""
     data = source.head("index.json", INDEX_MAX)
@@ -257,10 +257,9 @@ def _open(
         raise
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ArchiveError(f"has an index that is not allowed ({error})") from error
-    if platform not in (None, index.platform):
-        raise ArchiveError(
-            f"is for {index.platform}, this machine is {platform}: --any-platform unpacks it for another machine"
-        )
+    if platforms is not None and index.platform not in platforms:
+        here = " or ".join(sorted(platforms))
+        raise ArchiveError(f"is for {index.platform}, this machine is {here}: for another one use --any-platform")
     return index, signed_by
 
 
@@ -328,7 +327,7 @@ def _manifest(data: bytes, entry: Entry, index: Index) -> Manifest:
     if (found.key, found.shard) != (entry.key, entry.shard):
         raise ArchiveError(f"has the manifest of another entry as {entry.name!r}")
     if found.platform != index.platform:
-        raise ArchiveError(f"has a member {entry.name!r} for {found.platform}, but says it is for {index.platform}")
+        raise ArchiveError(f"has a member {entry.name!r} for {found.platform!r}, but says it is for {index.platform!r}")
     if missing := set(found.members.values()) - set(index.blobs):
         raise ArchiveError(f"lacks {len(missing)} blobs of {entry.name!r}")
     return found

@@ -59,7 +59,7 @@ def record(
         model=model,
         factors=dict(factors),
         closest=closest_key,
-        changes=None if changes is None else list(changes),
+        changes=None if closest_key is None else list(changes or ()),
     )
     old = _numbered(layout)
     number = old[0][0] + 1 if old else 0

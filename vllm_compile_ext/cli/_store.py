@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import typer
 from rich import filesize
 from rich.console import Console
 
+from vllm_compile_ext import envs
 from vllm_compile_ext.artifacts.bundle import BundleError
 from vllm_compile_ext.artifacts.manifest import ManifestError
 from vllm_compile_ext.artifacts.sign import SignError
@@ -38,27 +37,20 @@ class UserError(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
-def folder(given: Path | None) -> Path:
-    """Where the store is."""
-    if given is not None:
-        return given
-    if set_to := os.environ.get("VLLM_COMPILE_STORE"):
-        return Path(set_to)
-    # As vllm/envs.py has it (0.32.0).
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("VLLM_CACHE_ROOT") or Path(caches, "vllm")) / "compile_store"
+_EXPECTED = (
+    *(UserError, envs.EnvError, UnsafeStoreError, BundleError, SignError),
+    *(ManifestError, DamagedError, OSError),
+)
 
 
 def open_store(given: Path | None, *, make: bool = False) -> Store:
-    """The store, with nothing in it when there is none; `make` makes one then.  Raises `UnsafeStoreError`."""
-    root = folder(given).expanduser().absolute()
-    return Store.open(root) if make or root.exists() else Store(root, None, writable=False)
+    """The store, with nothing in it when there is none; `make` makes one then.
 
-
-def local_platform(store: Store) -> str | None:
-    """What manifests call the platform of this machine: so far, what most entries of its store are for."""
-    found = Counter(entry.platform for entry in store.manifests()).most_common(1)
-    return found[0][0] if found else None
+    Raises `UnsafeStoreError`, and `envs.EnvError` when its limit cannot be read.
+    """
+    root = given.expanduser().absolute() if given is not None else envs.store()
+    limit = envs.load().VLLM_COMPILE_STORE_MAX_GB * 2**30 or None
+    return Store.open(root, limit) if make or root.exists() else Store(root, limit, writable=False)
 
 
 def files(store: Store) -> list[Path]:
@@ -89,8 +81,8 @@ def errors() -> Iterator[None]:
     """What goes wrong inside ends the command with one line and exit status 1."""
     try:
         yield
-    except (UserError, BundleError, DamagedError, ManifestError, SignError, UnsafeStoreError, OSError) as error:
-        typer.echo(f"vllm-compile-ext: {error}", err=True)
+    except _EXPECTED as error:
+        typer.echo(plain(f"vllm-compile-ext: {error}"), err=True)
         raise typer.Exit(1) from error
 
 

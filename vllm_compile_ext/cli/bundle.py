@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_compile_ext import platforms
 from vllm_compile_ext.artifacts import bundle, sign
 from vllm_compile_ext.artifacts.bundle import Bundle
 from vllm_compile_ext.cli import _store
@@ -58,9 +59,9 @@ def unpack(
     """Put what `pack` wrote into the store, after its signature and all digests were checked."""
     with _store.errors():
         opened = _store.open_store(store, make=True)
-        platform = None if any_platform else _store.local_platform(opened)
+        wanted = None if any_platform else platforms.possible()
         keys = [sign.public_key(path) for path in trust or ()]
-        made = bundle.unpack(opened, file, keys, allow_unsigned=allow_unsigned, platform=platform)
+        made = bundle.unpack(opened, file, keys, allow_unsigned=allow_unsigned, platforms=wanted)
         _report("unpacked", file, made, as_json=as_json)
 
 

@@ -98,7 +98,7 @@ def ls(
             out.print(_listing(listed, kinds=pieces))
         if folded:
             out.print(
-                f"{_store.count(len(folded), 'piece')} of models, {_store.size(sum(i.size for i in folded))} "
+                f"{_store.count(len(folded), 'shared piece')}, {_store.size(sum(i.size for i in folded))} "
                 "(--pieces lists them)"
             )
         if unreadable:
@@ -223,7 +223,10 @@ def _advice(keys: list[str]) -> str:
 
 def gc(
     max_gb: Annotated[
-        float | None, typer.Option(min=0, help="Keep at most this much, in GB.", show_default=False)
+        float | None,
+        typer.Option(
+            min=0, help="Keep at most this many GiB instead of VLLM_COMPILE_STORE_MAX_GB.", show_default=False
+        ),
     ] = None,
     max_age: Annotated[
         float | None, typer.Option(min=0, metavar="DAYS", help="Keep what was used since.", show_default=False)
@@ -234,7 +237,7 @@ def gc(
     """Remove the least recently used entries, and what no entry needs; nothing that is in use."""
     with _store.errors():
         opened = _store.open_store(store)
-        limit = None if max_gb is None else int(max_gb * 1e9)
+        limit = None if max_gb is None else int(max_gb * 2**30)
         seconds = None if max_age is None else max_age * 86400
         removed = opened.gc(limit, seconds) if opened.root.exists() else Removed([], [], 0)
         _report(removed, as_json=as_json)

@@ -332,16 +332,33 @@ def test_what_only_looks_like_a_group_is_carried_as_it_is(store: Store, target: 
 
 def test_another_platform(store: Store, target: Store, out: Path) -> None:
     made = pack(store, out)
-    with pytest.raises(BundleError, match="is for linux-x86_64 cpu AVX2, this machine is mars: --any-platform"):
-        unpack(target, out, allow_unsigned=True, platform="mars")
+    with pytest.raises(
+        BundleError,
+        match="is for linux-x86_64 cpu AVX2, this machine is mars or moon: for another one use --any-platform",
+    ):
+        unpack(target, out, allow_unsigned=True, platforms={"mars", "moon"})
     assert bundles.content(target) == {}
-    assert unpack(target, out, allow_unsigned=True, platform=bundles.PLATFORM) == made
+    assert unpack(target, out, allow_unsigned=True, platforms={"mars", bundles.PLATFORM}) == made
 
 
 def test_a_store_that_cannot_be_written(store: Store, target: Store, out: Path) -> None:
     pack(store, out)
     with pytest.raises(BundleError, match="target cannot be written"):
         unpack(Store(target.root, None, writable=False), out, allow_unsigned=True)
+
+
+def test_a_disk_that_is_too_small(disk: Path, out: Path, tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "large")
+    for number in range(8):
+        bundles.entry(store, f"model {number}", members={"plan": store.put(os.urandom(200_000))})
+    pack(store, out)
+    target = Store.open(disk / "target")
+    with pytest.raises(OSError, match="No space left"):
+        unpack(target, out, allow_unsigned=True)
+    assert bundles.content(target) == {}
+    pack(store, out, {next(store.manifests()).key})
+    unpack(target, out, allow_unsigned=True)
+    assert target.verify() == []
 
 
 def test_a_store_that_is_being_cleaned(store: Store, target: Store, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,9 +344,9 @@ def test_a_manifest_of_another_entry(target: Store, good: bytes) -> None:
 
 
 def test_a_manifest_for_another_platform(target: Store, good: bytes) -> None:
-    assert "for mars, but says it is for" in refused(target, forged(good, platform="mars"))
+    assert "for 'mars', but says it is for" in refused(target, forged(good, platform="mars"))
     changed = bundles.index(good) | {"platform": "mars"}
-    assert "but says it is for mars" in refused(target, bundles.with_index(good, changed), platform="mars")
+    assert "but says it is for 'mars'" in refused(target, bundles.with_index(good, changed), platforms={"mars"})
 
 
 def test_a_manifest_whose_blobs_are_missing(target: Store, good: bytes) -> None:
