@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,8 @@ class Fork:
     def kill(self) -> None:
         """As if the machine had lost power: the process and the compilers it started."""
         for kill, target in ((os.killpg, self.pid), (os.kill, self.pid)):
-            try:
+            with suppress(ProcessLookupError):
                 kill(target, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def end(self) -> Ended:
         _, status = os.waitpid(self.pid, 0)

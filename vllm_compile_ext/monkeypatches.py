@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_compile_ext import envs, platforms, swap
+from vllm_compile_ext import envs, jit_caches, platforms, swap
 
 Undo = Callable[[], None]
 
@@ -133,6 +133,11 @@ OFF = (
         "our variables must not change the compile cache key of stock vLLM",
         lambda: _cache_key(active=False),
     ),
+    Change(
+        "os.environ: variables of JIT caches",
+        "where the plugin is off, what a parent process with the plugin set of them is taken away",
+        lambda: jit_caches.settle(active=False),
+    ),
 )
 ACTIVE = (
     *ALWAYS,
@@ -146,6 +151,12 @@ ACTIVE = (
         "vllm.platforms.cpu.CpuPlatform.check_and_update_config",
         "the compilation mode that the user asked for survives on CPU",
         platforms.keep_mode_on_cpu,
+    ),
+    Change(
+        f"os.environ: {', '.join(cache.variable for cache in jit_caches.CACHES)}",
+        "kernels that are compiled while serving starts are kept in one place under the store, where the next start "
+        "finds them; what the user set stays, and with VLLM_DISABLE_COMPILE_CACHE=1 nothing is set (jit_caches.py)",
+        lambda: jit_caches.settle(active=True),
     ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
     Change(

@@ -74,7 +74,8 @@ TOYS = (
             os.environ.update(env)
             model = toys.build(kind, toys.config(root))
             off = toys.off(model)
-            return [off, counter.num_aot_artifacts_loaded, counter.num_inductor_compiles, counter.num_aot_artifacts_saved]
+            compiled, saved = counter.num_inductor_compiles, counter.num_aot_artifacts_saved
+            return [off, counter.num_aot_artifacts_loaded, compiled, saved]
         return forks.Fork(function)
 
     def trial(root, **env):
@@ -123,21 +124,23 @@ TOYS = (
     ended = forks.run(deleted_while_serving)
     out["deleted"] = [ended.status, ended.value, told(ended)]
 
+    def fill(disk, free):
+        handle = os.open(disk / "filler", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        try:
+            while os.write(handle, bytes(4096)):
+                pass
+        except OSError:
+            pass
+        os.ftruncate(handle, max(0, os.fstat(handle).st_size - free * 1024))
+        os.close(handle)
+
     disk = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     if disk is not None:
         os.environ["VLLM_COMPILE_STORE"] = str(disk / "store")
-        (disk / "filler").write_bytes(bytes(1))
         out["filled"] = []
         for free in (0, 8, 40, 90):  # KiB
             shutil.rmtree(disk / "store", ignore_errors=True)
-            with open(disk / "filler", "wb") as file:
-                try:
-                    while file.write(bytes(4096)):
-                        file.flush()
-                except OSError:
-                    pass
-            with open(disk / "filler", "r+b") as file:
-                file.truncate(os.path.getsize(disk / "filler") - free * 1024)
+            fill(disk, free)
             out["filled"].append(trial("elsewhere"))
         (disk / "filler").unlink()
         out["room again"] = [trial("elsewhere"), trial("elsewhere")]
@@ -206,7 +209,7 @@ def test_every_manifest_damaged(toy: dict[str, Any], damage: str) -> None:
     trial = toy[f"manifests {damage}"]
     right(trial)
     assert trial[1][1:3] == [0, 3]
-    assert any("manifests" in line for line in trial[2])
+    assert len(trial[2]) == 4 + (damage == "folder"), "a line for each manifest, and one where it cannot be replaced"
 
 
 def test_eight_cold_starts_at_once(toy: dict[str, Any]) -> None:
@@ -250,7 +253,7 @@ def test_a_full_disk(toy: dict[str, Any]) -> None:
     for trial in toy["filled"]:
         right(trial)
         assert trial[1][1:] == [0, 3, 0]
-        assert len(trial[2]) in (1, 2, 3, 4), "it is said, and not at length"
+        assert len(trial[2]) == 1, "it is said, and not at length"
     for trial, kept in zip(toy["room again"], ([0, 3, 1], [1, 0, 0]), strict=True):
         right(trial)
         assert trial[1][1:] == kept

@@ -51,3 +51,14 @@ def test_strict_does_not_depend_on_the_other_variables(monkeypatch: pytest.Monke
 def test_the_docs_page_is_the_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "environment.md"
     assert page.read_text() == markdown(), "run: vllm-compile-ext env --markdown > docs/environment.md"
+
+
+def test_a_folder_is_kept_as_text() -> None:
+    assert envs.load({}).VLLM_COMPILE_STORE == ""
+    assert envs.load({"VLLM_COMPILE_STORE": "~/A b"}).VLLM_COMPILE_STORE == "~/A b"
+    (row,) = (row for row in envs.table() if row.name == "VLLM_COMPILE_STORE")
+    assert (row.default, row.in_key) == ("compile_store in vLLM's cache root", False)
+
+
+def test_values_are_written_as_one_would_set_them() -> None:
+    assert [envs.text(value) for value in (True, False, 3, "/a")] == ["1", "0", "3", "/a"]

@@ -49,6 +49,7 @@ class Store:
         self.writable = writable
         self.layout = Layout(root)
         self._grown = False  # something was committed since the last `gc`
+        self._told: set[Path] = set()  # manifests that a warning named
 
     @classmethod
     def open(cls, root: Path, max_bytes: int | None = None) -> Store:
@@ -77,7 +78,9 @@ class Store:
         except MissingError:
             return None
         except DamagedError as error:
-            logger.warning("%s; it is not used", error)
+            if error.path not in self._told:
+                logger.warning("%s; it is not used", error)
+            self._told.add(error.path)
             return None
 
     def manifests(self) -> Iterator[Manifest]:
@@ -157,6 +160,8 @@ class Store:
             left = max(0.0, deadline - time.monotonic())
             return held.enter_context(locks.locked(self.layout.store_lock, exclusive=False, timeout=left))
         except Timeout:
+            if timeout == 0:  # only asked
+                return False
             logger.warning("another process has been writing %s for over %g s: not waiting for it", key, timeout)
         except OSError as error:
             logger.warning("the store %s cannot be locked: %s", self.root, error)

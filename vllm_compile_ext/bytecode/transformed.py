@@ -47,7 +47,7 @@ class Transformed:
         space |= {alias: _find(*place) for alias, place in self.named.items()}
         space |= self.plain | dict(around) | {self.backend: compiled}
         made = FunctionType(self.code, space, argdefs=self.defaults)
-        made.__kwdefaults__ = self.kwdefaults  # type: ignore[assignment] # None is allowed
+        made.__kwdefaults__ = self.kwdefaults
         return made
 
 

@@ -67,7 +67,10 @@ def _load(entry: Entry, model: Any, path: Path) -> Any | None:
 
     try:
         with monitor_torch_compile(
-            model.vllm_config, is_encoder=model._is_encoder, tag=getattr(model, "_compile_tag", ""), announce_start=False
+            model.vllm_config,
+            is_encoder=model._is_encoder,
+            tag=getattr(model, "_compile_tag", ""),
+            announce_start=False,
         ):
             manifest = entry.find()
             if manifest is None:

@@ -98,7 +98,7 @@ class Entry:
         return summary(changes)
 
     def claim(self) -> bool:
-        """Become the one process that compiles this entry; True when another one was waited for and may have done it."""
+        """Become the one process that compiles this entry; True when another was waited for and may have done it."""
         if not self.store.writable:
             return False
         name = key_of({"key": self.key, "shard": self.shard})

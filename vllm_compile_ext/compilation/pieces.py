@@ -124,7 +124,10 @@ def _without_paths(path: Path) -> bytes:
     strip = shutil.which("strip")
     out = path.with_suffix(".stripped")
     sections = ("--remove-section=.note.gnu.build-id", "--remove-section=.comment")
-    if strip and subprocess.run([strip, "--strip-all", *sections, "-o", out, path], capture_output=True).returncode == 0:
+    if (
+        strip
+        and subprocess.run([strip, "--strip-all", *sections, "-o", out, path], capture_output=True).returncode == 0
+    ):
         return out.read_bytes()
     return path.read_bytes()
 
@@ -141,7 +144,8 @@ def _map(data: bytes) -> Any:
         )
         path = _memory_file(data)
         spec = importlib.util.spec_from_loader(name, importlib.machinery.ExtensionFileLoader(name, path))
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[name] = module
@@ -155,7 +159,7 @@ def _memory_file(data: bytes) -> str:
         path = f"/proc/self/fd/{descriptor}"
     else:
         descriptor, path = tempfile.mkstemp(suffix=".so")
-    with open(descriptor, "wb", closefd=False) as file:  # noqa: PTH123 - a descriptor, not a path
+    with open(descriptor, "wb", closefd=False) as file:
         file.write(data)
     return path
 
@@ -191,9 +195,10 @@ def _binary(result: Any) -> bytes:
     from torch._inductor.runtime.runtime_utils import triton_hash_to_path_key
 
     suffix = ".hsaco" if torch.version.hip else ".cubin"
-    folder = Path(triton_cache_dir(result.compile_meta.get("device") or 0)) / triton_hash_to_path_key(result.kernel.hash)
+    folder = Path(triton_cache_dir(result.compile_meta.get("device") or 0))
+    path = folder / triton_hash_to_path_key(result.kernel.hash) / f"{result.kernel.name}{suffix}"
     try:
-        return (folder / f"{result.kernel.name}{suffix}").read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise NotFrozen(f"the binary of the Triton kernel {result.kernel.name} is gone ({error})") from None
 

@@ -79,7 +79,8 @@ def get_piece(store: Store, code: Blob) -> Callable[..., Any]:
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
     _into_scratch(kernels)
-    return AOTCompiledArtifact.deserialize(pickle.loads(piece.record))
+    loaded: Callable[..., Any] = AOTCompiledArtifact.deserialize(pickle.loads(piece.record))
+    return loaded
 
 
 def _into_scratch(files: Iterable[tuple[str, bytes]]) -> None:

@@ -33,10 +33,11 @@ class Shared:
 
     def __init__(self, entry: Entry | None, fingerprints: Sequence[str | None]) -> None:
         self.entry = entry
-        self.keys = [f and entry and key_of({"program": entry.key, "piece": f}) for f in fingerprints]
+        self.keys = [key_of({"program": entry.key, "piece": f}) if f and entry else None for f in fingerprints]
         self.kept: dict[int, dict[str, dict[str, Blob]]] = {}
         self.loaded = 0
         self._locks = ExitStack()
+        self._told: set[int] = set()  # pieces that a line was said about
 
     def load(self, number: int) -> dict[str, Callable[..., Any]] | None:
         """Compile range -> the compiled piece, when the store has it."""
@@ -51,7 +52,9 @@ class Shared:
         try:
             runnables = {s: program.get_piece(self.entry.store, parts["code"]) for s, parts in members.items()}
         except (DamagedError, KeyError) as error:
-            logger.warning("compiling one piece again: %s", error)
+            if number not in self._told:
+                logger.warning("compiling one piece again: %s", error)
+            self._told.add(number)
             return None
         self.entry.store.use(found)
         self.kept[number] = members
@@ -70,7 +73,7 @@ class Shared:
         return self._locks.enter_context(self.entry.store.writer(key, bound)) or wait
 
     def keep(self, number: int, piece: Any) -> None:
-        """Write a piece that this process compiled (upstream's `PiecewiseBackend`); a failure costs a line."""
+        """Write a piece that this process compiled (upstream's `PiecewiseBackend`); a failure is not an error."""
         key = self.keys[number]
         if self.entry is None or key is None or not self.entry.store.writable:
             return
@@ -86,12 +89,14 @@ class Shared:
                     platform=platforms.name(),
                     factors={"program": self.entry.key},
                     sources={},
-                    members={f"{shape}/{name}": blob for shape, parts in members.items() for name, blob in parts.items()},
+                    members={
+                        f"{shape}/{name}": blob for shape, parts in members.items() for name, blob in parts.items()
+                    },
                 )
             )
             self.kept[number] = members
         except OSError as error:
-            logger.warning("piece %d is not shared: the store cannot be written (%s)", number, error)
+            logger.debug("piece %d is not shared: %s", number, error)  # saving the model will say it
 
     def release(self) -> None:
         """Let other processes have the pieces that this one has kept."""

@@ -207,6 +207,23 @@ def test_owners_are_found_once() -> None:
     assert bound([], model, [])() == []
 
 
+def test_what_is_no_module_is_walked_each_time() -> None:
+    """vLLM 0.32's CPU layers: packed weights in the closure of a function, which loading weights again replaces."""
+    model = stack()
+
+    def pack(weight: torch.Tensor) -> Any:
+        return lambda x: x @ weight
+
+    lin = model.layers[1].lin
+    lin.packed = pack(lin.weight)
+    prefix = "L['self']._modules['layers']._modules['1']._modules['lin']"
+    read = bound([f"{prefix}.packed.__closure__[0].cell_contents", f"{prefix}.packed"], model, [])
+    assert read()[0] is lin.weight
+    new = torch.zeros(8, 8)
+    lin.packed = pack(new)
+    assert read()[0] is new
+
+
 @pytest.mark.parametrize("expression", ["G['x'].y", "L['a'].f()", "__import__('os')", "L", "L[x].y", "(", "L['a'] + 1"])
 def test_other_expressions_are_refused(expression: str) -> None:
     with pytest.raises(NotOnce):

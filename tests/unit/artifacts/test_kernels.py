@@ -1,0 +1,133 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_compile_ext.artifacts import kernels
+
+PLACES = {
+    "triton": "triton/host/HASH",
+    "flashinfer": "flashinfer/host/.cache/flashinfer/0.7.0/90a/cached_ops/sampling",
+    "deep_gemm": "deep_gemm/cache/kernel.gemm.12ab",
+    "tilelang": "tilelang/host/0.1.12/linux-x86_64/kernels/12ab",
+    "humming": "humming/host/12ab",
+}
+
+
+def make(folder: Path, place: str, hours: float, files: tuple[str, ...] = ("kernel.cubin", "deep/kernel.json")) -> Path:
+    """A kernel whose files hold 100 bytes each and were last written and read `hours` ago."""
+    at = time.time() - hours * 3600
+    for name in files:
+        path = folder / place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 100)
+        for each in (path, path.parent):
+            os.utime(each, (at, at))
+    os.utime(folder / place, (at, at))
+    return folder / place
+
+
+def test_a_kernel_of_every_library_is_found_and_removed_whole(tmp_path: Path) -> None:
+    assert PLACES.keys() == kernels.LAYOUT.keys()
+    made = [make(tmp_path, place, 100) for place in PLACES.values()]
+    other = tmp_path / "flashinfer/host/.cache/flashinfer/0.7.0/90a/flashinfer_jit.log"
+    other.write_bytes(b"x" * 7)
+    assert sorted(kernel.path for kernel in kernels.find(tmp_path)) == sorted(made)
+    assert kernels.size(tmp_path) == 200 * len(made) + 7
+    gone = kernels.trim(tmp_path, max_bytes=0)
+    assert sorted(kernel.path for kernel in gone) == sorted(made)
+    assert all(kernel.size == 200 for kernel in gone)
+    assert kernels.size(tmp_path) == 7
+    assert kernels.find(tmp_path) == []
+
+
+def test_the_longest_unused_go_first_and_only_as_many_as_needed(tmp_path: Path) -> None:
+    for name, hours in (("new", 30), ("old", 50), ("middle", 40)):
+        make(tmp_path, f"triton/host/{name}", hours)
+    assert [k.path.name for k in kernels.trim(tmp_path, max_bytes=450)] == ["old"]
+    assert [k.path.name for k in kernels.trim(tmp_path, max_bytes=200)] == ["middle"]
+    assert kernels.trim(tmp_path, max_bytes=200) == []
+
+
+def test_a_read_counts_as_a_use(tmp_path: Path) -> None:
+    read = make(tmp_path, "triton/host/read", 500)
+    make(tmp_path, "triton/host/unread", 400)
+    os.utime(read / "kernel.cubin", (time.time() - 30 * 3600, (read / "kernel.cubin").stat().st_mtime))
+    assert [k.path.name for k in kernels.find(tmp_path)] == ["unread", "read"]
+
+
+def test_what_was_used_lately_stays_whatever_the_limits(tmp_path: Path) -> None:
+    make(tmp_path, "triton/host/now", 0)
+    make(tmp_path, "triton/host/yesterday", 24.5)  # relatime: perhaps read a moment ago
+    assert kernels.trim(tmp_path, max_bytes=0, max_age=0) == []
+    assert len(kernels.trim(tmp_path, max_bytes=0, spared=3600)) == 1
+
+
+def test_age(tmp_path: Path) -> None:
+    make(tmp_path, "triton/host/old", 100)
+    make(tmp_path, "triton/host/new", 30)
+    assert [k.path.name for k in kernels.trim(tmp_path, max_age=50 * 3600)] == ["old"]
+    assert kernels.trim(tmp_path) == []
+
+
+def test_a_clock_that_was_set_back_removes_nothing(tmp_path: Path) -> None:
+    make(tmp_path, "triton/host/future", -1000)
+    assert kernels.trim(tmp_path, max_bytes=0, max_age=0) == []
+
+
+def test_without_times_of_access_nothing_goes_soon_after_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "triton/host/old", 100)
+    (tmp_path / kernels.STAMP).touch()
+    real = os.statvfs(tmp_path)
+    noatime = os.statvfs_result([*real[:8], real.f_flag | os.ST_NOATIME, real.f_namemax])
+    monkeypatch.setattr(os, "statvfs", lambda _: noatime)
+    assert kernels.trim(tmp_path, max_bytes=0) == []
+    os.utime(tmp_path / kernels.STAMP, (0, time.time() - 2 * 3600))
+    assert len(kernels.trim(tmp_path, max_bytes=0)) == 1
+
+
+def test_what_an_interrupted_removal_left_goes_too(tmp_path: Path) -> None:
+    make(tmp_path, ".leaving-1234", 100)
+    assert len(kernels.trim(tmp_path, max_bytes=0)) == 1
+    assert kernels.size(tmp_path) == 0
+
+
+def test_links_are_neither_followed_nor_removed(tmp_path: Path) -> None:
+    outside = make(tmp_path / "outside", "kernel", 100)
+    (tmp_path / "jit/triton/host").mkdir(parents=True)
+    (tmp_path / "jit/triton/host/link").symlink_to(outside)
+    assert kernels.trim(tmp_path / "jit", max_bytes=0) == []
+    assert kernels.size(outside) == 200
+
+
+def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    assert (kernels.size(missing), kernels.find(missing), kernels.trim(missing, max_bytes=0)) == (0, [], [])
+    kernels.relocate(missing)
+
+
+def test_tritons_lists_follow_their_files_to_another_place(tmp_path: Path) -> None:
+    kernel = make(tmp_path, PLACES["triton"], 0, ("k.json", "k.cubin"))
+    group = kernel / "__grp__k.json"
+    group.write_text(json.dumps({"child_paths": {name: f"/built/here/{name}" for name in ("k.json", "k.cubin")}}))
+    (kernel / "__grp__broken.json").write_text("{")
+    kernels.relocate(tmp_path)
+    listed = json.loads(group.read_text())["child_paths"]
+    assert listed == {name: str(kernel / name) for name in ("k.json", "k.cubin")}
+    assert all(Path(path).exists() for path in listed.values())
+    before = group.stat().st_ino
+    kernels.relocate(tmp_path)
+    assert group.stat().st_ino == before, "a list that is right is not written again"
+    assert {path.name for path in kernel.iterdir()} == {"k.json", "k.cubin", group.name, "__grp__broken.json"}
+
+
+def test_a_list_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    kernel = make(tmp_path, PLACES["triton"], 0, ("k.json",))
+    group = kernel / "__grp__k.json"
+    group.write_text(json.dumps({"child_paths": {"../../../other": "/etc/passwd"}}))
+    kernels.relocate(tmp_path)
+    assert json.loads(group.read_text())["child_paths"] == {"../../../other": str(kernel / "other")}
