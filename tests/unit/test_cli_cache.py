@@ -77,7 +77,7 @@ def test_ls_as_json(store: Store) -> None:
     found = data("cache", "ls")
     assert found["store"] == str(store.root)
     assert (found["size"], found["unreadable"]) == (store.size(), 0)
-    assert found["jit_size"] == sum(path.stat().st_size for path in (store.layout.jit / "triton/HASH").iterdir())
+    assert found["jit_size"] == sum(path.stat().st_size for path in (store.layout.jit / "triton/host/HASH").iterdir())
     entries = {entry["key"]: entry for entry in found["entries"]}
     assert entries.keys() == {LLAMA, QWEN, PIECE}
     assert entries[LLAMA]["shards"] == ["rank0", "rank1"]
@@ -203,6 +203,16 @@ def test_gc_by_age_keeps_what_is_in_use(store: Store) -> None:
     assert found["in_use"] == [f"{LLAMA}/rank0"]
     assert found["freed"] > 0
     assert f"removed {QWEN}/rank0" in cli("cache", "gc", "--max-age", "0.5")
+
+
+def test_gc_of_kernels(store: Store) -> None:
+    assert data("cache", "gc", "--max-gb", "1", "--max-age", "2")["kernels"] == 0
+    for path in (*(store.layout.jit / "triton/host/HASH").iterdir(), store.layout.jit / "triton/host/HASH"):
+        os.utime(path, (0, 0))
+    assert data("cache", "gc", "--max-gb", "1")["kernels"] == 0
+    assert "removed 1 kernel\n" in cli("cache", "gc", "--max-age", "2")
+    assert not (store.layout.jit / "triton/host/HASH").exists()
+    assert len(list(store.manifests())) == 4
 
 
 def test_gc_without_limits_removes_no_entry(store: Store) -> None:

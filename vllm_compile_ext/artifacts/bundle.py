@@ -13,6 +13,8 @@ in this order.  The index says what has to follow, byte for byte: whatever else 
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -58,6 +60,17 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"manifests/{self.key}/{self.shard}"
 
 
+class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A kernel file in a bundle: its digest and size, and when it was written, in unix nanoseconds."""
+
+    file: Blob
+    written: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.written < 1 << 62:
+            raise ManifestError(f"time {self.written} is not allowed")
+
+
 class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is in a bundle.  Making one raises `ManifestError` where a name is not allowed or there is too much.
 
@@ -68,7 +81,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     platform: str
     manifests: list[Entry]
     blobs: list[Blob]
-    jit: dict[str, Blob]
+    jit: dict[str, Kernel]
 
     def __post_init__(self) -> None:
         if not self.manifests:
@@ -84,7 +97,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         if folders := self.jit.keys() & {str(folder) for path in self.jit for folder in PurePosixPath(path).parents}:
             raise ManifestError(f"{min(folders)!r} is a file and a folder")
         whole = [entry.file for entry in self.manifests]
-        whole += [blob for path, blob in self.jit.items() if jit_files.is_group(path)]
+        whole += [kernel.file for path, kernel in self.jit.items() if jit_files.is_group(path)]
         if (largest := max(blob.size for blob in whole)) > WHOLE_MAX:
             raise ManifestError(f"a manifest or kernel file of {largest} bytes, at most {WHOLE_MAX} are allowed")
         if self.members > MEMBERS_MAX or self.size > TOTAL_MAX:
@@ -99,7 +112,8 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @property
     def size(self) -> int:
         """Bytes of all members."""
-        return sum(blob.size for blob in (*(entry.file for entry in self.manifests), *self.blobs, *self.jit.values()))
+        listed = [entry.file for entry in self.manifests] + [kernel.file for kernel in self.jit.values()]
+        return sum(blob.size for blob in (*listed, *self.blobs))
 
 
 class _Format(msgspec.Struct):
@@ -153,7 +167,7 @@ def _index(store: Store, entries: Sequence[Manifest], *, jit: bool) -> Index:
         platform=entries[0].platform,
         manifests=[Entry(entry.key, entry.shard, _blob(manifest.encode(entry))) for entry in entries],
         blobs=sorted({blob for entry in entries for blob in entry.members.values()}, key=lambda blob: blob.digest),
-        jit={path: _blob(jit_files.read(folder, path)) for path in jit_files.paths(folder)} if jit else {},
+        jit={path: _kernel(folder, path) for path in jit_files.paths(folder)} if jit else {},
     )
 
 
@@ -166,11 +180,16 @@ def _members(
         yield listed.name, manifest.encode(entry)
     for blob in index.blobs:
         yield f"blobs/{blob.digest}", store.get(blob)
-    for number, (path, blob) in enumerate(index.jit.items()):
+    for number, (path, kernel) in enumerate(index.jit.items()):
         data = jit_files.read(store.layout.jit, path)
-        if _blob(data) != blob:
+        if _blob(data) != kernel.file:
             raise files.DamagedError(store.layout.jit / path, "changed while it was packed")
         yield f"jit/{number}", data
+
+
+def _kernel(folder: Path, path: str) -> Kernel:
+    data = jit_files.read(folder, path)
+    return Kernel(_blob(data), max(0, (folder / path).stat().st_mtime_ns))
 
 
 def _blob(data: bytes) -> Blob:
@@ -234,9 +253,6 @@ class _Source:
         if seen.hexdigest() != blob.digest:
             raise ArchiveError(f"is corrupt: the digest of {name!r} does not match")
 
-    def whole(self, name: str, blob: Blob) -> bytes:
-        return b"".join(self.parts(name, blob))
-
 
 def _open(
     source: _Source, trust: Sequence[Ed25519PublicKey], *, allow_unsigned: bool, platforms: Collection[str] | None
@@ -298,18 +314,17 @@ def _fill(store: Store, source: _Source, index: Index) -> None:
 
     try:
         for entry in index.manifests:
-            data = source.whole(entry.name, entry.file)
+            data = b"".join(source.parts(entry.name, entry.file))
             # Another file in the place of an equal manifest that is in use would not be in use.
             if store.find(entry.key, entry.shard) != _manifest(data, entry, index):
                 stage(layout.manifest(entry.key, entry.shard), (data,))
         for blob in index.blobs:
             stage(layout.blob(blob), source.parts(f"blobs/{blob.digest}", blob))
-        for number, (path, blob) in enumerate(index.jit.items()):
+        for number, (path, kernel) in enumerate(index.jit.items()):
             place = layout.jit / path
-            if jit_files.is_group(path):
-                stage(place, (jit_files.placed(source.whole(f"jit/{number}", blob), place.parent),))
-            else:
-                stage(place, source.parts(f"jit/{number}", blob))
+            parts = source.parts(f"jit/{number}", kernel.file)
+            stage(place, (jit_files.placed(b"".join(parts), place.parent),) if jit_files.is_group(path) else parts)
+            os.utime(staged[place], ns=(time.time_ns(), kernel.written))
         source.end()
         _move(staged, {layout.manifest(entry.key, entry.shard) for entry in index.manifests})
     finally:

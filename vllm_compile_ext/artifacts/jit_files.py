@@ -1,8 +1,9 @@
-"""The caches of kernel compilers in a store's `jit` folder, as files that another machine can use.
+"""The kernels in a store's `jit` folder (see `kernels`) as files that another store can take.
 
-Triton looks up a kernel's files through a file ``__grp__<name>.json``, which holds their absolute paths
-(``FileCacheManager.put_group`` in triton/runtime/cache.py, 3.x): in a store at another place it would find none of
-them.  They all lie beside it, so their names are enough to write it anew.
+Triton lists a kernel's files in a file ``__grp__<name>.json``, by absolute paths though they lie beside it, and takes a
+kernel whose listed files do not exist for one that is not there (3.7.1, `runtime/cache.py`, `get_group`): the list is
+written anew where it is unpacked.  FlashInfer asks ninja whether a kernel is up to date, which goes by the times of its
+files: they are kept, and have it found where the store is at the same place in the same image.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def check_path(path: str) -> None:
 
 
 def paths(folder: Path) -> Iterator[str]:
-    """The paths of all files below `folder`, relative to it, in a fixed order; links and others are left out."""
+    """The paths of all files of kernels below `folder`, relative to it, in a fixed order; links are left out."""
     for place, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith(_TEMPORARY))
+        top = Path(place) == folder  # where a hidden name is that of a mark or of something that is being removed
+        below[:] = sorted(n for n in below if not (n.startswith(_TEMPORARY) or (top and n.startswith("."))))
         for found in sorted(Path(place, name) for name in names):
-            if found.is_file() and not found.is_symlink():
+            if not top and found.is_file() and not found.is_symlink():
                 path = found.relative_to(folder).as_posix()
                 check_path(path)
                 yield path
@@ -55,7 +57,7 @@ def placed(data: bytes, folder: Path | None) -> bytes:
     """The content of a group's file that will lie in `folder`, or in none yet.  One that is no such file is kept."""
     try:
         group = msgspec.json.decode(data, type=dict[str, dict[str, str]])
-        names = {name: PurePosixPath(path).name for name, path in group["child_paths"].items()}
+        names = {name: PurePosixPath(name).name for name in group["child_paths"]}
     except (msgspec.MsgspecError, ValueError, RecursionError, KeyError):
         return data
     return msgspec.json.encode({"child_paths": {n: str(folder / p) if folder else p for n, p in names.items()}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from vllm_compile_ext.artifacts import locks
+from vllm_compile_ext.artifacts import kernels, locks
+from vllm_compile_ext.artifacts.kernels import Kernel
 from vllm_compile_ext.artifacts.manifest import Manifest
 from vllm_compile_ext.artifacts.store import DamagedError, Removed, Store
 from vllm_compile_ext.cli import _store
@@ -66,14 +66,6 @@ def _used(path: Path) -> float:
         return 0.0
 
 
-def _jit_size(store: Store) -> int:
-    total = 0
-    for place, _, names in os.walk(store.layout.jit):
-        for path in (Path(place, name) for name in names):
-            total += path.lstat().st_size if path.is_file() else 0
-    return total
-
-
 def ls(
     store: StoreOption = None,
     pieces: Annotated[
@@ -87,7 +79,7 @@ def ls(
         found = items(opened)
         listed = [item for item in found if pieces or item.kind != "piece"]
         folded = [item for item in found if item not in listed]
-        total, jit = opened.size(), _jit_size(opened)
+        total, jit = opened.size(), kernels.size(opened.layout.jit)
         unreadable = len(_store.files(opened)) - sum(len(item.shards) for item in found)
         if as_json:
             data = {"store": str(opened.root), "size": total, "jit_size": jit, "unreadable": unreadable}
@@ -234,13 +226,17 @@ def gc(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove the least recently used entries, and what no entry needs; nothing that is in use."""
+    """Remove the least recently used entries, what no entry needs, and then kernels; nothing that is in use.
+
+    Kernels may have what the entries leave of the limit.  Those used since yesterday stay.
+    """
     with _store.errors():
         opened = _store.open_store(store)
-        limit = None if max_gb is None else int(max_gb * 2**30)
+        limit = opened.max_bytes if max_gb is None else int(max_gb * 2**30)
         seconds = None if max_age is None else max_age * 86400
         removed = opened.gc(limit, seconds) if opened.root.exists() else Removed([], [], 0)
-        _report(removed, as_json=as_json)
+        left = None if limit is None else max(0, limit - opened.size())
+        _report(removed, kernels.trim(opened.layout.jit, left, seconds), as_json=as_json)
 
 
 def rm(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -248,17 +244,20 @@ def rm(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False)
     with _store.errors():
         opened = _store.open_store(store)
         removed = opened.remove(_store.key(opened, key))
-        _report(removed, as_json=as_json)
+        _report(removed, [], as_json=as_json)
     if removed.in_use:
         raise typer.Exit(1)
 
 
-def _report(removed: Removed, *, as_json: bool) -> None:
+def _report(removed: Removed, gone: list[Kernel], *, as_json: bool) -> None:
+    freed = removed.freed + sum(kernel.size for kernel in gone)
     if as_json:
-        _store.print_json(removed)
+        _store.print_json(msgspec.to_builtins(removed) | {"freed": freed, "kernels": len(gone)})
         return
     for name in removed.manifests:
         typer.echo(f"removed {name}")
     for name in removed.in_use:
         typer.echo(f"kept {name}: it is in use")
-    typer.echo(f"{_store.size(removed.freed)} freed")
+    if gone:
+        typer.echo(f"removed {_store.count(len(gone), 'kernel')}")
+    typer.echo(f"{_store.size(freed)} freed")

@@ -18,8 +18,8 @@ from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest, encode
 from vllm_compile_ext.artifacts.store import Store
 
 PLATFORM = "linux-x86_64 cpu AVX2"
-KERNEL = "triton/HASH/kernel.cubin"
-GROUP = "triton/HASH/__grp__kernel.json"
+KERNEL = "triton/host/HASH/kernel.cubin"
+GROUP = "triton/host/HASH/__grp__kernel.json"
 
 
 def entry(store: Store, name: str, shard: str = "rank0", **changes: Any) -> Manifest:
@@ -135,6 +135,6 @@ def replaced(bundle: bytes, number: int, data: bytes) -> bytes:
         new["blobs"] = [blob if b["digest"] == place else b for b in new["blobs"]]
         name = f"blobs/{blob['digest']}"
     else:
-        new["jit"][list(new["jit"])[int(place)]] = blob
+        new["jit"][list(new["jit"])[int(place)]]["file"] = blob
     parts[number] = member(name, data)
     return rebuilt(parts, new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -65,6 +66,33 @@ def test_triton_finds_its_kernels_in_the_new_store(store: Store, target: Store, 
     unpack(target, out, allow_unsigned=True)
     group = json.loads((target.layout.jit / bundles.GROUP).read_bytes())
     assert group == {"child_paths": {"kernel.cubin": str(target.layout.jit / bundles.KERNEL)}}
+
+
+def test_a_list_of_triton_cannot_lead_out_of_its_folder(store: Store, target: Store, out: Path) -> None:
+    (store.layout.jit / bundles.GROUP).write_text(json.dumps({"child_paths": {"../../../other": "/etc/passwd"}}))
+    pack(store, out)
+    unpack(target, out, allow_unsigned=True)
+    place = target.layout.jit / bundles.GROUP
+    assert json.loads(place.read_bytes()) == {"child_paths": {"../../../other": str(place.parent / "other")}}
+
+
+def test_ninja_finds_its_kernels_up_to_date(store: Store, out: Path) -> None:
+    folder = store.layout.jit / "flashinfer/host/cached_ops/sampling"
+    folder.mkdir(parents=True)
+    (folder / "sampling.cu").write_text("kernel")
+    (folder / "build.ninja").write_text("rule copy\n  command = cp $in $out\nbuild sampling.so: copy sampling.cu\n")
+
+    def ninja() -> str:
+        return subprocess.run(["ninja", "-C", folder], check=True, capture_output=True, text=True).stdout
+
+    try:
+        assert "no work to do" not in ninja()
+    except FileNotFoundError:
+        pytest.skip("there is no ninja")
+    pack(store, out)
+    shutil.rmtree(folder)
+    unpack(store, out, allow_unsigned=True)
+    assert "no work to do" in ninja()
 
 
 def test_the_same_content_gives_the_same_bytes(store: Store, target: Store, out: Path, tmp_path: Path) -> None:
@@ -314,6 +342,9 @@ def test_links_and_what_triton_has_not_finished_stay_behind(store: Store, out: P
     (folder / "link").symlink_to("/etc/passwd")
     (folder / "folder").symlink_to("/etc")
     os.mkfifo(folder / "pipe")
+    (store.layout.jit / ".started").touch()
+    (store.layout.jit / ".leaving-x").mkdir()
+    (store.layout.jit / ".leaving-x/kernel").touch()
     (folder / "tmp.pid_7_abc").mkdir()
     (folder / "tmp.pid_7_abc" / "half").write_bytes(b"x")
     assert list(pack(store, out).index.jit) == names == sorted([bundles.KERNEL, bundles.GROUP])

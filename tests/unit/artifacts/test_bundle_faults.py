@@ -304,7 +304,7 @@ def test_more_bytes_than_are_allowed(target: Store, good: bytes) -> None:
     assert "members of 85899" in refused(target, bundles.with_index(good, found | {"blobs": blobs}))
     big = put(found, ("manifests", 0, "file", "size"), bundle.WHOLE_MAX + 1)
     assert "16777217 bytes" in refused(target, bundles.with_index(good, big))
-    big = put(found, ("jit", bundles.GROUP, "size"), bundle.WHOLE_MAX + 1)
+    big = put(found, ("jit", bundles.GROUP, "file", "size"), bundle.WHOLE_MAX + 1)
     assert "16777217 bytes" in refused(target, bundles.with_index(good, big))
 
 
