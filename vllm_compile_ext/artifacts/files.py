@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,26 +62,32 @@ def read(path: Path, size: int | None = None) -> bytes:
         os.close(handle)
 
 
-def write(path: Path, data: bytes, temporary: Path) -> None:
+def write(path: Path, data: bytes | Iterable[bytes], temporary: Path) -> None:
     """Make `data` the file `path`, mode 0600, in one step; the folder `temporary` is on the same file system.
 
-    Raises `OSError` as it comes (full disk, read-only) and then leaves `path` as it was.
+    Raises `OSError` as it comes (full disk, read-only), and whatever making the parts of `data` raises; `path` is then
+    left as it was.
     """
     make_folder(temporary)
-    make_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=temporary)
     written = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             os.fchmod(handle, 0o600)
-            file.write(data)
+            file.writelines((data,) if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(handle)  # before the rename: a name without its bytes would survive a power cut
-        written.replace(path)
+        move(written, path)
     except BaseException:
         with suppress(OSError):
             written.unlink()
         raise
+
+
+def move(written: Path, path: Path) -> None:
+    """Make the file `written` the file `path`, on the same file system.  Raises `OSError`, and then did nothing."""
+    make_folder(path.parent)
+    written.replace(path)
     # The file is in place and whole; at worst a power cut takes its name.
     with suppress(OSError):
         _sync(path.parent)

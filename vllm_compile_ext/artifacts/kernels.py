@@ -1,4 +1,4 @@
-"""Kernels that other libraries' JIT compilers keep below one folder: their size, eviction, and a move to another place.
+"""Kernels that other libraries' JIT compilers keep below one folder: their size, and eviction.
 
 The folder has one folder for each library.  A library writes and reads there on its own and names what it makes by a
 digest of what it was made from; here, whole kernels are only counted and removed.  What is missing is compiled again.
@@ -7,7 +7,6 @@ digest of what it was made from; here, whole kernels are only counted and remove
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -75,22 +74,6 @@ def trim(
             total -= kernel.size
             gone.append(kernel)
     return gone
-
-
-def relocate(folder: Path) -> None:
-    """Make kernels that were copied to `folder` findable.  To be called after unpacking them there.
-
-    Triton lists a kernel's files by absolute paths, though they lie beside the list, and takes a kernel whose listed
-    files do not exist for one that is not there (3.7.1, `runtime/cache.py`, `get_group`).
-    """
-    for path in (folder / "triton").glob(f"{LAYOUT['triton']}/__grp__*.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a list that Triton cannot read is no kernel
-            listed = json.loads(path.read_text())["child_paths"]
-            beside = {name: str(path.parent / Path(name).name) for name in listed}
-            if beside != listed:
-                new = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-                new.write_text(json.dumps({"child_paths": beside}))
-                new.replace(path)
 
 
 def _may_be_starting(folder: Path) -> bool:

@@ -49,7 +49,7 @@ def closest(factors: Mapping[str, str], manifests: Iterable[Manifest]) -> tuple[
 
     def distance(found: tuple[Manifest, list[Change]]) -> tuple[int, int, float]:
         manifest, changes = found
-        alike = sum(_common(change.old or "", change.new or "") for change in changes)
+        alike = sum(common(change.old or "", change.new or "") for change in changes)
         return len(changes), -alike, -manifest.created
 
     return min(((m, difference(m.factors, factors)) for m in manifests), key=distance, default=None)
@@ -68,7 +68,7 @@ def summary(changes: Sequence[Change] | None) -> str:
     return "cache miss: " + ", ".join(map(str, changes[:_SHOWN])) + more
 
 
-def _common(one: str, other: str) -> int:
+def common(one: str, other: str) -> int:
     """How many characters both begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
@@ -76,7 +76,7 @@ def _common(one: str, other: str) -> int:
 
 def _shorten(old: str, new: str) -> tuple[str, str]:
     """Both values, of long ones the part where they begin to differ."""
-    start = _common(old, new)
+    start = common(old, new)
     start = max(0, start - 10) if max(len(old), len(new)) > _WIDTH else 0
 
     def cut(value: str) -> str:

@@ -41,6 +41,11 @@ class Layout:
         return self.v1 / "jit"
 
     @property
+    def misses(self) -> Path:
+        """What was looked for and not found, for people."""
+        return self.v1 / "misses"
+
+    @property
     def store_lock(self) -> Path:
         """Shared by all writers; who has it alone may remove blobs."""
         return self.locks / "store.lock"

@@ -12,6 +12,7 @@ from pathlib import Path
 from vllm_compile_ext.artifacts.files import SAFE
 
 _POLL = 0.05  # seconds between two attempts
+_LOOK = 0.2  # seconds that `hold` waits for one that only looks whether the file is held
 
 _held: set[tuple[int, int]] = set()  # device and inode of what `hold` locked in this process
 
@@ -26,13 +27,31 @@ def hold(path: Path) -> None:
     try:
         found = os.fstat(handle)
         if (found.st_dev, found.st_ino) not in _held:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if not _acquire(handle, fcntl.LOCK_SH, time.monotonic() + _LOOK):
+                raise BlockingIOError(f"{path} is being removed")
             _held.add((found.st_dev, found.st_ino))
             kept = True
         os.utime(handle)
     finally:
         if not kept:
             os.close(handle)
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process holds the file `path`; False also where that cannot be found out."""
+    try:
+        handle = os.open(path, os.O_RDONLY | SAFE)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def remove(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import sys
 from pathlib import Path
@@ -12,9 +13,28 @@ _SETS = ("amx_tile", "avx512_bf16", "avx512f", "avx2", "asimd", "sve")
 
 def name() -> str:
     """Such as "linux-x86_64 cpu avx512_bf16" or "linux-x86_64 cuda sm_90"."""
-    system = f"{sys.platform}-{platform.machine()}"
-    gpu = _gpu()
-    return f"{system} {gpu}" if gpu else f"{system} cpu {_instructions()}"
+    return f"{_system()} {_gpu() or _cpu()}"
+
+
+def possible() -> set[str] | None:
+    """All that `name` may be in processes of this machine, found without torch; None where that takes torch."""
+    found = {_cpu()}
+    if Path("/dev/kfd").exists():  # an AMD GPU
+        return None
+    if Path("/dev/nvidiactl").exists():
+        try:
+            found |= _nvidia()
+        except (OSError, AttributeError):
+            return None
+    return {f"{_system()} {one}" for one in found}
+
+
+def _system() -> str:
+    return f"{sys.platform}-{platform.machine()}"
+
+
+def _cpu() -> str:
+    return f"cpu {_instructions()}"
 
 
 def _gpu() -> str | None:
@@ -25,6 +45,23 @@ def _gpu() -> str | None:
         return f"hip {torch.cuda.get_device_properties(0).gcnArchName}"
     major, minor = torch.cuda.get_device_capability()
     return f"cuda sm_{major}{minor}"
+
+
+def _nvidia() -> set[str]:
+    """What the driver's management library says.  Raises `OSError` or `AttributeError` when it does not."""
+    library = ctypes.CDLL("libnvidia-ml.so.1")
+    count, device, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    found = set()
+    if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        raise OSError("the driver cannot be asked")
+    for index in range(count.value):
+        if library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)):
+            raise OSError("a GPU cannot be asked")
+        if library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)):
+            raise OSError("a GPU cannot be asked")
+        found.add(f"cuda sm_{major.value}{minor.value}")
+    library.nvmlShutdown()
+    return found
 
 
 def _instructions() -> str:

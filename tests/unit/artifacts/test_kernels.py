@@ -1,4 +1,3 @@
-import json
 import os
 import time
 from pathlib import Path
@@ -107,27 +106,3 @@ def test_links_are_neither_followed_nor_removed(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     assert (kernels.size(missing), kernels.find(missing), kernels.trim(missing, max_bytes=0)) == (0, [], [])
-    kernels.relocate(missing)
-
-
-def test_tritons_lists_follow_their_files_to_another_place(tmp_path: Path) -> None:
-    kernel = make(tmp_path, PLACES["triton"], 0, ("k.json", "k.cubin"))
-    group = kernel / "__grp__k.json"
-    group.write_text(json.dumps({"child_paths": {name: f"/built/here/{name}" for name in ("k.json", "k.cubin")}}))
-    (kernel / "__grp__broken.json").write_text("{")
-    kernels.relocate(tmp_path)
-    listed = json.loads(group.read_text())["child_paths"]
-    assert listed == {name: str(kernel / name) for name in ("k.json", "k.cubin")}
-    assert all(Path(path).exists() for path in listed.values())
-    before = group.stat().st_ino
-    kernels.relocate(tmp_path)
-    assert group.stat().st_ino == before, "a list that is right is not written again"
-    assert {path.name for path in kernel.iterdir()} == {"k.json", "k.cubin", group.name, "__grp__broken.json"}
-
-
-def test_a_list_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
-    kernel = make(tmp_path, PLACES["triton"], 0, ("k.json",))
-    group = kernel / "__grp__k.json"
-    group.write_text(json.dumps({"child_paths": {"../../../other": "/etc/passwd"}}))
-    kernels.relocate(tmp_path)
-    assert json.loads(group.read_text())["child_paths"] == {"../../../other": str(kernel / "other")}

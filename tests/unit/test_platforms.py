@@ -1,0 +1,57 @@
+"""What this machine can run, found without torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_compile_ext import platforms
+
+name = importlib.import_module("vllm_compile_ext.platforms.name")  # the package has a function of this name
+
+CPU = f"{name._system()} {name._cpu()}"
+
+
+def machine(patch: pytest.MonkeyPatch, *devices: str, gpus: list[tuple[int, int]] | None = None) -> None:
+    """A machine with these files in /dev, whose NVIDIA driver knows `gpus` by compute capability; None: has none."""
+
+    def fill(values: Any, numbers: Any) -> int:
+        for value, number in zip(values, numbers, strict=True):
+            value._obj.value = number
+        return 0
+
+    library = SimpleNamespace(
+        nvmlInit_v2=lambda: 0 if gpus else 9,
+        nvmlShutdown=lambda: 0,
+        nvmlDeviceGetCount_v2=lambda count: fill([count], [len(gpus or ())]),
+        nvmlDeviceGetHandleByIndex_v2=lambda index, device: fill([device], [index + 1]),
+        nvmlDeviceGetCudaComputeCapability=lambda device, *values: fill(values, (gpus or [])[device.value - 1]),
+    )
+    patch.setattr(Path, "exists", lambda path: str(path) in devices)
+    patch.setattr(ctypes, "CDLL", lambda name: library)
+
+
+def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+    assert platforms.possible() == {CPU}
+
+
+def test_one_with_nvidia_gpus_can_run_vllm_for_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, "/dev/nvidiactl", gpus=[(9, 0), (8, 9), (9, 0)])
+    assert platforms.possible() == {CPU, f"{name._system()} cuda sm_90", f"{name._system()} cuda sm_89"}
+
+
+@pytest.mark.parametrize("device", ["/dev/nvidiactl", "/dev/kfd"])
+def test_one_whose_gpu_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    machine(monkeypatch, device)
+    assert platforms.possible() is None
+
+
+def test_the_machine_of_this_test() -> None:
+    possible = platforms.possible()
+    assert possible is None or platforms.name() in possible

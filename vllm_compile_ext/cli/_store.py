@@ -1,0 +1,125 @@
+"""What the commands about the store share: its options, finding it, words for people, and errors in one line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich import filesize
+from rich.console import Console
+
+from vllm_compile_ext import envs
+from vllm_compile_ext.artifacts.bundle import BundleError
+from vllm_compile_ext.artifacts.manifest import ManifestError
+from vllm_compile_ext.artifacts.sign import SignError
+from vllm_compile_ext.artifacts.store import DamagedError, Store, UnsafeStoreError
+
+DIGITS = 12  # of a key, in tables
+
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="The store; without it VLLM_COMPILE_STORE, or compile_store in vLLM's cache root.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class UserError(Exception):
+    """What was asked for cannot be done; the message says why."""
+
+
+_EXPECTED = (
+    *(UserError, envs.EnvError, UnsafeStoreError, BundleError, SignError),
+    *(ManifestError, DamagedError, OSError),
+)
+
+
+def open_store(given: Path | None, *, make: bool = False) -> Store:
+    """The store, with nothing in it when there is none; `make` makes one then.
+
+    Raises `UnsafeStoreError`, and `envs.EnvError` when its limit cannot be read.
+    """
+    root = given.expanduser().absolute() if given is not None else envs.store()
+    limit = envs.load().VLLM_COMPILE_STORE_MAX_GB * 2**30 or None
+    return Store.open(root, limit) if make or root.exists() else Store(root, limit, writable=False)
+
+
+def files(store: Store) -> list[Path]:
+    """The manifests' files, whether they can be read or not."""
+    return list(store.layout.manifests.glob("*/*.json"))
+
+
+def keys(store: Store) -> list[str]:
+    """The keys of all entries."""
+    return sorted({path.parent.name for path in files(store)})
+
+
+def key(store: Store, prefix: str) -> str:
+    """The one key that begins with `prefix`.  Raises `UserError`."""
+    found = [key for key in keys(store) if key.startswith(prefix)]
+    if not found:
+        raise UserError(
+            f"no entry of {store.root} has a key that begins with {prefix!r}: see vllm-compile-ext cache ls"
+        )
+    if len(found) > 1:
+        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise UserError(f"{len(found)} entries have keys that begin with {prefix!r}: give more digits of {some}")
+    return found[0]
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """What goes wrong inside ends the command with one line and exit status 1."""
+    try:
+        yield
+    except _EXPECTED as error:
+        typer.echo(plain(f"vllm-compile-ext: {error}"), err=True)
+        raise typer.Exit(1) from error
+
+
+def console() -> Console:
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+
+
+def plain(text: str) -> str:
+    """`text` without what a terminal would act on: a bundle's author chose it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def size(count: int) -> str:
+    """Bytes, such as "5.1 MB"; a MB is 1000 kB."""
+    return filesize.decimal(count)
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """Such as "1 piece" or "81 pieces"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def date(moment: float) -> str:
+    """A unix time in local time."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    except (OverflowError, ValueError, OSError):
+        return "?"
+
+
+def ago(moment: float) -> str:
+    """How long ago a unix time was, such as "3 h"."""
+    minutes = int(max(0.0, time.time() - moment) // 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} d"
