@@ -176,6 +176,10 @@ WHILE_COMPILING = (
         "C++ kernels compile in threads",
     ),
     (
+        "hash_factors and safe_hash in the modules of vllm.config (compilation/config_factors.py)",
+        "what vLLM hashes of its configuration is noted, field by field, so that a miss can name what changed",
+    ),
+    (
         "torch._inductor.config.compile_threads and worker_start_method (compilation/workers.py)",
         "on GPUs, Triton kernels compile in Inductor's own pool of processes",
     ),

@@ -35,22 +35,24 @@ def key_of(factors: Mapping[str, str]) -> str:
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
-    """The factors that differ, by name."""
-    names = sorted(old.keys() | new.keys())
+    """The factors that differ, in the order of `new`, then of `old`."""
+    names = dict.fromkeys((*new, *old))
     return [Change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
 def closest(factors: Mapping[str, str], manifests: Iterable[Manifest]) -> tuple[Manifest, list[Change]] | None:
     """The entry with the fewest changes up to `factors`, and these; None when there are no entries.
 
-    Among equals it is the one whose changed values begin most alike (2.13.0 is closer to 2.13.1 than 2.12.0 is), then
-    the newest.
+    Changes in one group (the part of the name before the first dot) weigh as one first: another torch brings dozens of
+    settings along.  Among equals it is the one whose changed values begin most alike (2.13.0 is closer to 2.13.1 than
+    2.12.0 is), then the newest.
     """
 
-    def distance(found: tuple[Manifest, list[Change]]) -> tuple[int, int, float]:
+    def distance(found: tuple[Manifest, list[Change]]) -> tuple[int, int, int, float]:
         manifest, changes = found
+        groups = {change.name.partition(".")[0] for change in changes}
         alike = sum(common(change.old or "", change.new or "") for change in changes)
-        return len(changes), -alike, -manifest.created
+        return len(groups), len(changes), -alike, -manifest.created
 
     return min(((m, difference(m.factors, factors)) for m in manifests), key=distance, default=None)
 

@@ -15,6 +15,7 @@ from vllm_compile_ext import envs, platforms
 from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, summary
 from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest
 from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
+from vllm_compile_ext.compilation import factors
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,10 @@ class Entry:
     """
 
     def __init__(self, store: Store, model: Any) -> None:
-        from vllm_compile_ext.compilation.factors import factors
-
         config = model.vllm_config
         parallel = config.parallel_config
         self.store = store
-        self.factors = factors(config, model)
+        self.factors = factors.factors(config, model)
         self.key = key_of(self.factors)
         # Data parallel ranks run the same code, unless experts are spread over them.
         expert = f"_dp{parallel.data_parallel_index}" if parallel.enable_expert_parallel else ""
@@ -66,8 +65,15 @@ class Entry:
 
     def find(self) -> Manifest | None:
         """The entry, when there is one and the sources that it was made from are the ones here."""
-        found = self.store.find(self.key, self.shard)
+        found = self.store.find(self.key, self.shard) or self._by_any_compiler()
         return None if found is None or changed_sources(found.sources) else found
+
+    def _by_any_compiler(self) -> Manifest | None:
+        """On a machine without a compiler: the entry that differs only by having been made with one."""
+        if self.factors.get("compiler") != "none":
+            return None
+        mine = (m for m in self.store.manifests() if m.kind == "program" and m.shard == self.shard)
+        return next((m for m in mine if m.factors | {"compiler": "none"} == self.factors), None)
 
     def miss(self) -> str:
         """Why there is no entry, in a line; recorded for ``vllm-compile-ext explain miss``."""
@@ -132,8 +138,8 @@ class Entry:
         return made
 
 
-def _same_class(manifest: Manifest, factors: Mapping[str, str]) -> bool:
-    return manifest.factors.get("class") == factors.get("class")
+def _same_class(manifest: Manifest, table: Mapping[str, str]) -> bool:
+    return (manifest.factors.get("class"), manifest.factors.get("tag")) == (table.get("class"), table.get("tag"))
 
 
 NAME = "_compile_ext_entry"  # the attribute of a model that holds its entry while it compiles

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_compile_ext import envs
 from vllm_compile_ext.bytecode import buffers, dump
 from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.compilation import rules, scratch, workers
+from vllm_compile_ext.compilation import factors, rules, scratch, workers
 from vllm_compile_ext.compilation.session import Session
 from vllm_compile_ext.upstream import wrapper as upstream
 
@@ -72,6 +72,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        factors.prepare()
         if rules.why_upstream(self.vllm_config) is None:
             workers.prepare(workers.wanted(), lambda: entries.is_new(self))
 

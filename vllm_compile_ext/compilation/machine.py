@@ -1,0 +1,201 @@
+"""What of this machine and its installed software goes into compiled code: as short text, found without compiling.
+
+The slow ones are cached, and `prepare` of `factors.py` finds them in the background.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform as python_platform
+import re
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vllm_compile_ext import __version__
+from vllm_compile_ext.compilation import readable
+
+# Module, and the distribution that it comes in: packages whose presence decides which operators vLLM's layers call
+# (vLLM 0.32.0, `utils/import_utils.py` and the `find_spec` calls in layers and kernels), or how a config is read.
+PACKAGES = (
+    ("aiter", "amd-aiter"),
+    ("arctic_inference", "arctic-inference"),
+    ("compressed_tensors", "compressed-tensors"),
+    ("conch", "conch-triton-kernels"),
+    ("cutlass", "nvidia-cutlass-dsl"),
+    ("deep_ep", "deep-ep"),
+    ("deep_gemm", "deep-gemm"),
+    ("fbgemm_gpu", "fbgemm-gpu-genai"),
+    ("flash_attn", "flash-attn"),
+    ("flashinfer", "flashinfer-python"),
+    ("flashinfer_cubin", "flashinfer-cubin"),
+    ("helion", "helion"),
+    ("hpc", "hpc"),
+    ("humming", "humming"),
+    ("moonep", "moonep"),
+    ("mori", "mori"),
+    ("nixl_ep", "nixl-ep"),
+    ("quark", "amd-quark"),
+    ("tilelang", "tilelang"),
+    ("torchao", "torchao"),
+    ("transformers", "transformers"),
+    ("triton_kernels", "triton-kernels"),
+)
+# Flags of /proc/cpuinfo that a compiler told `-march=native` (torch 2.13.0, `_inductor/cpp_builder.py`) may write
+# instructions for without being asked, or that torch's headers ask for.  Others come and go with the kernel.
+_FLAGS = re.compile(
+    r"(sse|ssse|pni|avx|amx|apx|fma|f16c|bmi|abm|movbe|popcnt|cx16|lahf_lm|gfni|vaes|vpclmul|sha|xop|tbm"
+    r"|asimd|sve|sme(?!p)|bf16|i8mm|atomics|crc32|dcpop|fcma|flagm|jscvt|lrcpc|uscat|vx|vsx|altivec).*|fp|fphp"
+)
+
+
+def python() -> str:
+    """'3.11.7 cpython-311-x86_64-linux-gnu': bytecode is kept, and C++ kernels are extension modules."""
+    return f"{python_platform.python_version()} {sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
+
+
+def platform() -> str:
+    """Where compiled code can run: 'linux-x86_64 cpu avx2 avx512 avx512_vnni amx_tile', 'linux-x86_64 cuda sm_90 ...'.
+
+    On CPU these are the instruction sets among which Inductor chooses, as torch knows them; nothing is probed.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    system = f"{sys.platform}-{python_platform.machine()}"
+    if current_platform.is_cpu():
+        return " ".join([f"{system} cpu", *_instruction_sets()])
+    if not current_platform.is_cuda_alike():
+        return f"{system} {current_platform.device_type} {current_platform.get_device_name()}"
+    # Inductor writes the number of multiprocessors into what it generates, besides choosing by the name.
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    arch = f"sm_{device.major}{device.minor}" if torch.version.hip is None else device.gcnArchName
+    kind = "cuda" if torch.version.hip is None else "rocm"
+    return f"{system} {kind} {arch} {device.name}, {device.multi_processor_count} SMs"
+
+
+def _instruction_sets() -> list[str]:
+    """The names that `torch._inductor.cpu_vec_isa` asks for (torch 2.13.0)."""
+    import torch
+    from torch._inductor.cpu_vec_isa import x86_isa_checker
+
+    if python_platform.machine() in ("x86_64", "AMD64"):
+        more = {
+            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+            "amx_fp16": torch.cpu._is_amx_fp16_supported(),
+        }
+        return [*x86_isa_checker(), *(name for name, there in more.items() if there)]
+    found = torch.cpu.get_capabilities()
+    sets = [name for name in ("sve", "sve2", "bf16") if found.get(name)]
+    return [*sets, f"{found['sve_max_length']} bits"] if found.get("sve_max_length") else sets
+
+
+@functools.cache
+def processor() -> tuple[str, ...]:
+    """The instruction-set flags of this processor that a compiler may use, sorted; () where Linux does not say."""
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return flags_in(file.read(16384))  # the first of many equal processors
+    except OSError:
+        return ()
+
+
+def flags_in(cpuinfo: str) -> tuple[str, ...]:
+    """The flags of the first processor in the text of /proc/cpuinfo."""
+    line = re.search(r"^(?:flags|Features|features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    return tuple(sorted({flag for flag in line[1].split() if _FLAGS.fullmatch(flag)})) if line else ()
+
+
+def compiler() -> str:
+    """The C++ compiler that Inductor would call: 'gcc 12.2.0 (Debian 12.2.0-14), x86_64-linux-gnu', or 'none'."""
+    from torch._inductor import config
+
+    names = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else (config.cpp.cxx,)
+    return next((found for name in names if name and (found := _compiler(name)) is not None), "none")
+
+
+@functools.cache
+def _compiler(name: str) -> str | None:
+    try:
+        done = subprocess.run(
+            [name, "-v"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"LC_ALL": "C"},
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return compiler_in(done.stdout.decode(errors="replace"))
+
+
+def compiler_in(output: str) -> str:
+    """Name, version and target of the compiler that printed `output` for ``-v``."""
+    version = re.search(r"^.*\bversion \d.*$", output, re.MULTILINE)
+    target = re.search(r"^Target: (.*)$", output, re.MULTILINE)
+    if version is None:
+        return readable.digest(output.encode())
+    name = version[0].strip().replace(" version ", " ")
+    return f"{name}, {target[1].strip()}" if target else name
+
+
+def libc() -> str:
+    """'glibc 2.36'."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or "unknown"
+    except (OSError, ValueError):
+        return "unknown"
+
+
+@functools.cache
+def packages() -> dict[str, str]:
+    """The versions of the installed ones of `PACKAGES`."""
+    return {module: version(distribution, module) for module, distribution in PACKAGES if _installed(module)}
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def version(*distributions: str) -> str:
+    """The version of the first of these distributions that is installed, or 'unknown'."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def plugin() -> str:
+    """'0.1.0 <digest of the plugin's sources>'."""
+    return f"{__version__} {sources(Path(__file__).parents[1])}"
+
+
+@functools.cache
+def sources(folder: Path) -> str:
+    """A digest of the Python files below `folder`, by their names in it: the same wherever it is installed."""
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py"))
+    parts = [f"{name} {readable.digest(path.read_bytes())}" for name, path in files]
+    return readable.digest("\n".join(parts).encode())
+
+
+def passes(current_platform: Any) -> str:
+    """The class that runs vLLM's graph passes, and a digest of the sources of vLLM's compiler and its passes."""
+    import vllm
+
+    found = [current_platform.get_pass_manager_cls(), sources(Path(vllm.__file__).parent / "compilation")]
+    module = importlib.util.find_spec(found[0].rpartition(".")[0])
+    if not found[0].startswith("vllm.compilation.") and module is not None and module.origin is not None:
+        found.append(readable.digest(Path(module.origin).read_bytes()))
+    return " ".join(found)

@@ -1,0 +1,126 @@
+"""Values of settings as short text, equal exactly when the values are; nested ones as one text for each leaf.
+
+Knows neither vLLM nor torch: what they hash is JSON, tuples, enums and dictionaries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
+from enum import Enum
+from typing import Any
+
+from blake3 import blake3
+
+# Longer texts are cut and end in their digest; a longer dictionary of single values (labels, token tables) is one text.
+LIMIT = 300
+MANY = 200
+
+# A string that reads like a value of another type is quoted.
+_LIKE_A_VALUE = re.compile(r"|True|False|None|[-+]?[\d.]+(e[-+]?\d+)?|[-+]?inf|nan|[\[({<'\"].*", re.DOTALL)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_CLASS = re.compile(r"[A-Za-z_][\w.]*\.[A-Z_]\w*")
+
+
+def digest(data: bytes) -> str:
+    """The first 32 hexadecimal digits of blake3: enough that two texts of one factor do not meet."""
+    return blake3(data).hexdigest()[:32]
+
+
+def text(value: Any) -> str:
+    """`value` in at most about `LIMIT` characters."""
+    return cut(value if type(value) is str and not _LIKE_A_VALUE.fullmatch(value) else _plain(value))
+
+
+def cut(full: str) -> str:
+    """`full`, or its beginning and its digest when it is longer than `LIMIT`."""
+    return full if len(full) <= LIMIT else f"{full[:60]}... ({len(full)} characters, {digest(full.encode())})"
+
+
+def flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The leaves of `value` as (dotted name, text); nothing for None, which so equals a setting that is not there.
+
+    A None inside is a leaf: a key of a dictionary that is not there often stands for a default.
+    Dictionaries are split, and what vLLM makes of dictionaries and dataclasses before it hashes them (tuples of pairs,
+    `vllm/config/utils.py: normalize_value`, vLLM 0.32.0).
+    """
+    if value is not None:
+        yield from leaves(name, value)
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """As `flat`, and a leaf for None, too."""
+    fields = _fields(value)
+    if not fields or (len(fields) > MANY and not any(_fields(v) for v in fields.values())):
+        yield name, text(value)
+        return
+    for key, part in fields.items():
+        yield from leaves(f"{name}.{key}", part)
+
+
+def object_of(value: Any) -> dict[str, Any] | None:
+    """The JSON object that the string `value` holds, or None."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return None
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def without(value: Any, dropped: Set[str]) -> Any:
+    """JSON `value` without the keys `dropped`, at any depth."""
+    if isinstance(value, dict):
+        return {k: without(v, dropped) for k, v in value.items() if k not in dropped}
+    if isinstance(value, list):
+        return [without(v, dropped) for v in value]
+    return value
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
+    if not isinstance(value, tuple):
+        return None
+    if len(value) == 2 and isinstance(value[0], str) and _CLASS.fullmatch(value[0]):
+        return _fields(value[1])
+    pairs = all(isinstance(v, tuple) and len(v) == 2 and type(v[0]) is str for v in value)
+    found = dict(value) if pairs else {}
+    return found if found and len(found) == len(value) else None
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Enum):
+        return str(value.name)
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_plain(k)}: {_plain(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Set):
+        return f"{{{', '.join(sorted(_plain(v) for v in value))}}}"
+    if isinstance(value, Sequence):
+        return _member(value) or f"[{', '.join(_plain(v) for v in value)}]"
+    if callable(getattr(value, "uuid", None)):
+        return f"<{_qualified(type(value))} {value.uuid()}>"
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"<{_qualified(value)}>"
+    return _ADDRESS.sub("", str(value))
+
+
+def _member(value: Sequence[Any]) -> str | None:
+    """The name of the enum member that vLLM wrote as (class, value), or None."""
+    if not (len(value) == 2 and isinstance(value[0], str) and _CLASS.fullmatch(value[0])):
+        return None
+    module, _, name = value[0].rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    try:
+        return str(kind(value[1]).name) if isinstance(kind, type) and issubclass(kind, Enum) else None
+    except ValueError:
+        return None
+
+
+def _qualified(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
