@@ -198,9 +198,10 @@ def _binary(result: Any) -> bytes:
     folder = Path(triton_cache_dir(result.compile_meta.get("device") or 0))
     path = folder / triton_hash_to_path_key(result.kernel.hash) / f"{result.kernel.name}{suffix}"
     try:
-        return path.read_bytes()
+        binary: bytes = path.read_bytes()
     except OSError as error:
         raise NotFrozen(f"the binary of the Triton kernel {result.kernel.name} is gone ({error})") from None
+    return binary
 
 
 def _launcher(data: bytes) -> Any:

@@ -46,7 +46,7 @@ def test_a_separator_in_a_value_does_not_make_two_tables_one() -> None:
 
 def test_difference_names_what_changed_came_and_went() -> None:
     old, new = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "5"}
-    assert difference(old, new) == [Change("b", "2", "4"), Change("c", "3", None), Change("d", None, "5")]
+    assert difference(old, new) == [Change("b", "2", "4"), Change("d", None, "5"), Change("c", "3", None)]
 
 
 def test_the_closest_has_the_fewest_changes() -> None:
