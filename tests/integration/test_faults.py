@@ -78,23 +78,33 @@ TOYS = (
             return [off, counter.num_aot_artifacts_loaded, compiled, saved]
         return forks.Fork(function)
 
-    def trial(root, **env):
-        ended = start(root, **env).end()
+    def result(ended):
         return [ended.status, ended.value, told(ended)]
 
+    def trial(root, **env):
+        return result(start(root, **env).end())
+
+    def pairs(prepared):  # two starts at a time
+        results = []
+        for first in range(0, len(prepared), 2):
+            started = []
+            for number, (victims, damage) in enumerate(prepared[first : first + 2]):
+                fresh(f"root{number}")
+                for path in victims(f"root{number}"):
+                    damage(path)
+                started.append(start(f"root{number}"))
+            results += [result(one.end()) for one in started]
+        return results
+
     out = {"cold": trial("made"), "warm": trial("made")}
+    count = len(blobs("made"))
     for damage in (truncate, flip, another, symlink):
-        trials = out[damage.__name__] = []
-        for number in range(len(blobs("made"))):
-            fresh("root")
-            damage(blobs("root")[number])
-            trials.append(trial("root"))
-            trials.append(trial("root"))
-    for damage in (truncate, flip, symlink, folder, newer):
-        fresh("root")
-        for path in manifests("root"):
-            damage(path)
-        out[f"manifests {damage.__name__}"] = trial("root")
+        one = lambda number: lambda root: [blobs(root)[number]]
+        out[damage.__name__] = pairs([(one(number), damage) for number in range(count)])
+        out[f"after {damage.__name__}"] = trial("root0")
+    damages = (truncate, flip, symlink, folder, newer)
+    for damage, found in zip(damages, pairs([(manifests, damage) for damage in damages])):
+        out[f"manifests {damage.__name__}"] = found
 
     started = [start("race") for _ in range(8)]
     out["race"] = [[e.status, e.value] for e in (s.end() for s in started)]
@@ -191,17 +201,16 @@ def test_the_judge(toy: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "another", "symlink"])
 def test_every_blob_damaged(toy: dict[str, Any], damage: str) -> None:
-    """One after the other: the start says so, compiles what is damaged, and the next one loads again."""
-    trials = toy[damage]
-    assert len(trials) >= 2 * 10
-    for hurt, mended in zip(trials[::2], trials[1::2], strict=True):
-        right(hurt)
-        right(mended)
-        assert hurt[1][1] == 0
-        assert hurt[1][2] <= 1, "only the piece that is damaged is compiled"
-        assert any("compiling again" in line for line in hurt[2])
-        assert mended[1][1:] == [1, 0, 0]
-        assert mended[2] == []
+    """Each alone: the start says so, compiles what needs that blob, and the next one loads again."""
+    assert len(toy[damage]) >= 10
+    for trial in toy[damage]:
+        right(trial)
+        assert trial[1][1] == 0
+        assert trial[1][2] <= 2, "two pieces have one kernel in common"
+        assert any("compiling again" in line for line in trial[2])
+    assert sum(trial[1][2] for trial in toy[damage]) >= len(toy[damage]) - 3, "all but bytecode, plan and head"
+    right(toy[f"after {damage}"])
+    assert toy[f"after {damage}"][1:] == [[pytest.approx(0, abs=1e-5), 1, 0, 0], []]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "symlink", "folder", "newer"])
@@ -254,9 +263,11 @@ def test_a_full_disk(toy: dict[str, Any]) -> None:
         right(trial)
         assert trial[1][1:] == [0, 3, 0]
         assert len(trial[2]) == 1, "it is said, and not at length"
-    for trial, kept in zip(toy["room again"], ([0, 3, 1], [1, 0, 0]), strict=True):
-        right(trial)
-        assert trial[1][1:] == kept
+    first, second = toy["room again"]
+    right(first)
+    right(second)
+    assert (first[1][1], first[1][3]) == (0, 1)
+    assert second[1][1:] == [1, 0, 0]
 
 
 def test_a_read_only_store(toy: dict[str, Any]) -> None:
@@ -310,15 +321,15 @@ ENGINES = (
     moments = random.Random(20)
     kills = out["kills"] = []
     for number in range(20):
-        # Some on an empty store, some on what the last ones left; few before compiling has begun.
-        if number % 3 == 0:
+        # Every fourth on what the last ones left, the others on an empty store.
+        if number % 4:
             shutil.rmtree("killed", ignore_errors=True)
         victim = start("killed")
-        time.sleep(moments.uniform(0.15, 1.0) * took)
+        time.sleep(moments.uniform(0.2, 0.95) * took)
         victim.kill()
         killed = victim.end()
         damaged = [str(d) for d in Store.open(Path("killed/compile_store")).verify()]
-        kills.append([killed.status, damaged, trial("killed") if number % 3 != 1 else None])
+        kills.append([killed.status, damaged, trial("killed")])
     out["after"] = trial("killed")
     report(out)
 """
@@ -353,8 +364,7 @@ def test_writers_killed_at_random_moments(engines: dict[str, Any]) -> None:
     assert sum(status == -9 for status, _, _ in engines["kills"]) >= 10, "most were killed before they were done"
     for _, damaged, next_one in engines["kills"]:
         assert damaged == [], "what can be read is whole"
-        if next_one is not None:
-            assert next_one[0] == 0
-            assert next_one[1][0] == tokens
-            assert not next_one[2], "nothing half-written was read"
+        assert next_one[0] == 0
+        assert next_one[1][0] == tokens
+        assert not next_one[2], "nothing half-written was read"
     assert engines["after"][1] == [tokens, 1, 0]

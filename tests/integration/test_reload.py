@@ -52,7 +52,10 @@ CODE = """
             real = getattr(owner, method or name)
             def seen(*args, **kwargs):
                 if tracked[0]:
-                    entered.append(f"{module}.{name}.{method}")
+                    # The compiler's version is in the key: it is asked for that, in the background.
+                    command = args[1] if name == "Popen" else ()
+                    if list(command[1:]) != ["-v"]:
+                        entered.append(f"{module}.{name}.{method} {command}")
                 return real(*args, **kwargs)
             setattr(owner, method or name, seen)
         guard("torch._dynamo.convert_frame", "fullgraph_capture")

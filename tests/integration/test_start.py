@@ -17,8 +17,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> engine.Run:
-    return engine.run(llama, tmp_path_factory.mktemp("stock") / "root", VLLM_COMPILE_EXT="0")
+def stock_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stock") / "root"
+
+
+@pytest.fixture(scope="module")
+def stock(llama: Path, stock_root: Path) -> engine.Run:
+    return engine.run(llama, stock_root, VLLM_COMPILE_EXT="0")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,6 @@ def test_same_answers(stock: engine.Run, eager: engine.Run, cold: engine.Run, wa
 def test_nothing_is_decompiled_on_the_start_path(cache: Path, cold: engine.Run, warm: engine.Run) -> None:
     assert cold.decompiled == warm.decompiled == []
     (file,) = cache.rglob("transformed_code.py")
-    assert (file.parent / "model").exists()
     assert "VLLM_COMPILE_DEPYF=1" in file.read_text()
 
 
@@ -100,3 +104,13 @@ def test_two_engines_starting_cold_at_once_both_end_well(llama2: Path, tmp_path:
     assert (third.loaded, third.compiled) == (1, 0)
     assert third.tokens == first.tokens
     assert not third.output.lines("compiling")
+
+
+def test_stocks_cache_is_left_as_it_is(llama: Path, stock: engine.Run, stock_root: Path) -> None:
+    before = {path: path.read_bytes() for path in stock_root.rglob("*") if path.is_file()}
+    assert [path for path in before if "torch_aot_compile" in str(path)]
+    run = engine.run(llama, stock_root)
+    assert (run.loaded, run.compiled) == (0, 3)
+    assert {path: path.read_bytes() for path in before if "modelinfos" not in str(path)} == {
+        path: data for path, data in before.items() if "modelinfos" not in str(path)
+    }

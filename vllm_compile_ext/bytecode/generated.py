@@ -41,8 +41,9 @@ def cut(source: str) -> tuple[str, list[Kernel]]:
         body = ast.parse(source).body
     except SyntaxError as error:
         raise Uncuttable(str(error)) from error
+    used = {node.id for node in ast.walk(ast.Module(body, [])) if isinstance(node, ast.Name)}
     for statement in reversed(body):
-        new = _replacement(statement, kernels)
+        new = _replacement(statement, kernels, used)
         if new is not None:
             lines[statement.lineno - 1 : statement.end_lineno] = new
     kernels.reverse()
@@ -50,21 +51,22 @@ def cut(source: str) -> tuple[str, list[Kernel]]:
     for number, kernel in enumerate(kernels):
         text = text.replace(f"{kernel.name} = {KERNELS}[?]", f"{kernel.name} = {KERNELS}[{number}]", 1)
     left = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    if used := left & {"async_compile", "AsyncCompile"}:
-        raise Uncuttable(f"{', '.join(sorted(used))} is used in an unknown way")
+    if unknown := left & {"async_compile", "AsyncCompile"}:
+        raise Uncuttable(f"{', '.join(sorted(unknown))} is used in an unknown way")
     return text, kernels
 
 
-def _replacement(statement: ast.stmt, kernels: list[Kernel]) -> list[str] | None:
-    """Lines that stand in for a top-level statement; None keeps it."""
+def _replacement(statement: ast.stmt, kernels: list[Kernel], used: set[str]) -> list[str] | None:
+    """Lines that stand in for a top-level statement, where the module uses the names `used`; None keeps it."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
         return []
     if isinstance(statement, ast.FunctionDef) and statement.name in _NOT_NEEDED:
         return []
     if isinstance(statement, ast.If) and "__name__" in ast.dump(statement.test):
         return []
-    if isinstance(statement, ast.ImportFrom) and [alias.name for alias in statement.names] == ["AsyncCompile"]:
-        return []
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        names = {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
+        return [] if not names & used or names == {"AsyncCompile"} else None
     if ast.unparse(statement) in (
         "async_compile = AsyncCompile()",
         "async_compile.wait(globals())",

@@ -1,0 +1,118 @@
+"""vLLM's own switches of its compile cache, and where the store is, with toy models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import process
+
+pytestmark = pytest.mark.engine
+
+CODE = """
+    import os
+    from pathlib import Path
+    from vllm_compile_ext import plugin
+    plugin.register()
+    from tests import forks, toys
+    from vllm.compilation.counter import compilation_counter as counter
+
+    def start(root, *, compilation={}, **env):
+        def function():
+            os.environ.update(env)
+            model = toys.build(toys.Plain, toys.config(root, **compilation))
+            off = toys.off(model)
+            compiled, saved = counter.num_inductor_compiles, counter.num_aot_artifacts_saved
+            return [off, counter.num_aot_artifacts_loaded, compiled, saved]
+        ended = forks.run(function)
+        return [ended.status, ended.value, ended.output]
+
+    def files(root):
+        return sorted(str(p.relative_to(root)) for p in Path(root).rglob("*") if p.is_file())
+
+    out = {"files": {}}
+    out["forced, empty"] = start("root", VLLM_FORCE_AOT_LOAD="1")
+    out["disabled"] = start("off", VLLM_DISABLE_COMPILE_CACHE="1")
+    out["files"]["disabled"] = files("off")
+    out["cold"] = start("root")
+    out["forced"] = start("root", VLLM_FORCE_AOT_LOAD="1")
+    out["forced, other"] = start("root", compilation={"compile_sizes": [4]}, VLLM_FORCE_AOT_LOAD="1")
+    out["disabled after"] = start("root", VLLM_DISABLE_COMPILE_CACHE="1")
+    for name, env in (("no-aot", "VLLM_USE_AOT_COMPILE"), ("no-mega", "VLLM_USE_MEGA_AOT_ARTIFACT")):
+        out[name] = [start(name, **{env: "0"}), start(name, **{env: "0"})]
+        out["files"][name] = files(name)
+    out["elsewhere"] = [start("a", VLLM_COMPILE_STORE=str(Path("store").absolute())) for _ in range(2)]
+    out["files"]["elsewhere"] = files("a")
+    out["other root"] = start("b", VLLM_COMPILE_STORE=str(Path("store").absolute()))
+    out["cache_dir"] = [start("c", compilation={"cache_dir": "mine"}), start("c", compilation={"cache_dir": "mine"})]
+    out["files"]["cache_dir"] = files("mine")
+    report(out)
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    outcome = process.run(CODE, folder=tmp_path_factory.mktemp("switches"))
+    assert outcome.code == 0, outcome.output[-5000:]
+    return outcome.value
+
+
+def good(trial: list[Any], loaded: int, compiled: int, saved: int) -> None:
+    status, value, output = trial
+    assert status == 0, output[-3000:]
+    assert value[0] == pytest.approx(0, abs=1e-5)
+    assert value[1:] == [loaded, compiled, saved]
+
+
+def test_a_forced_load(ran: dict[str, Any]) -> None:
+    """A miss is an error that says what differed."""
+    status, _, output = ran["forced, empty"]
+    assert status == 1
+    assert "VLLM_FORCE_AOT_LOAD=1, but cache miss: nothing is stored yet" in output
+    good(ran["forced"], 1, 0, 0)
+    status, _, output = ran["forced, other"]
+    assert status == 1
+    assert "VLLM_FORCE_AOT_LOAD=1, but cache miss: config.compilation.compile_sizes" in output
+
+
+def test_no_cache(ran: dict[str, Any]) -> None:
+    """vLLM turns AOT compilation off with it, and so the plugin's own path: each of the six pieces is compiled."""
+    good(ran["disabled"], 0, 6, 0)
+    assert [name for name in ran["files"]["disabled"] if not name.endswith((".py", ".txt"))] == []
+    good(ran["cold"], 0, 3, 1)
+    good(ran["disabled after"], 0, 6, 0)
+
+
+def test_without_aot_compilation(ran: dict[str, Any]) -> None:
+    """Upstream's older path and its own cache."""
+    cold, warm = ran["no-aot"]
+    good(cold, 0, 6, 0)
+    assert warm[0] == 0
+    assert warm[1][0] == pytest.approx(0, abs=1e-5)
+    assert not [name for name in ran["files"]["no-aot"] if "manifests" in name]
+
+
+def test_without_the_bundled_artifact(ran: dict[str, Any]) -> None:
+    cold, warm = ran["no-mega"]
+    for status, value, output in (cold, warm):
+        assert status == 0, output[-3000:]
+        assert value[0] == pytest.approx(0, abs=1e-5)
+    assert cold[1][3] == 1
+    assert warm[1][1] == 1
+
+
+def test_where_the_store_is(ran: dict[str, Any]) -> None:
+    cold, warm = ran["elsewhere"]
+    good(cold, 0, 3, 1)
+    good(warm, 1, 0, 0)
+    assert not [name for name in ran["files"]["elsewhere"] if "blobs" in name]
+    good(ran["other root"], 1, 0, 0)
+
+
+def test_a_cache_dir_of_the_users_own(ran: dict[str, Any]) -> None:
+    """It is where the files for people go; it is not in the key."""
+    cold, warm = ran["cache_dir"]
+    good(cold, 0, 3, 1)
+    good(warm, 1, 0, 0)
+    assert any(name.endswith("computation_graph.py") for name in ran["files"]["cache_dir"])
