@@ -12,21 +12,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 
 from benchmarks.serve import Line, Phases, Server, ServerError, tail
 from vllm_compile_ext import __version__, compat
+from vllm_compile_ext.cli.progress import Progress
 
 FOLDER = Path(".demo")
 SIZE = "llama16"
@@ -88,60 +86,12 @@ class Result:
     code: str
 
 
-class Progress:
-    """Says what is going on: a live line with a clock on a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._text = ""
-        self._since = time.monotonic()
-        self._status: Status | None = console.status("") if console.is_terminal else None
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._end = threading.Event()
-
-    def __enter__(self) -> Progress:
-        if self._status:
-            self._status.start()
-            self._ticker.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end.set()
-        if self._status:
-            self._ticker.join()
-            self._status.stop()
-
-    def task(self, title: str) -> None:
-        """Begin something whose seconds count from now."""
-        self._since = time.monotonic()
-        self.step(title)
-
-    def step(self, text: str) -> None:
-        self._text = text
-        if not self._status:
-            self.console.print(f"{self.seconds():6.1f} s  {text}", markup=False)
-
-    def done(self, text: str) -> None:
-        """Leave a line behind: `text` is over."""
-        self.console.print(f"{self.seconds():6.1f} s  {text}: done", markup=False)
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._since
-
-    def _tick(self) -> None:
-        assert self._status is not None
-        while not self._end.wait(0.2):
-            self._status.update(f"{self._text} ({self.seconds():.0f} s)")
-
-
 def make_model(progress: Progress, size: str = SIZE) -> Path:
     """Make the model in a process of its own, so that its memory is free again when the servers run."""
     folder, log = FOLDER / size, FOLDER / f"{size}.log"
     title = f"making {size}: tokenizer and seeded weights"
     progress.task(title)
-    _call([sys.executable, "-m", "benchmarks.models", size, str(folder)], log)
+    call([sys.executable, "-m", "benchmarks.models", size, str(folder)], log)
     progress.done(title)
     return folder
 
@@ -151,18 +101,22 @@ def read_ahead(progress: Progress) -> None:
     title = "reading vLLM's files once, so that no run pays for a cold disk"
     progress.task(title)
     code = "import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.model_executor.models.llama"
-    _call([sys.executable, "-c", code], FOLDER / "read-ahead.log", env={"VLLM_COMPILE_EXT": "0"})
+    call([sys.executable, "-c", code], FOLDER / "read-ahead.log", env={"VLLM_COMPILE_EXT": "0"})
     progress.done(title)
 
 
-def _call(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
+def call(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
+    """Run a command, its output in `log`, with `env` added to the environment.  Raises `ServerError`."""
+    merged = {**os.environ, **(env or {})}
     with log.open("wb") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | (env or {}), check=False)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=merged, check=False)
     if done.returncode:
         raise ServerError(f"{' '.join(command[1:3])} ended with status {done.returncode}", log)
 
 
-def measure(run: Run, number: int, of: int, model: Path, progress: Progress) -> Result:
+def measure(
+    run: Run, number: int, of: int, model: Path, progress: Progress, env: Mapping[str, str] | None = None
+) -> Result:
     """Start one server, number `number` of `of`, ask it everything, end it."""
     title = f"[{number}/{of}] {run.title}"
 
@@ -172,8 +126,8 @@ def measure(run: Run, number: int, of: int, model: Path, progress: Progress) -> 
                 progress.step(f"{title}: {step}")
 
     progress.task(f"{title}: importing vLLM")
-    cache, env = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}
-    with Server(model, run.log, cache, env=env, args=ARGS, listen=listen) as server:
+    cache, switch = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}
+    with Server(model, run.log, cache, env={**switch, **(env or {})}, args=ARGS, listen=listen) as server:
         server.wait_ready()
         progress.step(f"{title}: answering requests")
         answers, seconds = ask(server)
@@ -227,10 +181,10 @@ def plugin_state(server: Server) -> str:
 
 
 def code_source(server: Server) -> str:
-    """Whether the model's code was compiled or loaded, by vLLM's own lines; "-" where they say neither."""
-    if server.said("Directly load AOT compilation"):
+    """Whether the model's code was compiled or loaded, by stock's lines or ours; "-" where they say neither."""
+    if server.said("Directly load AOT compilation") or server.said("loaded compiled code"):
         return "loaded"
-    return "compiled" if server.said("saved AOT compiled function") else "-"
+    return "compiled" if server.said("saved AOT compiled function") or server.said("kept as") else "-"
 
 
 def agreement(answers: Sequence[Answer], reference: Sequence[Answer]) -> str:

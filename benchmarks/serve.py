@@ -112,7 +112,7 @@ def environment(cache: Path, extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server whose caches all lie in `cache`; what the caller set for vLLM is not passed on."""
     alias = alias_metadata(cache / "metadata")
     path = [str(alias)] if alias else []
-    dropped = ("VLLM_", "TORCHINDUCTOR_", "TORCH_COMPILE_")
+    dropped = ("VLLM_", "TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_CACHE_DIR", "TRITON_HOME")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped) or k == "VLLM_USE_FLASHINFER_SAMPLER"}
     return (
         kept

@@ -184,6 +184,13 @@ WHILE_COMPILING = (
         "on GPUs, Triton kernels compile in Inductor's own pool of processes",
     ),
 )
+# What the command's own processes change for as long as they live (cli/warm_start.py).
+WHILE_WARMING = (
+    (
+        "vllm.v1.core.kv_cache_utils.get_kv_cache_configs",
+        "the engine that is started to be compiled has a small KV cache",
+    ),
+)
 
 
 def make(changes: tuple[Change, ...]) -> list[Undo]:
@@ -215,6 +222,7 @@ def markdown() -> str:
     rows = [f"| active or off | `{change.what}` | {change.why} |" for change in OFF]
     rows += [f"| active | `{change.what}` | {change.why} |" for change in ACTIVE if change not in ALWAYS]
     rows += [f"| while a model compiles | `{what}` | {why} |" for what, why in WHILE_COMPILING]
+    rows += [f"| in `vllm-compile-ext warm` | `{what}` | {why} |" for what, why in WHILE_WARMING]
     return "\n".join([head, "| when | what | why |", "|---|---|---|", *rows]) + "\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_compile_ext.cli import bundle, cache, doctor, env, explain
+from vllm_compile_ext.cli import bundle, cache, doctor, env, explain, warm
 
 app = typer.Typer(help="vllm-compile-ext: vLLM's compilation, built around start-up time.", no_args_is_help=True)
 app.command("env")(env.command)
@@ -24,3 +24,10 @@ _explain = typer.Typer(help="Why something happened.")
 _explain.callback()(lambda: None)
 _explain.command("miss")(explain.miss)
 app.add_typer(_explain, name="explain", no_args_is_help=True)
+
+app.command(
+    "warm",
+    help=warm.HELP,
+    options_metavar="MODEL [OPTIONS OF vllm serve]",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(warm.command)

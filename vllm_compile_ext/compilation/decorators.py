@@ -12,7 +12,7 @@ from vllm_compile_ext.artifacts.files import DamagedError
 from vllm_compile_ext.artifacts.manifest import Manifest
 from vllm_compile_ext.bytecode.transformed import NotSaved
 from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.compilation import program, scratch, workers
+from vllm_compile_ext.compilation import outcomes, program, scratch, workers
 from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.compilation.wrapper import aot_bytecode, inspect_bytecode
@@ -88,6 +88,7 @@ def _load(entry: Entry, model: Any, path: Path) -> Any | None:
         logger.debug("loading failed", exc_info=True)
         return None
     logger.info("%sloaded compiled code %s of %s", entry.tag, entry.key[:12], entry.store.root)
+    _tell(entry, "found")
     return loaded
 
 
@@ -115,6 +116,10 @@ def _by_upstream(entry: Entry, manifest: Manifest, model: Any, path: Path) -> An
     return loaded
 
 
+def _tell(entry: Entry, what: outcomes.What, why: str = "") -> None:
+    outcomes.tell(outcomes.Outcome(what, entry.key, entry.shard, entry.model, why))
+
+
 def _save(model: Any) -> None:
     """Keep what was compiled, in place of upstream's `save_aot_compiled_function`; a failure costs a line."""
     from vllm.compilation.counter import compilation_counter
@@ -129,13 +134,12 @@ def _save(model: Any) -> None:
         compilation_counter.num_aot_artifacts_saved += 1
         size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
         logger.info("%skept as %s in %s (%.1f MB)", entry.tag, entry.key[:12], entry.store.root, size / 1e6)
-    except NotSaved as why:
-        logger.warning("%snot kept, the next start compiles again: %s", entry.tag, why)
-    except OSError as error:
-        logger.warning("%snot kept, the next start compiles again: %s", entry.tag, error)
+        _tell(entry, "kept")
     except Exception as error:
-        logger.warning("%snot kept, the next start compiles again: %s: %s", entry.tag, type(error).__name__, error)
+        why = str(error) if isinstance(error, NotSaved | OSError) else f"{type(error).__name__}: {error}"
+        logger.warning("%snot kept, the next start compiles again: %s", entry.tag, why)
         logger.debug("saving failed", exc_info=True)
+        _tell(entry, "failed", why)
     finally:
         entries.release(model)
 

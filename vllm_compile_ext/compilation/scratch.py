@@ -16,6 +16,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+NAME = "compile_scratch"  # of the folder in vLLM's cache root
+
 _folder: Path | None = None
 _lock: int | None = None
 
@@ -29,10 +31,10 @@ def folder() -> Path:
     if _folder is None:
         import vllm.envs
 
-        root = Path(vllm.envs.VLLM_CACHE_ROOT) / "compile_scratch"
+        root = Path(vllm.envs.VLLM_CACHE_ROOT) / NAME
         try:
             root.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(root)
+            remove_abandoned(root)
             _folder = _make(root)
         except OSError as error:
             _folder = _make(Path(tempfile.gettempdir()))
@@ -73,7 +75,8 @@ def _make(root: Path) -> Path:
     return made
 
 
-def _remove_abandoned(root: Path) -> None:
+def remove_abandoned(root: Path) -> None:
+    """Remove the folders below `root` of processes that are gone."""
     for path in root.glob("vllm-compile-*"):
         try:
             handle = os.open(path / "in use", os.O_RDWR | os.O_CLOEXEC)
