@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import stat
 import sys
 import sysconfig
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vllm_compile_ext import __version__, compat, contract, envs, plugin, swap
+from vllm_compile_ext import __version__, compat, contract, envs, jit_caches, plugin, swap
+from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
 
 OK, OFF, BAD = "ok", "off", "bad"
 
@@ -76,7 +76,8 @@ def examine() -> Report:
     current = _load_vllm(report)
     if current is not None:
         _swap(report)
-        _cache(report)
+        _store(report)
+        _kernels(report)
         _platform(report, current)
         _features(report, current)
     return report
@@ -153,27 +154,41 @@ def _swap(report: Report) -> None:
         report.add("contract", OK, f"{count} names that vLLM uses of vllm.compilation are served, with its signatures")
 
 
-def _cache(report: Report) -> None:
+def _store(report: Report) -> None:
     import vllm.envs
 
-    folder = Path(vllm.envs.VLLM_CACHE_ROOT) / "torch_compile_cache"
+    folder = envs.store()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    mode = existing.stat()
-    text = (
-        f"{folder} ({stat.filemode(mode.st_mode)} {existing}, owner {mode.st_uid})"
-        if existing != folder
-        else (f"{folder} ({stat.filemode(mode.st_mode)}, owner {mode.st_uid})")
-    )
-    if not os.access(existing, os.W_OK):
-        report.add(
-            "cache", BAD, f"{text} is not writable: no start can be warm", "set VLLM_CACHE_ROOT to a folder of yours"
-        )
-    elif existing == folder and mode.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        report.add("cache", BAD, f"{text} can be written by others, and artifacts are code", f"chmod go-w {folder}")
-    elif vllm.envs.VLLM_DISABLE_COMPILE_CACHE:
-        report.add("cache", OFF, f"{text}: VLLM_DISABLE_COMPILE_CACHE=1, every start compiles")
+    if vllm.envs.VLLM_DISABLE_COMPILE_CACHE:
+        report.add("store", OFF, f"{folder}: VLLM_DISABLE_COMPILE_CACHE=1, every start compiles")
+    elif existing != folder:
+        if os.access(existing, os.W_OK):
+            report.add("store", OK, f"{folder} (not made yet), {shutil.disk_usage(existing).free >> 30} GiB free")
+        else:
+            text = f"{folder} cannot be made: {existing} is not writable, and no start can be warm"
+            report.add("store", BAD, text, "set VLLM_COMPILE_STORE to a folder of yours")
     else:
-        report.add("cache", OK, f"{text}, {shutil.disk_usage(existing).free >> 30} GiB free")
+        try:
+            store = Store.open(folder)
+        except UnsafeStoreError as error:
+            what, _, way_out = str(error).partition(". Run: ")
+            report.add("store", BAD, what, way_out)
+            return
+        programs = sum(manifest.kind == "program" for manifest in store.manifests())
+        text = f"{folder}: {programs} models or ranks, {store.size() / 1e6:.1f} MB"
+        if store.writable:
+            report.add("store", OK, f"{text}, {shutil.disk_usage(folder).free >> 30} GiB free")
+        else:
+            report.add("store", OFF, f"{text}; it can only be read: what is not in it is compiled at every start")
+
+
+def _kernels(report: Report) -> None:
+    folder = str(jit_caches.folder())
+    kept = [cache.name for cache in jit_caches.CACHES if os.environ.get(cache.variable, "").startswith(folder)]
+    if kept:
+        report.add("kernel caches", OK, f"kernels of {', '.join(kept)} are kept in {folder}")
+    else:
+        report.add("kernel caches", OFF, "kernels that Triton and others compile stay where these libraries put them")
 
 
 def _platform(report: Report, current: Any) -> None:
@@ -205,15 +220,11 @@ def _features(report: Report, current: Any) -> None:
     active = status is not None and status.active
     why = "the swap is not in place"
     if not active:
-        report.add("checked artifacts", OFF, why)
+        report.add("warm starts", OFF, why)
     elif not vllm.envs.VLLM_USE_AOT_COMPILE:
-        report.add(
-            "checked artifacts",
-            OFF,
-            "VLLM_USE_AOT_COMPILE=0: upstream's older cache is used, damage to it is noticed when read",
-        )
+        report.add("warm starts", OFF, "VLLM_USE_AOT_COMPILE=0: upstream's older cache is used, not the store")
     else:
-        report.add("checked artifacts", OK, "digests are checked before an artifact of an earlier start is run")
+        report.add("warm starts", OK, "compiled code is loaded from the store, and its digests are checked before")
     if not active:
         report.add("bytecode dump", OFF, why)
     elif envs.load().VLLM_COMPILE_DEPYF:
