@@ -41,11 +41,12 @@ MARKS: dict[str, str] = {
     "warm": "Warming up done",
     "init": "init engine (profile, create kv cache, warmup model) took",
 }
-# Seconds that vLLM reports itself.
+# Seconds that vLLM reports itself, and milliseconds that ours does.
 REPORTED: dict[str, re.Pattern[str]] = {
     "weights": re.compile(r"Loading weights took ([\d.]+) s"),
     "compile": re.compile(r"torch\.compile took ([\d.]+) s in total"),
     "init": re.compile(r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s"),
+    "load": re.compile(r"loaded compiled code .+ \(([\d.]+) ms\)"),
 }
 
 
@@ -82,6 +83,7 @@ class Phases:
     init: float | None  # first run and KV cache
     front_end: float | None  # from there until /health answers
     ready: float | None
+    load: float | None = None  # ours: loading what is compiled, as in `compile` but finer
 
 
 def free_port() -> int:
@@ -238,6 +240,7 @@ class Server:
             init=said["init"],
             front_end=_between(at["init"], self.ready_at),
             ready=self.ready_at,
+            load=said["load"] / 1000 if said["load"] is not None else None,
         )
 
     def said(self, text: str) -> str | None:

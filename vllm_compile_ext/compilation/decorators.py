@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
 def _load(entry: Entry, model: Any, path: Path) -> Any | None:
     from vllm.compilation.monitor import monitor_torch_compile
 
+    begin = time.perf_counter()
     try:
         with monitor_torch_compile(
             model.vllm_config,
@@ -87,7 +89,8 @@ def _load(entry: Entry, model: Any, path: Path) -> Any | None:
         logger.warning("%scompiling again: %s", entry.tag, error if known else f"{type(error).__name__}: {error}")
         logger.debug("loading failed", exc_info=True)
         return None
-    logger.info("%sloaded compiled code %s of %s", entry.tag, entry.key[:12], entry.store.root)
+    spent = (time.perf_counter() - begin) * 1000
+    logger.info("%sloaded compiled code %s of %s (%.1f ms)", entry.tag, entry.key[:12], entry.store.root, spent)
     _tell(entry, "found")
     return loaded
 
