@@ -82,6 +82,23 @@ class Head(Layers):
         return x * residual
 
 
+class ConstantLayer(Layer):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = super().forward(x, residual)
+        return x * torch.tensor([1.0, 2.0] * (SIZE // 2)), residual
+
+
+@support_torch_compile
+class Constant(Layers):
+    """Its pieces hold a tensor."""
+
+    kind = ConstantLayer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        return x + residual
+
+
 @support_torch_compile(is_encoder=True)
 class Encoder(Layers):
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,10 @@ WORKS = """
         stages += [float((mine[k] - expected[k]).abs().max()) for k in sorted(mine.tensors)]
         stages.append(float((last(expected) - toys.eager(last, expected)).abs().max()))
 
+    with toys.counted() as counts:
+        out["constant"] = toys.off(toys.build(toys.Constant, toys.config("constant")))
+    out["constant counts"] = counts
+
     encoder = toys.build(toys.Encoder, toys.config("encoder"))
     most = encoder.vllm_config.scheduler_config.max_num_batched_tokens
     out["encoder"] = toys.off(encoder, (7, most + 100))
@@ -139,6 +143,11 @@ def test_an_instance_of_the_same_class_loads_the_code_and_reads_its_own_tensors(
     assert value["other counts"]["num_aot_artifacts_loaded"] == 1
     assert value["other"][:2] == pytest.approx([0, 0], abs=1e-5)
     assert value["other"][2] > 1e-3
+
+
+def test_a_tensor_that_a_piece_holds(works: Works, value: dict[str, Any]) -> None:
+    assert value["constant"] == pytest.approx(0, abs=1e-5)
+    assert value["constant counts"]["num_aot_artifacts_loaded"] == int(value is not works.cold.value)
 
 
 def test_an_encoder_takes_more_tokens_than_a_batch(works: Works, value: dict[str, Any]) -> None:

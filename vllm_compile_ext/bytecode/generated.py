@@ -96,8 +96,9 @@ def load(source: str, kernels: Sequence[Any], attributes: Mapping[str, Any], nam
     """
     module = ModuleType(name)
     module.__file__ = f"<{name}>"
-    module.__dict__.update({KERNELS: kernels, **attributes})
+    module.__dict__[KERNELS] = kernels
     linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
     sys.modules[name] = module
     exec(compile(source, module.__file__, "exec"), module.__dict__)
+    module.__dict__.update(attributes)  # afterwards: the source has None in their places
     return module

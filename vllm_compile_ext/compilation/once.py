@@ -14,6 +14,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
+from vllm_compile_ext.compilation import pieces as pieces_
 from vllm_compile_ext.compilation import workers
 from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piece
 from vllm_compile_ext.compilation.progress import Progress
@@ -75,10 +76,11 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     backend.compiler_manager.cache.clear()
     _write_graph(folder, plan, modules)
     shared = Shared(session.entry, fingerprints)
-    compiled = _compile(backend, modules, shared, len(plan.calls), tag)
+    constants = [pieces_.constants(module) for module in modules]  # before Inductor gets the modules
+    compiled = _compile(backend, modules, constants, shared, len(plan.calls), tag)
     backend._called = True
     function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
-    function.kept = shared.kept
+    function.kept, function.constants = shared.kept, constants
     function.bind(session.model)
     return function
 
@@ -116,7 +118,12 @@ def deduplicate(
 
 
 def _compile(
-    backend: Any, modules: Sequence[torch.fx.GraphModule], shared: Shared, sites: int, tag: str
+    backend: Any,
+    modules: Sequence[torch.fx.GraphModule],
+    constants: Sequence[list[Any]],
+    shared: Shared,
+    sites: int,
+    tag: str,
 ) -> list[PiecewiseBackend]:
     """The distinct pieces, loaded where another process has compiled them."""
     count = workers.wanted()
@@ -129,7 +136,7 @@ def _compile(
             progress.phase("waiting for kernels")
             kernels.wait()
             for number in mine:
-                shared.keep(number, made[number])
+                shared.keep(number, made[number], constants[number])
             mine.clear()
             shared.release()
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class NotFrozen(Exception):  # noqa: N818 - an answer, not an error
 
 @dataclass(frozen=True)
 class Frozen:
-    """source: the module, see `bytecode.generated`.  record: pickled, what AOTAutograd and Inductor know of the piece.
+    """source: the module, see `bytecode.generated`.  record: pickled, its constants and what AOTAutograd and Inductor
+    know of the piece.
 
     kernels: (`CPP` or `TRITON`, bytes) in the order in which the module names them.
     """
@@ -44,8 +45,21 @@ class Frozen:
     kernels: list[tuple[str, bytes]]
 
 
-def freeze(artifact: Any) -> Frozen:
-    """A compiled `torch._inductor.standalone_compile.AOTCompiledArtifact` as bytes.  Raises `NotFrozen`."""
+def constants(module: Any) -> list[Any]:
+    """The tensors that a piece holds itself: compiled, it takes them before its inputs.
+
+    AOTAutograd passes them while the process that compiled lives, and leaves them out of what it serializes (torch
+    2.13.0, `_functorch/_aot_autograd/aot_autograd_result.py: deserialize_bundled_cache_entry`).
+    """
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return list(named.values())
+
+
+def freeze(artifact: Any, own: Sequence[Any] = ()) -> Frozen:
+    """A compiled `torch._inductor.standalone_compile.AOTCompiledArtifact`, with its `constants`, as bytes.
+
+    Raises `NotFrozen`.
+    """
     from torch._functorch._aot_autograd.aot_autograd_result import BundledAOTAutogradResult
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.output_code import CompiledFxGraph
@@ -72,14 +86,14 @@ def freeze(artifact: Any) -> Frozen:
         else (TRITON, _triton(call, getattr(module, call.name)))
         for call in calls
     ]
-    return Frozen(source, pickle.dumps(_without_texts(entry, graph)), kernels)
+    return Frozen(source, pickle.dumps((_without_texts(entry, graph), list(own))), kernels)
 
 
 def thaw(frozen: Frozen) -> Callable[..., Any]:
     """The callable: the piece's inputs as arguments, a sequence of its outputs as result."""
     from torch._inductor.output_code import CompiledFxGraphConstants, maybe_realign_inputs
 
-    entry = pickle.loads(frozen.record)
+    entry, own = pickle.loads(frozen.record)
     graph = entry.compiled_fw.result
     kernels = [_map(data) if kind == CPP else _launcher(data) for kind, data in frozen.kernels]
     name = f"vllm_compile_ext.piece_{blake3(frozen.source.encode() + frozen.record).hexdigest()[:16]}"
@@ -92,7 +106,7 @@ def thaw(frozen: Frozen) -> Callable[..., Any]:
         return run(inputs)
 
     compiled = entry._apply_runtime_wrappers(boxed, None, False, entry.sanitized_aot_config)
-    return lambda *inputs: compiled(list(inputs))
+    return lambda *inputs: compiled([*own, *inputs])
 
 
 def _without_texts(entry: Any, graph: Any) -> Any:

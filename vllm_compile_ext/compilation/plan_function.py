@@ -30,6 +30,8 @@ class PlanFunction(SerializableCallable):
         self.is_encoder = is_encoder
         # Distinct piece -> compile range -> its members, for the pieces that the store has.
         self.kept: Mapping[int, dict[str, dict[str, Blob]]] = {}
+        # The constants that each distinct piece holds, of a model that was compiled here.
+        self.constants: Sequence[list[Any]] = [[] for _ in pieces]
         last = len(plan.calls) - 1
         # Each call site replays CUDA graphs of its own: its tensors have addresses of their own.
         sites = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +49,24 @@ class _Piece(msgspec.Struct, frozen=True):
     kernels: list[tuple[str, Blob]]
 
 
-def put_piece(store: Store, piece: Any) -> dict[str, dict[str, Blob]]:
-    """Keep one compiled piece (upstream's `PiecewiseBackend`): compile range -> "code" and its kernels.
+def put_piece(store: Store, piece: Any, own: Sequence[Any]) -> dict[str, dict[str, Blob]]:
+    """Keep one compiled piece (upstream's `PiecewiseBackend`, and the constants it holds): compile range -> "code" and
+    its kernels.
 
     Raises `OSError`.
     """
-    return {str(shape): _put(store, piece, str(shape), entry.runnable) for shape, entry in piece.range_entries.items()}
+    entries = piece.range_entries.items()
+    return {str(shape): _put(store, piece, str(shape), entry.runnable, own) for shape, entry in entries}
 
 
-def _put(store: Store, piece: Any, shape: str, artifact: Any) -> dict[str, Blob]:
+def _put(store: Store, piece: Any, shape: str, artifact: Any, own: Sequence[Any]) -> dict[str, Blob]:
     try:
-        frozen = pieces.freeze(artifact)
+        frozen = pieces.freeze(artifact, own)
     except pieces.NotFrozen as why:
         logger.info("a piece is kept in upstream's form: %s", why)
         root = scratch.inductor()
         files = [(str(path.relative_to(root)), path.read_bytes()) for path in inductor_files.loaded(root)]
-        frozen = pieces.Frozen("", piece.to_bytes()[shape], files)
+        frozen = pieces.Frozen("", pickle.dumps((piece.to_bytes()[shape], list(own))), files)
     kernels = [(kind, store.put(data)) for kind, data in frozen.kernels]
     code = store.put(msgspec.msgpack.encode(_Piece(frozen.source, frozen.record, kernels)))
     return {"code": code} | {f"kernel/{blob.digest}": blob for _, blob in kernels}
@@ -79,8 +81,9 @@ def get_piece(store: Store, code: Blob) -> Callable[..., Any]:
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
     _into_scratch(kernels)
-    loaded: Callable[..., Any] = AOTCompiledArtifact.deserialize(pickle.loads(piece.record))
-    return loaded
+    data, own = pickle.loads(piece.record)
+    loaded = AOTCompiledArtifact.deserialize(pickle.loads(data))
+    return lambda *inputs: loaded(*own, *inputs)
 
 
 def _into_scratch(files: Iterable[tuple[str, bytes]]) -> None:
@@ -114,7 +117,7 @@ def _native(store: Store, compiled: Any) -> dict[str, Blob]:
     head = Head(function.prefix, function.is_encoder, [piece.sym_shape_indices for piece in function.pieces])
     members: dict[str, Blob] = {}
     for number, piece in enumerate(function.pieces):
-        for shape, parts in (function.kept.get(number) or put_piece(store, piece)).items():
+        for shape, parts in (function.kept.get(number) or put_piece(store, piece, function.constants[number])).items():
             members |= {name if name != "code" else f"piece/{number}/{shape}": blob for name, blob in parts.items()}
     members["bytecode"] = store.put(code)
     members["plan"] = store.put(plans.dumps(function.plan))

@@ -72,13 +72,15 @@ class Shared:
         bound = envs.load().VLLM_COMPILE_WAIT if wait else 0
         return self._locks.enter_context(self.entry.store.writer(key, bound)) or wait
 
-    def keep(self, number: int, piece: Any) -> None:
-        """Write a piece that this process compiled (upstream's `PiecewiseBackend`); a failure is not an error."""
+    def keep(self, number: int, piece: Any, own: Sequence[Any]) -> None:
+        """Write a piece that this process compiled (upstream's `PiecewiseBackend`, and its constants); a failure is no
+        error.
+        """
         key = self.keys[number]
         if self.entry is None or key is None or not self.entry.store.writable:
             return
         try:
-            members = program.put_piece(self.entry.store, piece)
+            members = program.put_piece(self.entry.store, piece, own)
             self.entry.store.commit(
                 Manifest(
                     kind="piece",

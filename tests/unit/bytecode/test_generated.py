@@ -19,6 +19,7 @@ from cmath import nanj as absent
 
 async_compile = AsyncCompile()
 empty = list
+offset = None  # a constant of the graph
 
 fused_0 = async_compile.cpp_pybinding(['const float*', 'float*'], r\'\'\'
 #include <x>

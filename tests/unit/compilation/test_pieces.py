@@ -53,8 +53,8 @@ CASES: list[Callable[[torch.Tensor], Any]] = [
 ]  # fmt: skip
 
 
-def compiled(function: Callable[..., Any], x: torch.Tensor) -> Any:
-    """What Inductor makes of `function`, as vLLM asks for it."""
+def compiled(function: Callable[..., Any], x: torch.Tensor) -> tuple[Any, pieces.Frozen]:
+    """What Inductor makes of `function`, as vLLM asks for it, and the same as bytes."""
 
     class Module(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
@@ -65,7 +65,9 @@ def compiled(function: Callable[..., Any], x: torch.Tensor) -> Any:
     settings = dict.fromkeys(("bypass_autograd_cache_key", "bundled_autograd_cache", "force_autograd_cache"), True)
     with torch.no_grad(), torch._functorch.config.patch(settings):
         graph = torch.fx.symbolic_trace(Module())
-        return standalone_compile(graph, [x], dynamic_shapes="from_example_inputs", options={}, aot=True)
+        own = pieces.constants(graph)
+        artifact = standalone_compile(graph, [x], dynamic_shapes="from_example_inputs", options={}, aot=True)
+    return artifact, pieces.freeze(artifact, own)
 
 
 def call(piece: Callable[..., Any], x: torch.Tensor) -> tuple[list[Any], torch.Tensor]:
@@ -77,8 +79,7 @@ def call(piece: Callable[..., Any], x: torch.Tensor) -> tuple[list[Any], torch.T
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.__name__.strip("_"))
 def piece(request: pytest.FixtureRequest) -> tuple[Any, pieces.Frozen]:
-    artifact = compiled(request.param, X.clone())
-    return artifact, pieces.freeze(artifact)
+    return compiled(request.param, X.clone())
 
 
 def test_the_same_results(piece: tuple[Any, pieces.Frozen]) -> None:
@@ -91,8 +92,8 @@ def test_the_same_results(piece: tuple[Any, pieces.Frozen]) -> None:
 
 def test_an_output_that_is_an_input_or_its_view_stays_one() -> None:
     for function in (_returns_its_input, _views):
-        artifact = compiled(function, X.clone())
-        for made in (artifact, pieces.thaw(pieces.freeze(artifact))):
+        artifact, frozen = compiled(function, X.clone())
+        for made in (artifact, pieces.thaw(frozen)):
             x = X.clone()
             with torch.inference_mode():
                 out = made(x)
@@ -100,15 +101,15 @@ def test_an_output_that_is_an_input_or_its_view_stays_one() -> None:
 
 
 def test_an_input_at_an_odd_address() -> None:
-    artifact = compiled(_constant, X.clone())
-    thawed = pieces.thaw(pieces.freeze(artifact))
+    artifact, frozen = compiled(_constant, X.clone())
+    thawed = pieces.thaw(frozen)
     odd = torch.zeros(25)[1:].view(6, 4)
     odd.copy_(X)
     torch.testing.assert_close(call(thawed, odd)[0], call(artifact, odd)[0], rtol=0, atol=0)
 
 
 def test_no_sources_of_kernels_are_kept() -> None:
-    frozen = pieces.freeze(compiled(torch.sin, X.clone()))
+    _, frozen = compiled(torch.sin, X.clone())
     assert "async_compile" not in frozen.source
     assert "#include" not in frozen.source
     assert [kind for kind, _ in frozen.kernels] == [pieces.CPP]
@@ -121,7 +122,7 @@ def test_equal_kernels_are_equal_bytes() -> None:
     code = (
         "import sys; from tests.unit.compilation.test_pieces import *\n"
         "from vllm_compile_ext.artifacts.manifest import digest\n"
-        "print('DIGESTS', *[digest(d) for _, d in pieces.freeze(compiled(torch.sin, X.clone())).kernels])"
+        "print('DIGESTS', *[digest(d) for _, d in compiled(torch.sin, X.clone())[1].kernels])"
     )
 
     def digests(folder: str) -> str:
