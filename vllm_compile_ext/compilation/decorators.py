@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,19 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     return None
 
 
-def _load(entry: Entry, model: Any, path: Path) -> Any | None:
+def _timed(model: Any) -> AbstractContextManager[None]:
+    """Upstream's "torch.compile took", for a load."""
     from vllm.compilation.monitor import monitor_torch_compile
 
+    about = {"is_encoder": model._is_encoder, "tag": getattr(model, "_compile_tag", "")}
+    timer: AbstractContextManager[None] = monitor_torch_compile(model.vllm_config, announce_start=False, **about)
+    return timer
+
+
+def _load(entry: Entry, model: Any, path: Path) -> Any | None:
     begin = time.perf_counter()
     try:
-        with monitor_torch_compile(
-            model.vllm_config,
-            is_encoder=model._is_encoder,
-            tag=getattr(model, "_compile_tag", ""),
-            announce_start=False,
-        ):
+        with _timed(model):
             manifest = entry.find()
             if manifest is None:
                 raise _Miss
