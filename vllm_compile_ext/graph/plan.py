@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib
 import io
+import marshal
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,6 +21,9 @@ import torch.fx as fx
 from vllm_compile_ext.graph import access, names, replaced
 from vllm_compile_ext.graph.bodies import Extra, NotOnce
 from vllm_compile_ext.graph.split import Piece
+
+# Code objects mean something to the Python that made them and to no other.
+PYTHON = f"{sys.implementation.cache_tag} {sys.hexversion:#x}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,14 @@ class Plan:
     calls: list[int]
     binder: str = "def bind(root, fixed):\n    return list\n"
     fixed: list[Made] = field(default_factory=list)
+    # What compiling the two sources gives; a plan of bytes brings it along.
+    code: tuple[CodeType, CodeType] | None = None
+
+    def compiled(self) -> tuple[CodeType, CodeType]:
+        """The code of `source` and of `binder`."""
+        if self.code is None:
+            self.code = compile(self.source, "<plan>", "exec"), compile(self.binder, "<extras>", "exec")
+        return self.code
 
     def load(self, sites: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
         """`run(extras, *inputs)`: `extras` as the gatherer gives them, `inputs` of the graph that the plan was made of.
@@ -51,7 +65,7 @@ class Plan:
         if len(sites) != len(self.calls):
             raise ValueError(f"{len(sites)} callables for {len(self.calls)} call sites")
         space: dict[str, Any] = {"K": self.constants, **{f"c{i}": site for i, site in enumerate(sites)}}
-        exec(compile(self.source, "<plan>", "exec"), space)
+        exec(self.compiled()[0], space)
         return space["run"]  # type: ignore[no-any-return]
 
     def gatherer(self, root: torch.nn.Module) -> Callable[[], list[Any]]:
@@ -62,7 +76,7 @@ class Plan:
         Raises `NotOnce` when a constructor is not that of an opaque type.
         """
         space: dict[str, Any] = {}
-        exec(compile(self.binder, "<extras>", "exec"), space)
+        exec(self.compiled()[1], space)
         bind, fixed = space["bind"], [_construct(made) for made in self.fixed]
         seen = replaced.count()
         read = bind(root, fixed)
@@ -186,22 +200,23 @@ class _Writer:
 
 
 def dumps(plan: Plan) -> bytes:
-    """A plan as bytes.  Ops, functions, dtypes and devices are in it by name."""
+    """A plan as bytes, for the Python that runs now.  Ops, functions, dtypes and devices are in it by name."""
     out = io.BytesIO()
-    _Pickler(out, protocol=5).dump(
-        (plan.source, plan.constants, plan.calls, plan.binder, [(made.ctor, made.args) for made in plan.fixed])
-    )
+    fixed = [(made.ctor, made.args) for made in plan.fixed]
+    code = marshal.dumps(plan.compiled())  # compiling is most of what loading a deep model would take
+    _Pickler(out, protocol=5).dump((plan.source, plan.constants, plan.calls, plan.binder, fixed, PYTHON, code))
     return out.getvalue()
 
 
 def loads(data: bytes) -> Plan:
     """The plan of `dumps`.  Raises `pickle.UnpicklingError` for anything that no plan holds.
 
-    The plan's sources are code that will run: check a digest of `data` first.
+    What is in it will run: check a digest of `data` first.
     """
     try:
-        source, constants, calls, binder, fixed = _Unpickler(io.BytesIO(data)).load()
-        return Plan(source, constants, calls, binder, [Made(*made) for made in fixed])
+        source, constants, calls, binder, fixed, python, code = _Unpickler(io.BytesIO(data)).load()
+        made = [Made(*one) for one in fixed]
+        return Plan(source, constants, calls, binder, made, marshal.loads(code) if python == PYTHON else None)
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged pickles raise many kinds

@@ -152,7 +152,7 @@ def test_foreign_pickles_are_refused(what: Any) -> None:
 )
 def test_foreign_names_are_refused(name: str) -> None:
     out = io.BytesIO()
-    ByName(out).dump(("", ["!" + name], [], "", []))
+    ByName(out).dump(("", ["!" + name], [], "", [], "", b""))
     with pytest.raises(pickle.UnpicklingError):
         loads(out.getvalue())
 
@@ -240,3 +240,16 @@ def test_run_is_what_the_model_gives() -> None:
     got, plan = run(stitched(model, (x,)), model, (x,))
     torch.testing.assert_close(got[0], model(x))
     assert plan.calls == [0, 0, 0, 0, 0, 0]
+
+
+def test_a_plan_of_bytes_brings_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stack()
+    _, plan = planned(model)
+    data = dumps(plan)
+    same, other = loads(data), None
+    assert same.code is not None
+    monkeypatch.setattr("vllm_compile_ext.graph.plan.PYTHON", "another")
+    other = loads(data)
+    assert other.code is None
+    for one in (same, other):
+        assert all(a is b for a, b in zip(one.gatherer(model)(), plan.gatherer(model)(), strict=True))
