@@ -71,7 +71,7 @@ class Settings:
         "0 stands for no limit.",
     )
     VLLM_COMPILE_WAIT: int = _count(
-        default=600,
+        default=200,
         meaning="How many seconds to wait for another process that compiles the same model, before doing it here too.",
     )
 

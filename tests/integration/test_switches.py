@@ -50,6 +50,36 @@ CODE = """
     bundle.pack(Store.open(Path("store")), Path("all.bundle"))
     bundle.unpack(Store.open(Path("unpacked")), Path("all.bundle"), allow_unsigned=True)
     out["unpacked"] = start("d", VLLM_COMPILE_STORE=str(Path("unpacked").absolute()))
+    def eager():
+        import time
+        os.environ["VLLM_COMPILE_WAIT"] = "30"
+        from vllm_compile_ext.compilation import entry
+        made = []
+        real = entry.Entry.__init__
+        entry.Entry.__init__ = lambda *args: made.append(1) or real(*args)
+        config = toys.config("eager")
+        config.compilation_config.backend = "eager"  # CPU's platform makes it inductor
+        model = toys.build(toys.Plain, config)
+        return [[toys.off(model) for _ in range(3)], len(made)]
+    ended = forks.run(eager)
+    out["eager"] = [ended.status, ended.value, ended.output]
+
+    def broken_pieces():
+        from vllm_compile_ext.compilation import pieces
+        def fail(*args):
+            raise ImportError("cannot map")
+        pieces._map = fail
+        os.environ["VLLM_COMPILE_STORE"] = str(Path("store").absolute())
+        return toys.off(toys.build(toys.Plain, toys.config("e")))
+    ended = forks.run(broken_pieces)
+    out["pieces that cannot be mapped"] = [ended.status, ended.value, ended.output]
+
+    def no_key():
+        from vllm_compile_ext.compilation import factors
+        factors.factors = lambda *args: 1 / 0
+        return [toys.off(toys.build(toys.Plain, toys.config("f"))), counter.num_aot_artifacts_saved]
+    ended = forks.run(no_key)
+    out["no key"] = [ended.status, ended.value, ended.output]
     out["cache_dir"] = [start("c", compilation={"cache_dir": "mine"}), start("c", compilation={"cache_dir": "mine"})]
     out["files"]["cache_dir"] = files("mine")
     report(out)
@@ -117,6 +147,28 @@ def test_where_the_store_is(ran: dict[str, Any]) -> None:
 
 def test_a_bundle_is_loaded(ran: dict[str, Any]) -> None:
     good(ran["unpacked"], 1, 0, 0)
+
+
+def test_the_eager_backend_has_no_part_in_it(ran: dict[str, Any]) -> None:
+    """Upstream looks for an artifact at each call then."""
+    status, value, output = ran["eager"]
+    assert status == 0, output[-3000:]
+    assert value == [[pytest.approx(0, abs=1e-5)] * 3, 0]
+
+
+def test_pieces_that_cannot_be_mapped_are_compiled(ran: dict[str, Any]) -> None:
+    status, value, output = ran["pieces that cannot be mapped"]
+    assert status == 0, output[-3000:]
+    assert value == pytest.approx(0, abs=1e-5)
+    assert "compiling again: ImportError: cannot map" in output
+    assert output.count("compiling one piece again: ImportError: cannot map") == 3
+
+
+def test_without_a_key_nothing_is_kept(ran: dict[str, Any]) -> None:
+    status, value, output = ran["no key"]
+    assert status == 0, output[-3000:]
+    assert value == [pytest.approx(0, abs=1e-5), 0]
+    assert "nothing is loaded or kept: no key (ZeroDivisionError" in output
 
 
 def test_a_cache_dir_of_the_users_own(ran: dict[str, Any]) -> None:

@@ -35,11 +35,11 @@ class Kernel:
 
 def cut(source: str) -> tuple[str, list[Kernel]]:
     """The source without what compiles kernels, and the kernels in order.  Raises `Uncuttable`."""
-    lines = source.splitlines()
+    lines = source.split("\n")  # as `ast` counts them
     kernels: list[Kernel] = []
     try:
         body = ast.parse(source).body
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:
         raise Uncuttable(str(error)) from error
     used = {node.id for node in ast.walk(ast.Module(body, [])) if isinstance(node, ast.Name)}
     for statement in reversed(body):

@@ -37,15 +37,19 @@ class Transformed:
     plain: dict[str, Any] = field(default_factory=dict)
     defaults: tuple[Any, ...] | None = None
     kwdefaults: dict[str, Any] | None = None
+    # Globals that the code needs besides.
+    around: tuple[str, ...] = ()
 
     def function(self, compiled: Callable[..., Any], around: Mapping[str, Any]) -> FunctionType:
         """The function, calling `compiled`; `around` are the globals of the function that was traced.
 
-        Raises `ImportError`, `AttributeError` when something that the code names is not there.
+        Raises `ImportError`, `AttributeError`, `LookupError` when something that the code names is not there.
         """
         space: dict[str, Any] = {alias: importlib.import_module(name) for alias, name in self.imports.items()}
         space |= {alias: _find(*place) for alias, place in self.named.items()}
         space |= self.plain | dict(around) | {self.backend: compiled}
+        if missing := [name for name in self.around if name not in space]:
+            raise LookupError(f"the bytecode needs the globals {', '.join(missing)}")
         made = FunctionType(self.code, space, argdefs=self.defaults)
         made.__kwdefaults__ = self.kwdefaults
         return made
@@ -69,7 +73,14 @@ def capture(environment: Any, backend: str) -> Transformed:
         if not _is_plain(value):
             raise NotSaved(f"the default {value!r} of a parameter")
     return Transformed(
-        environment.bytecode, backend, imports, named, plain, environment.argdefs, environment.kwdefaults or None
+        environment.bytecode,
+        backend,
+        imports,
+        named,
+        plain,
+        environment.argdefs,
+        environment.kwdefaults or None,
+        tuple(sorted(environment.external_refs)),
     )
 
 
@@ -77,7 +88,17 @@ def dumps(code: Transformed) -> bytes:
     """As bytes, for the Python that runs now.  Raises `NotSaved` when a constant of the code has no bytes."""
     try:
         return marshal.dumps(
-            (PYTHON, code.code, code.backend, code.imports, code.named, code.plain, code.defaults, code.kwdefaults)
+            (
+                PYTHON,
+                code.code,
+                code.backend,
+                code.imports,
+                code.named,
+                code.plain,
+                code.defaults,
+                code.kwdefaults,
+                code.around,
+            )
         )
     except ValueError as error:
         raise NotSaved(f"a constant of the bytecode ({error})") from error

@@ -42,12 +42,19 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     """
     import vllm.envs
 
-    path = Path(aot_compilation_path)
-    entry = entries.of(model)
+    if model.vllm_config.compilation_config.backend == "eager":
+        return None  # never compiled, and upstream asks again at each call
+    try:
+        entry = entries.of(model)
+    except Exception as error:
+        logger.warning("nothing is loaded or kept: no key (%s: %s)", type(error).__name__, error)
+        logger.debug("no key", exc_info=True)
+        entry = None
     if entry is None:
         if vllm.envs.VLLM_FORCE_AOT_LOAD:
             raise FileNotFoundError("VLLM_FORCE_AOT_LOAD=1, but there is no store to load from: see the line above")
         return None
+    path = Path(aot_compilation_path)
     loaded = _load(entry, model, path)
     if loaded is not None:
         return loaded
@@ -55,11 +62,14 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     if vllm.envs.VLLM_FORCE_AOT_LOAD:
         raise FileNotFoundError(f"VLLM_FORCE_AOT_LOAD=1, but {why} (store {entry.store.root}, key {entry.key[:12]})")
     logger.info("%s%s", entry.tag, why)
-    if entry.claim():
-        loaded = _load(entry, model, path)  # by the process that was waited for
-        if loaded is not None:
-            entry.release()
-            return loaded
+    try:
+        if entry.claim():
+            loaded = _load(entry, model, path)  # by the process that was waited for
+    except Exception as error:
+        logger.warning("%snot waiting for other processes: %s: %s", entry.tag, type(error).__name__, error)
+    if loaded is not None:
+        entry.release()
+        return loaded
     setattr(model, entries.NAME, entry)
     return None
 

@@ -46,7 +46,8 @@ def store() -> Store | None:
 class Entry:
     """What the store has for one model, as it is configured now.
 
-    shard: ranks have equal keys and each its own entry, since a rank may hold other layers and other constants.
+    shard: ranks have equal keys and each its own entry, since a rank may hold other layers and other constants; so have
+    the devices of a machine, since their numbers are in what Inductor generates.
     """
 
     def __init__(self, store: Store, model: Any) -> None:
@@ -57,7 +58,7 @@ class Entry:
         self.key = key_of(self.factors)
         # Data parallel ranks run the same code, unless experts are spread over them.
         expert = f"_dp{parallel.data_parallel_index}" if parallel.enable_expert_parallel else ""
-        self.shard = f"rank{parallel.rank}{expert}"
+        self.shard = f"rank{parallel.rank}{expert}{_device()}"
         self.tag = f"[{getattr(model, '_compile_tag', '')}] "
         name = getattr(config.model_config, "model", "") or ""
         self.model = f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip()
@@ -77,6 +78,13 @@ class Entry:
 
     def miss(self) -> str:
         """Why there is no entry, in a line; recorded for ``vllm-compile-ext explain miss``."""
+        try:
+            return self._miss()
+        except Exception as error:  # it is only told
+            logger.debug("the miss was not explained", exc_info=True)
+            return f"cache miss: {type(error).__name__}: {error}"
+
+    def _miss(self) -> str:
         from vllm_compile_ext.artifacts import misses
 
         found = self.store.find(self.key, self.shard)
@@ -112,7 +120,7 @@ class Entry:
             return False
         self.release()
         bound = envs.load().VLLM_COMPILE_WAIT
-        logger.info("%sanother process compiles this model: waiting for it, at most %d s", self.tag, bound)
+        logger.info("%sanother process is writing this model: waiting for it, at most %d s", self.tag, bound)
         self._claim.enter_context(self.store.writer(name, bound))
         return True
 
@@ -136,6 +144,15 @@ class Entry:
         )
         self.store.commit(made)
         return made
+
+
+def _device() -> str:
+    """The number of this process's accelerator: Inductor writes it into the code (torch 2.13.0)."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ""
+    return f"_{torch.accelerator.current_accelerator()}{torch.accelerator.current_device_index()}"
 
 
 def _same_class(manifest: Manifest, table: Mapping[str, str]) -> bool:
@@ -168,7 +185,7 @@ def is_new(model: Any) -> bool:
 
 def sources_of(compiled: Any) -> dict[str, str]:
     """Module -> blake3 of its source, for all that Dynamo read (`torch._dynamo.package.SourceInfo`, torch 2.13.0)."""
-    return {source.module: digest(source.content.encode()) for source in compiled.source_info().inlined_sources}
+    return {source.module: _digest(source.content) for source in compiled.source_info().inlined_sources}
 
 
 def changed_sources(sources: Mapping[str, str]) -> list[Change]:
@@ -188,7 +205,7 @@ def _file(module: str) -> Path | None:
     if loaded is None:
         try:
             spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
+        except Exception:  # finding it imports its packages
             return None
         name = spec.origin if spec is not None else None
     return Path(name) if name else None
@@ -197,6 +214,11 @@ def _file(module: str) -> Path | None:
 def _source(module: str) -> str:
     path = _file(module)
     try:
-        return digest(path.read_text().encode()) if path is not None else "none"
-    except (OSError, UnicodeDecodeError):
+        return _digest(importlib.util.decode_source(path.read_bytes())) if path is not None else "none"
+    except (OSError, UnicodeError, SyntaxError):
         return "unreadable"
+
+
+def _digest(source: str) -> str:
+    """Of a module's text; `inspect`, which Dynamo asks, ends every file with a newline."""
+    return digest((source.rstrip("\n") + "\n").encode(errors="surrogatepass"))

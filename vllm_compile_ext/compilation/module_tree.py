@@ -35,6 +35,8 @@ _SKIPPED = {
 } - {"training"}
 # Objects that hold a layer's way of calculating (vLLM 0.32.0, `model_executor/layers/`): their attributes count too.
 _OPENED = {"quant_method", "scheme", "kernel", "fp8_linear"}
+# Names of attributes that differ from rank to rank of one model.
+_RANKS = frozenset(f"{group}rank" for group in ("", "tp_", "pp_", "dp_", "ep_", "pcp_", "dcp_", "local_", "global_"))
 _SIMPLE = frozenset({type(None), bool, int, float, complex, torch.dtype, torch.Size})
 
 
@@ -62,7 +64,7 @@ class _Tree:
 
     def _attributes(self, indent: str, values: dict[str, Any], depth: int) -> Iterator[str]:
         for key, value in values.items():
-            if key in _SKIPPED or "rank" in key:
+            if key in _SKIPPED or key in _RANKS:
                 continue
             yield f"{indent}{key}={repr(value) if type(value) in _SIMPLE else self._plain(value)}"
             if depth and key in _OPENED and hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module):
@@ -73,11 +75,14 @@ class _Tree:
         if kind in _SIMPLE:
             return repr(value)
         if kind is str:
-            return "a path" if "/" in value else repr(value)
+            return "a path" if value.startswith("/") else repr(value)
         if kind is list or kind is tuple:
             return f"[{', '.join(map(self._plain, value))}]"
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
+        if kind is dict:
+            named = ((k, v) for k, v in value.items() if type(k) is str)  # others may be addresses
+            return f"{{{', '.join(f'{k}: {self._plain(v)}' for k, v in named)}}}"
         if isinstance(value, Enum):
             return f"{kind.__qualname__}.{value.name}"
         if isinstance(value, (set, frozenset)):
@@ -91,8 +96,9 @@ class _Tree:
         number = self.tensors.setdefault(id(value), len(self.tensors))
         stride = value.stride() if value.layout == torch.strided else value.layout
         kind = type(value).__qualname__
-        return f"{number} {kind} {value.dtype} {value.device.type} {tuple(value.shape)} {stride}"
+        own = {key: one for key, one in vars(value).items() if type(one) in _SIMPLE or type(one) is str}
+        return f"{number} {kind} {value.dtype} {value.device.type} {tuple(value.shape)} {stride} {self._plain(own)}"
 
 
 def _qualified(kind: Any) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', kind)}"

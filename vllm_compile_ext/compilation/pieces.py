@@ -7,6 +7,7 @@ puts upstream's own runtime wrappers around it.  Nothing is traced, no graph is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.machinery
 import importlib.util
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,26 +157,39 @@ def _map(data: bytes) -> Any:
         os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(
             torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr
         )
-        path = _memory_file(data)
-        spec = importlib.util.spec_from_loader(name, importlib.machinery.ExtensionFileLoader(name, path))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with _file(data) as path:
+            spec = importlib.util.spec_from_loader(name, importlib.machinery.ExtensionFileLoader(name, path))
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
         sys.modules[name] = module
     return sys.modules[name].kernel
 
 
-def _memory_file(data: bytes) -> str:
-    """Path of a file in memory that holds `data`, for the rest of this process: the loader tells libraries by path."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("vllm_compile_ext")
-        path = f"/proc/self/fd/{descriptor}"
-    else:
-        descriptor, path = tempfile.mkstemp(suffix=".so")
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(data)
-    return path
+_files = 0
+
+
+@contextlib.contextmanager
+def _file(data: bytes) -> Iterator[str]:
+    """Path of a file in memory that holds `data`.  No two are the same path: the loader tells libraries by it."""
+    if not hasattr(os, "memfd_create"):
+        with tempfile.NamedTemporaryFile(suffix=".so") as file:
+            file.write(data)
+            file.flush()
+            yield file.name
+        return
+    global _files
+    _files += 1
+    # "/." and "/" in the middle of a path change nothing but its text.
+    unique = "".join("/." if bit == "1" else "/" for bit in f"{_files:b}")
+    descriptor = os.memfd_create("vllm_compile_ext")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
+        yield f"/proc/self/fd{unique}/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def _triton(call: generated.Kernel, kernel: Any) -> bytes:
@@ -197,6 +211,8 @@ def _triton(call: generated.Kernel, kernel: Any) -> bytes:
     try:
         launcher = copy.copy(kernel)
         launcher.compile_results, launcher._reload_kernel = results, None
+        if len(results) == 1:  # these name the folder of this process, where tuning would be noted
+            launcher.filename, launcher.save_cache_hook = None, None
         return pickle.dumps((call.arguments, launcher, binaries))
     finally:
         kernel.restore_after_unpickle(before)
@@ -220,17 +236,23 @@ def _binary(result: Any) -> bytes:
 
 def _launcher(data: bytes) -> Any:
     """The launcher of `_triton`, with its binaries handed to the driver."""
-    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor import async_compile
     from torch._inductor.codecache import StaticAutotunerFuture
 
     arguments, launcher, binaries = pickle.loads(data)
-    paths = [_memory_file(binary) for binary in binaries]
-    for result, path in zip(launcher.compile_results, paths, strict=True):
-        result.kernel.cubin_path = path
-    future = StaticAutotunerFuture(launcher)
-    # Only tuning that runs after the load asks for the source.
-    future.reload_kernel_from_src = lambda: AsyncCompile().triton(*arguments)
-    loaded = future.result()
-    for path in paths:  # the driver has read them
-        os.close(int(path.rpartition("/")[2])) if path.startswith("/proc/self/fd/") else Path(path).unlink()
-    return loaded
+    name, source = arguments[:2]
+
+    def reload() -> Any:  # only tuning that runs after the load asks for the source
+        return async_compile._load_triton_kernel_from_source(name, source)
+
+    with contextlib.ExitStack() as files:
+        for result, binary in zip(launcher.compile_results, binaries, strict=True):
+            result.kernel.cubin_path = files.enter_context(_file(binary))
+        if len(binaries) == 1:
+            # Tuned already, or nothing to tune: upstream's `precompile` might choose and compile anew.
+            launcher._reload_kernel = reload
+            launcher._make_launchers()
+            return launcher
+        future = StaticAutotunerFuture(launcher)
+        future.reload_kernel_from_src = reload
+        return future.result()

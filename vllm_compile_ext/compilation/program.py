@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_compile_ext.artifacts.files import DamagedError
 from vllm_compile_ext.artifacts.manifest import Blob, Manifest
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.bytecode import transformed
@@ -92,6 +93,8 @@ def _into_scratch(files: Iterable[tuple[str, bytes]]) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)
     for name, data in files:
         path = root / name
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise DamagedError(path, "is outside of the folder of this process")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 

@@ -51,9 +51,10 @@ class Shared:
             members.setdefault(shape, {})[rest] = blob
         try:
             runnables = {s: program.get_piece(self.entry.store, parts["code"]) for s, parts in members.items()}
-        except (DamagedError, KeyError) as error:
+        except Exception as error:  # whatever it is, compiling it is the way out
             if number not in self._told:
-                logger.warning("compiling one piece again: %s", error)
+                why = error if isinstance(error, DamagedError) else f"{type(error).__name__}: {error}"
+                logger.warning("compiling one piece again: %s", why)
             self._told.add(number)
             return None
         self.entry.store.use(found)
@@ -97,7 +98,7 @@ class Shared:
                 )
             )
             self.kept[number] = members
-        except OSError as error:
+        except Exception as error:
             logger.debug("piece %d is not shared: %s", number, error)  # saving the model will say it
 
     def release(self) -> None:

@@ -118,6 +118,9 @@ class _Writer:
     def target(self, node: fx.Node) -> str:
         if isinstance(node.target, str):
             return f"method:{node.target}"
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and "triton_kernel" in node.target.name():
+            # Kernel and constants are numbers of a table of this process (torch 2.13.0, `triton_kernel_wrap.py`).
+            raise Unfingerprintable(f"a Triton kernel of the model's own, {node.name}")
         try:
             found = names.name(node.target)
         except names.Unnameable as why:

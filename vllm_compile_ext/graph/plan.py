@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.graph import access, names, replaced
+from vllm_compile_ext.graph import access, names
 from vllm_compile_ext.graph.bodies import Extra, NotOnce
 from vllm_compile_ext.graph.split import Piece
 
@@ -38,22 +38,22 @@ class Made:
 class Plan:
     """`source` defines `run(B, *inputs)`, with `constants` as K and the callables of the call sites as c0, c1, ...
 
-    `calls[i]` is the number of the unique piece that call site i calls.  `binder` defines `bind(root, fixed)`, which
-    finds what the extras are read from (see `access.binder`); `fixed` are the opaque objects among them, in order.
+    `calls[i]` is the number of the unique piece that call site i calls.  `reader` defines `read(root, fixed)`, which
+    gives the extras (see `access.reader`); `fixed` are the opaque objects among them, in order.
     """
 
     source: str
     constants: list[Any]
     calls: list[int]
-    binder: str = "def bind(root, fixed):\n    return list\n"
+    reader: str = "def read(root, fixed):\n    return []\n"
     fixed: list[Made] = field(default_factory=list)
     # What compiling the two sources gives; a plan of bytes brings it along.
     code: tuple[CodeType, CodeType] | None = None
 
     def compiled(self) -> tuple[CodeType, CodeType]:
-        """The code of `source` and of `binder`."""
+        """The code of `source` and of `reader`."""
         if self.code is None:
-            self.code = compile(self.source, "<plan>", "exec"), compile(self.binder, "<extras>", "exec")
+            self.code = compile(self.source, "<plan>", "exec"), compile(self.reader, "<extras>", "exec")
         return self.code
 
     def load(self, sites: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
@@ -69,26 +69,15 @@ class Plan:
         return space["run"]  # type: ignore[no-any-return]
 
     def gatherer(self, root: torch.nn.Module) -> Callable[[], list[Any]]:
-        """A function that gives the values of the extras.
+        """A function that gives the values of the extras: tensors read from `root` at each call, so that whatever was
+        replaced is seen; opaque objects made now, once.
 
-        What holds the tensors is looked up in `root` now, and again when submodules were replaced; the tensors are read
-        from there at each call, so that a parameter that was replaced is seen.  Opaque objects are made now, once.
         Raises `NotOnce` when a constructor is not that of an opaque type.
         """
         space: dict[str, Any] = {}
         exec(self.compiled()[1], space)
-        bind, fixed = space["bind"], [_construct(made) for made in self.fixed]
-        seen = replaced.count()
-        read = bind(root, fixed)
-
-        def gather() -> list[Any]:
-            nonlocal read, seen
-            if seen != replaced.count():
-                seen = replaced.count()
-                read = bind(root, fixed)
-            return read()  # type: ignore[no-any-return]
-
-        return gather
+        read, fixed = space["read"], [_construct(made) for made in self.fixed]
+        return lambda: read(root, fixed)
 
 
 def _construct(made: Made) -> Any:
@@ -119,9 +108,9 @@ def write(graph: fx.Graph, pieces: Sequence[Piece], unique: Sequence[int | None]
             writer.call(piece, number)
         writer.forget([n for n in (*piece.inputs, *piece.nodes) if last[n] == place])
     source = writer.finish()
-    binder = access.binder([None if e.ctor else e.expression for e in extras])
+    reader = access.reader([None if e.ctor else e.expression for e in extras])
     fixed = [Made(e.ctor, e.args) for e in extras if e.ctor]
-    return Plan(source, writer.constants, writer.calls, binder, fixed)
+    return Plan(source, writer.constants, writer.calls, reader, fixed)
 
 
 class _Writer:
@@ -204,7 +193,7 @@ def dumps(plan: Plan) -> bytes:
     out = io.BytesIO()
     fixed = [(made.ctor, made.args) for made in plan.fixed]
     code = marshal.dumps(plan.compiled())  # compiling is most of what loading a deep model would take
-    _Pickler(out, protocol=5).dump((plan.source, plan.constants, plan.calls, plan.binder, fixed, PYTHON, code))
+    _Pickler(out, protocol=5).dump((plan.source, plan.constants, plan.calls, plan.reader, fixed, PYTHON, code))
     return out.getvalue()
 
 
@@ -214,9 +203,9 @@ def loads(data: bytes) -> Plan:
     What is in it will run: check a digest of `data` first.
     """
     try:
-        source, constants, calls, binder, fixed, python, code = _Unpickler(io.BytesIO(data)).load()
+        source, constants, calls, reader, fixed, python, code = _Unpickler(io.BytesIO(data)).load()
         made = [Made(*one) for one in fixed]
-        return Plan(source, constants, calls, binder, made, marshal.loads(code) if python == PYTHON else None)
+        return Plan(source, constants, calls, reader, made, marshal.loads(code) if python == PYTHON else None)
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # damaged pickles raise many kinds

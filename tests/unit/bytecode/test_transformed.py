@@ -30,6 +30,7 @@ def environment(**changes: Any) -> Any:
         closure=(),
         argdefs=(2,),
         kwdefaults=None,
+        external_refs={"LIMIT"},
     )
     return SimpleNamespace(**(parts | changes))
 
@@ -68,7 +69,13 @@ def test_another_pythons_bytecode_is_refused() -> None:
         transformed.loads(marshal.dumps(("cpython-399 0x3990000", *marshal.loads(data)[1:])))
 
 
-def test_a_name_that_is_gone_is_an_error() -> None:
+def test_a_global_that_is_gone_is_an_error() -> None:
+    code = transformed.capture(environment(), "backend_0")
+    with pytest.raises(LookupError, match="LIMIT"):
+        code.function(print, {})
+
+
+def test_a_module_that_is_gone_is_an_error() -> None:
     code = transformed.capture(environment(import_sources={"alias": "no.such.module"}), "backend_0")
     with pytest.raises(ImportError):
         code.function(print, {})

@@ -82,7 +82,27 @@ def _layer(model: Any, new: torch.Tensor) -> None:
     _attribute(model, new)
 
 
-@pytest.mark.parametrize("replace", [_in_place, _data, _attribute, _registered, _dict, _module, _layer])
+def _submodule_dict(model: Any, new: torch.Tensor) -> None:
+    model.layers._modules["2"] = type(model.layers[2])(2)
+    _attribute(model, new)
+
+
+def _inserted(model: Any, new: torch.Tensor) -> None:  # torch's containers tell nobody of this
+    model.layers.insert(2, type(model.layers[2])(2))
+    _attribute(model, new)
+
+
+def _all_parameters(model: Any, new: torch.Tensor) -> None:
+    lin = model.layers[2].lin
+    lin.__dict__["_parameters"] = dict(lin._parameters, weight=nn.Parameter(new, requires_grad=False))
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        _in_place, _data, _attribute, _registered, _dict, _module, _layer, _submodule_dict, _inserted, _all_parameters,
+    ],
+)  # fmt: skip
 def test_a_replaced_parameter_is_seen(replace: Any) -> None:
     model = stack()
     s, plan = planned(model)
@@ -190,11 +210,11 @@ def test_nodes_without_a_name_are_refused() -> None:
 
 def bound(expressions: Any, root: nn.Module, fixed: list[Any]) -> Any:
     space: dict[str, Any] = {}
-    exec(access.binder(expressions), space)
-    return space["bind"](root, fixed)
+    exec(access.reader(expressions), space)
+    return lambda: space["read"](root, fixed)
 
 
-def test_owners_are_found_once() -> None:
+def test_the_reader() -> None:
     model = stack()
     expressions = [
         f"L['self']._modules['layers']._modules['{i}']._modules['lin']._parameters['{p}']"
@@ -207,7 +227,7 @@ def test_owners_are_found_once() -> None:
     assert bound([], model, [])() == []
 
 
-def test_what_is_no_module_is_walked_each_time() -> None:
+def test_what_is_no_module_may_be_replaced_too() -> None:
     """vLLM 0.32's CPU layers: packed weights in the closure of a function, which loading weights again replaces."""
     model = stack()
 
@@ -232,7 +252,7 @@ def test_other_expressions_are_refused(expression: str) -> None:
 
 def test_extras_of_one_local_only() -> None:
     with pytest.raises(NotOnce, match="several"):
-        access.binder(["L['a'].x", "L['b'].x"])
+        access.reader(["L['a'].x", "L['b'].x"])
 
 
 def test_run_is_what_the_model_gives() -> None:

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_compile_ext.artifacts.store import Store
+from vllm_compile_ext.compilation import entry, factors
+
+
+@pytest.fixture
+def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(factors, "factors", lambda config, model: {"torch": "2.13.0"})
+    store = Store.open(tmp_path / "store")
+
+    def of(*, rank: int = 0, data: int = 0, experts: bool = False, device: int | None = None) -> tuple[str, str]:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: device)
+        parallel = SimpleNamespace(rank=rank, data_parallel_index=data, enable_expert_parallel=experts)
+        config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="/models/m"))
+        made = entry.Entry(store, SimpleNamespace(vllm_config=config))
+        return made.key, made.shard
+
+    return of
+
+
+def test_ranks_have_one_key_and_shards_of_their_own(shard: Any) -> None:
+    assert shard(rank=0)[0] == shard(rank=1)[0]
+    assert (shard(rank=0)[1], shard(rank=1)[1]) == ("rank0", "rank1")
+
+
+def test_data_parallel_ranks_share_a_shard_unless_they_hold_other_experts(shard: Any) -> None:
+    assert shard(data=0) == shard(data=1)
+    assert shard(data=0, experts=True) != shard(data=1, experts=True)
+
+
+def test_devices_have_shards_of_their_own(shard: Any) -> None:
+    """Inductor writes the device's number into the code: data parallel ranks are on other devices."""
+    assert shard(data=0, device=0)[1] == "rank0_cuda0"
+    assert shard(data=0, device=0) != shard(data=1, device=1)
+
+
+def test_a_source_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `inspect.getsource` gives it: it ends every file with a newline and heeds its encoding."""
+    import importlib
+    import inspect
+
+    for name, data in {
+        "no_newline": b"x = 1",
+        "bom": b"\xef\xbb\xbfx = 1\n",
+        "latin": "# -*- coding: latin-1 -*-\nx = '\xe9'\n".encode("latin-1"),
+        "windows": b"x = 1\r\ny = 2\r\n",
+    }.items():
+        (tmp_path / f"source_{name}.py").write_bytes(data)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        module = importlib.import_module(f"source_{name}")
+        source = SimpleNamespace(module=module.__name__, content=inspect.getsource(module))
+        compiled = SimpleNamespace(source_info=lambda source=source: SimpleNamespace(inlined_sources=[source]))
+        assert entry.changed_sources(entry.sources_of(compiled)) == []
+        (tmp_path / f"source_{name}.py").write_bytes(data + b"\nz = 1\n")
+        (change,) = entry.changed_sources(entry.sources_of(compiled))
+        assert change.name == f"source of source_{name}"
