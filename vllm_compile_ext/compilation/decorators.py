@@ -148,6 +148,7 @@ def _save(model: Any) -> None:
         form, members = program.keep(entry.store, compiled)
         entry.commit(members, entries.sources_of(compiled), {"form": form})
         compilation_counter.num_aot_artifacts_saved += 1
+        compilation_counter.num_compiled_artifacts_saved += sum(name.startswith("piece/") for name in members)
         size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
         logger.info("%skept as %s in %s (%.1f MB)", entry.tag, entry.key[:12], entry.store.root, size / 1e6)
         _tell(entry, "kept")
