@@ -333,12 +333,12 @@ def test_the_last_miss_and_that_of_a_key(store: Store) -> None:
     missed(store, {"torch": "2.13.0"}, {"torch": "2.14.0"})
     assert cli("explain", "miss").startswith("cache miss: torch 2.13.0 -> 2.14.0\n")
     text = cli("explain", "miss", first[:10])
-    assert text.startswith("cache miss: new unset -> 1, torch 2.13.0 -> 2.13.1\n")
+    assert text.startswith("cache miss: torch 2.13.0 -> 2.13.1, new unset -> 1\n")
     assert ["│", "torch", "│", "2.13.0", "│", "2.13.1", "│"] in rows(text)
     assert ["│", "new", "│", "unset", "│", "1", "│"] in rows(text)
     found = data("explain", "miss", first)["miss"]
     assert found["key"] == first
-    assert found["changes"] == [["new", None, "1"], ["torch", "2.13.0", "2.13.1"]]
+    assert found["changes"] == [["torch", "2.13.0", "2.13.1"], ["new", None, "1"]]
 
 
 def test_a_miss_of_an_empty_store(store: Store) -> None:
