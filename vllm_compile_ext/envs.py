@@ -110,6 +110,11 @@ def store(environ: Mapping[str, str] = os.environ) -> Path:
     return _absolute(named) if named else cache_root(environ) / "compile_store"
 
 
+def store_limit() -> int | None:
+    """Bytes that the store's entries may take, None for no limit."""
+    return load().VLLM_COMPILE_STORE_MAX_GB * 2**30 or None
+
+
 def _absolute(name: str) -> Path:
     # Not Path.expanduser: like vLLM, this does not raise for a user without a home.
     return Path(os.path.expanduser(name)).absolute()  # noqa: PTH111

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import models
 from tests import process
 
 pytestmark = pytest.mark.engine
@@ -137,9 +136,8 @@ CODE = """
 
 
 @pytest.fixture(scope="module")
-def ran(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    other = models.llama(tmp_path_factory.mktemp("models") / "other", "llama8", num_hidden_layers=4, seed=1)
-    outcome = process.run(CODE, str(llama), str(other), folder=tmp_path_factory.mktemp("reload"))
+def ran(llama: Path, other_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    outcome = process.run(CODE, str(llama), str(other_llama), folder=tmp_path_factory.mktemp("reload"))
     assert outcome.code == 0, outcome.output[-5000:]
     return outcome.value
 

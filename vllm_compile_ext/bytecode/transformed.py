@@ -9,7 +9,7 @@ import importlib
 import marshal
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -87,19 +87,7 @@ def capture(environment: Any, backend: str) -> Transformed:
 def dumps(code: Transformed) -> bytes:
     """As bytes, for the Python that runs now.  Raises `NotSaved` when a constant of the code has no bytes."""
     try:
-        return marshal.dumps(
-            (
-                PYTHON,
-                code.code,
-                code.backend,
-                code.imports,
-                code.named,
-                code.plain,
-                code.defaults,
-                code.kwdefaults,
-                code.around,
-            )
-        )
+        return marshal.dumps((PYTHON, *(getattr(code, part.name) for part in fields(code))))
     except ValueError as error:
         raise NotSaved(f"a constant of the bytecode ({error})") from error
 

@@ -49,7 +49,7 @@ def open_store(given: Path | None, *, make: bool = False) -> Store:
     Raises `UnsafeStoreError`, and `envs.EnvError` when its limit cannot be read.
     """
     root = given.expanduser().absolute() if given is not None else envs.store()
-    limit = envs.load().VLLM_COMPILE_STORE_MAX_GB * 2**30 or None
+    limit = envs.store_limit()
     return Store.open(root, limit) if make or root.exists() else Store(root, limit, writable=False)
 
 

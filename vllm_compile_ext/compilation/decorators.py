@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -16,7 +17,6 @@ from vllm_compile_ext.bytecode.transformed import NotSaved
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import outcomes, program, scratch, workers
 from vllm_compile_ext.compilation.entry import Entry
-from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.compilation.wrapper import aot_bytecode, inspect_bytecode
 from vllm_compile_ext.upstream import decorators as upstream
 
@@ -125,9 +125,6 @@ def _by_upstream(entry: Entry, manifest: Manifest, model: Any, path: Path) -> An
     loaded = _upstream_load(model, str(program.unpack_upstream(entry.store, manifest)))
     if loaded is None:
         raise _Miss  # upstream has said why
-    function = loaded._artifacts.compiled_fn
-    if isinstance(function, PlanFunction):
-        function.bind(model)
     inspect_bytecode(model, aot_bytecode(loaded), path)
     return loaded
 
@@ -177,6 +174,7 @@ class _Environment:
         return _writable(value) if name == "VLLM_CACHE_ROOT" else value
 
 
+@functools.cache  # upstream asks at each call of a model that is never compiled
 def _writable(root: str) -> str:
     """`root`, or this process's scratch folder: upstream makes folders there before it looks for an artifact."""
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext import envs, platforms
+from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, summary
 from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest
 from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
@@ -33,9 +34,8 @@ def store() -> Store | None:
     folder = envs.store()
     if folder != _opened:
         _opened, _store = folder, None
-        limit = envs.load().VLLM_COMPILE_STORE_MAX_GB
         try:
-            _store = Store.open(folder, int(limit * 2**30) if limit else None)
+            _store = Store.open(folder, envs.store_limit())
         except UnsafeStoreError as error:
             logger.warning("every start compiles, nothing is read or kept: %s", error)
         except OSError as error:
@@ -85,8 +85,6 @@ class Entry:
             return f"cache miss: {type(error).__name__}: {error}"
 
     def _miss(self) -> str:
-        from vllm_compile_ext.artifacts import misses
-
         found = self.store.find(self.key, self.shard)
         changes: list[Change] | None
         if found is not None:
@@ -105,7 +103,7 @@ class Entry:
                     model=self.model,
                     factors=self.factors,
                     closest_key=found.key if found else None,
-                    changes=changes or [],
+                    changes=changes,
                 )
             except OSError as error:
                 logger.debug("the miss was not recorded: %s", error)
@@ -128,7 +126,7 @@ class Entry:
         """Let others write."""
         self._claim.close()
 
-    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str], about: Mapping[str, str]) -> Manifest:
+    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str], about: Mapping[str, str]) -> None:
         """Write the entry.  Raises `OSError`."""
         made = Manifest(
             kind="program",
@@ -143,7 +141,6 @@ class Entry:
             about=dict(about),
         )
         self.store.commit(made)
-        return made
 
 
 def _device() -> str:
@@ -168,12 +165,11 @@ def of(model: Any) -> Entry | None:
     return Entry(found, model) if found is not None else None
 
 
-def release(model: Any) -> Entry | None:
-    """Let others write the entry of `model`, and return it."""
+def release(model: Any) -> None:
+    """Let others write the entry of `model`."""
     entry: Entry | None = model.__dict__.pop(NAME, None)
     if entry is not None:
         entry.release()
-    return entry
 
 
 def is_new(model: Any) -> bool:

@@ -14,8 +14,8 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
-from vllm_compile_ext.compilation import pieces as pieces_
 from vllm_compile_ext.compilation import workers
+from vllm_compile_ext.compilation.pieces import constants as constants_of
 from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piece
 from vllm_compile_ext.compilation.progress import Progress
 from vllm_compile_ext.compilation.session import Session
@@ -76,7 +76,7 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     backend.compiler_manager.cache.clear()
     _write_graph(folder, plan, modules)
     shared = Shared(session.entry, fingerprints)
-    constants = [pieces_.constants(module) for module in modules]  # before Inductor gets the modules
+    constants = [constants_of(module) for module in modules]  # before Inductor gets the modules
     compiled = _compile(backend, modules, constants, shared, len(plan.calls), tag)
     backend._called = True
     function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)

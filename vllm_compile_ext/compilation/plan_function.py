@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch._dynamo.aot_compile import SerializableCallable
-from vllm.compilation.caching import StandaloneCompiledArtifacts
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
 from vllm_compile_ext.artifacts.manifest import Blob
@@ -51,42 +49,13 @@ class PlanFunction(SerializableCallable):
         assert self._gather is not None, "bind() comes before the first call"
         return self._run(self._gather(), *args)
 
-    def finalize_loading(self, vllm_config: Any) -> None:
-        """Upstream calls this after it has checked the sources; everything is loaded by then."""
-
     @classmethod
     def serialize_compile_artifacts(cls, compiled_fn: PlanFunction) -> bytes:
-        """The plan and every compiled piece once; no graph."""
-        artifacts = StandaloneCompiledArtifacts()
-        for number, piece in enumerate(compiled_fn.pieces):
-            for shape, data in piece.to_bytes().items():
-                artifacts.insert(str(number), shape, data)
-        return pickle.dumps(
-            {
-                "plan": plans.dumps(compiled_fn.plan),
-                "artifacts": artifacts,
-                "sym_shape_indices": [piece.sym_shape_indices for piece in compiled_fn.pieces],
-                "prefix": compiled_fn.prefix,
-                "is_encoder": compiled_fn.is_encoder,
-            }
-        )
+        raise TypeError("compilation/program.py keeps it")  # torch wants the method, and does not call it
 
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> PlanFunction:
-        """Load what `serialize_compile_artifacts` kept, for vLLM's current configuration."""
-        from vllm.config import get_current_vllm_config
-
-        state = pickle.loads(data)
-        config = get_current_vllm_config()
-        artifacts = state["artifacts"]
-        artifacts.load_all()
-        indices = state["sym_shape_indices"]
-        runnables: list[dict[str, Any]] = [{} for _ in indices]
-        for key in artifacts.submodule_bytes:
-            number, _, shape = key.partition("_")
-            runnables[int(number)][shape] = artifacts.get_loaded(number, shape)
-        plan = plans.loads(state["plan"])
-        return cls.of(plan, indices, runnables, config, state["prefix"], state["is_encoder"])
+        raise TypeError("compilation/program.py loads it")
 
     @classmethod
     def of(

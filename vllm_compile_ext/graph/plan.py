@@ -9,7 +9,6 @@ import importlib
 import io
 import marshal
 import pickle
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -18,12 +17,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from vllm_compile_ext.bytecode.transformed import PYTHON
 from vllm_compile_ext.graph import access, names
 from vllm_compile_ext.graph.bodies import Extra, NotOnce
 from vllm_compile_ext.graph.split import Piece
-
-# Code objects mean something to the Python that made them and to no other.
-PYTHON = f"{sys.implementation.cache_tag} {sys.hexversion:#x}"
 
 
 @dataclass(frozen=True)

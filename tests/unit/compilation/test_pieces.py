@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,7 +119,7 @@ def test_no_sources_of_kernels_are_kept() -> None:
     assert b"at::vec" not in frozen.record
 
 
-def test_equal_kernels_are_equal_bytes() -> None:
+def test_equal_kernels_are_equal_bytes(tmp_path: Path) -> None:
     """Compiled anew in another folder."""
     code = (
         "import sys; from tests.unit.compilation.test_pieces import *\n"
@@ -126,16 +128,11 @@ def test_equal_kernels_are_equal_bytes() -> None:
     )
 
     def digests(folder: str) -> str:
-        import os
-
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder)}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         return done.stdout.rpartition("DIGESTS ")[2]
 
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        assert digests(one) == digests(other) != ""
+    assert digests("one") == digests("other") != ""
 
 
 def test_loading_runs_no_compiler(piece: tuple[Any, pieces.Frozen], monkeypatch: pytest.MonkeyPatch) -> None:
