@@ -28,6 +28,14 @@ def _count(*, default: int, meaning: str, in_key: bool = False) -> Any:
     return field(default=default, metadata={"meaning": meaning, "in_key": in_key, "allowed": "a whole number from 0"})
 
 
+def _choice(*allowed: str, meaning: str) -> Any:
+    """One of `allowed`; the first is the default."""
+    text = ", ".join(allowed[:-1]) + f" or {allowed[-1]}"
+    return field(
+        default=allowed[0], metadata={"meaning": meaning, "in_key": False, "allowed": text, "choices": allowed}
+    )
+
+
 def _folder(*, default: str, meaning: str) -> Any:
     """A folder's name, kept as text; "" where it is unset, and `default` says in words what that stands for."""
     return field(default="", metadata={"meaning": meaning, "in_key": False, "allowed": "a folder", "default": default})
@@ -70,16 +78,27 @@ class Settings:
         meaning="How many GiB compiled code may take in the store; what was not used for longest goes first. "
         "0 stands for no limit.",
     )
+    VLLM_COMPILE_CUDAGRAPHS: str = _choice(
+        "lazy",
+        "idle",
+        "eager",
+        meaning="When CUDA graphs are captured: lazy, each when traffic first asks for its shape; idle, also while "
+        "there are no requests; eager, all while starting, as in stock vLLM.",
+    )
     VLLM_COMPILE_WAIT: int = _count(
         default=200,
         meaning="How many seconds to wait for another process that compiles the same model, before doing it here too.",
     )
 
 
-def _parse(name: str, raw: str, kind: type) -> bool | int | str:
+def _parse(name: str, raw: str, kind: type, choices: tuple[str, ...] = ()) -> bool | int | str:
+    value = raw.strip().lower()
+    if choices:
+        if value in choices:
+            return value
+        raise EnvError(f"{name}={raw!r} is not allowed: use one of {', '.join(choices)}, or unset it")
     if kind is str:
         return raw
-    value = raw.strip().lower()
     if kind is int:
         if value.isdecimal():
             return int(value)
@@ -94,7 +113,9 @@ def _parse(name: str, raw: str, kind: type) -> bool | int | str:
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Parse the variables that are set; an empty value counts as unset.  Raises `EnvError` on the first bad one."""
     found = [f for f in fields(Settings) if environ.get(f.name)]
-    values: dict[str, Any] = {f.name: _parse(f.name, environ[f.name], type(f.default)) for f in found}
+    values: dict[str, Any] = {
+        f.name: _parse(f.name, environ[f.name], type(f.default), f.metadata.get("choices", ())) for f in found
+    }
     return Settings(**values)
 
 

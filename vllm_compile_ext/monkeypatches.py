@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_compile_ext import envs, jit_caches, platforms, swap
+from vllm_compile_ext.cudagraphs import install as cudagraphs
 
 Undo = Callable[[], None]
 
@@ -160,6 +161,14 @@ ACTIVE = (
     ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
     Change(
+        "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager and profile_cudagraph_memory, "
+        "vllm.v1.worker.gpu.model_runner.GPUModelRunner.capture_model; with VLLM_COMPILE_CUDAGRAPHS=idle "
+        "vllm.v1.engine.core.EngineCoreProc._notify_idle_state_callbacks",
+        "CUDA graphs are captured on demand; made when these modules are imported, and only with CUDA "
+        "(cudagraphs/install.py)",
+        cudagraphs.install,
+    ),
+    Change(
         "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
         "on CPU, one instruction set is probed instead of all that the processor names",
         _instruction_set,
@@ -182,6 +191,15 @@ WHILE_COMPILING = (
     (
         "torch._inductor.config.compile_threads and worker_start_method (compilation/workers.py)",
         "on GPUs, Triton kernels compile in Inductor's own pool of processes",
+    ),
+)
+# What is changed while a CUDA graph is captured on demand (cudagraphs/capture.py).
+WHILE_CAPTURING = (
+    (
+        "torch.cuda.graph, torch.cuda.empty_cache, torch._C._host_emptyCache, graph_capture and tqdm of "
+        "vllm.v1.worker.gpu.cudagraph_utils, vllm.compilation.monitor.cudagraph_capturing_enabled",
+        "other threads may go on, caches of memory stay, one stream serves all captures; vLLM's guard against captures "
+        "is open only then",
     ),
 )
 # What the command's own processes change for as long as they live (cli/warm_start.py).
@@ -222,6 +240,7 @@ def markdown() -> str:
     rows = [f"| active or off | `{change.what}` | {change.why} |" for change in OFF]
     rows += [f"| active | `{change.what}` | {change.why} |" for change in ACTIVE if change not in ALWAYS]
     rows += [f"| while a model compiles | `{what}` | {why} |" for what, why in WHILE_COMPILING]
+    rows += [f"| while a graph is captured | `{what}` | {why} |" for what, why in WHILE_CAPTURING]
     rows += [f"| in `vllm-compile-ext warm` | `{what}` | {why} |" for what, why in WHILE_WARMING]
     return "\n".join([head, "| when | what | why |", "|---|---|---|", *rows]) + "\n"
 

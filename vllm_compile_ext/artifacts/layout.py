@@ -41,6 +41,11 @@ class Layout:
         return self.v1 / "jit"
 
     @property
+    def graphs(self) -> Path:
+        """What CUDA graphs took in earlier starts (cudagraphs/record.py)."""
+        return self.v1 / "graphs"
+
+    @property
     def misses(self) -> Path:
         """What was looked for and not found, for people."""
         return self.v1 / "misses"

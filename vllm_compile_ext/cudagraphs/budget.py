@@ -1,0 +1,66 @@
+"""How much device memory graphs may take.
+
+Upstream captures graphs to see what they need and throws them away (vllm/v1/worker/gpu/cudagraph_utils.py,
+profile_cudagraph_memory, 0.32.0).  Here that is what they took in an earlier start, or, the first time, an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+KIB = 1 << 10
+MIB = 1 << 20
+# Never taken for graphs: what a step may need beside them.
+MARGIN = 128 * MIB
+# The driver's memory for each decoder layer in a graph, H100, driver 580: a graph of a whole step is one graph, the
+# other kind is one for each piece of the model.
+LAYER = {"FULL": 52 * KIB, "PIECEWISE": 128 * KIB}
+# Of the shapes that traffic never asked for, the part that memory is kept free for once traffic is known.
+UNASKED = 0.25
+
+
+def estimate(activations: int, layers: int, graphs: Mapping[str, int]) -> int:
+    """Bytes for `graphs`, number by kind, of a model with `layers` decoder layers, of which nothing was measured.
+
+    activations: peak bytes of a forward pass at the largest size; all graphs share that memory.
+    """
+    return activations + sum(count * layers * LAYER[kind] for kind, count in graphs.items())
+
+
+@dataclass
+class Budget:
+    """limit: bytes that graphs may take together.  layers: decoder layers.  held: bytes that they take.  costs: bytes
+    of each captured graph, by kind."""
+
+    limit: int
+    layers: int
+    held: int = 0
+    costs: dict[str, list[int]] = field(default_factory=dict)
+
+    def expected(self, kind: str) -> int:
+        """Bytes that the next graph of `kind` will take: the mean of those before, or the estimate."""
+        known = self.costs.get(kind)
+        return sum(known) // len(known) if known else self.layers * LAYER[kind]
+
+    def refuse(self, kind: str, free: int) -> str | None:
+        """Why a graph of `kind` must not be captured with `free` bytes left on the device; None when it may."""
+        expected = self.expected(kind)
+        if self.held + expected > self.limit:
+            return f"the {self.limit / MIB:.0f} MiB kept free for CUDA graphs are used up"
+        if free < expected + MARGIN:
+            return f"only {free / MIB:.0f} MiB are free on the device"
+        return None
+
+    def took(self, kind: str, size: int) -> None:
+        """A graph took `size` bytes."""
+        size = max(size, 0)
+        self.held += size
+        self.costs.setdefault(kind, []).append(size)
+
+    def needed(self, asked: Mapping[str, int], unasked: Mapping[str, int]) -> int:
+        """What the next start keeps free: for the graphs that are held, those not captured that traffic `asked` for,
+        and a part of those it did not ask for; both are numbers by kind."""
+        more = sum(count * self.expected(kind) for kind, count in asked.items())
+        rest = sum(count * self.expected(kind) for kind, count in unasked.items())
+        return self.held + more + int(UNASKED * rest)

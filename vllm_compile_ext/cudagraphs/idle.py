@@ -1,0 +1,54 @@
+"""Capturing while there are no requests, one graph at a time.
+
+vllm/v1/engine/core.py, vLLM 0.32.0: the engine core's loop calls `_notify_idle_state_callbacks` whenever it has no
+work, just before it waits for the next request.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from vllm_compile_ext import envs
+
+logger = logging.getLogger(__name__)
+
+
+def install(core: type) -> Callable[[], None]:
+    """Capture in `core` (`EngineCoreProc`) whenever it is idle, until all shapes are captured."""
+    stock = core._notify_idle_state_callbacks  # type: ignore[attr-defined]
+
+    @functools.wraps(stock)
+    def notify(self: Any) -> None:
+        stock(self)
+        capture_while_idle(self)
+
+    core._notify_idle_state_callbacks = notify  # type: ignore[attr-defined]
+
+    def undo() -> None:
+        core._notify_idle_state_callbacks = stock  # type: ignore[attr-defined]
+
+    return undo
+
+
+def capture_while_idle(core: Any) -> None:
+    """Capture until a request arrives or nothing is left.  Never raises: idle capture is then over."""
+    if envs.load().VLLM_COMPILE_CUDAGRAPHS != "idle" or not getattr(core, "_graphs_left", True):
+        return
+    try:
+        while core.input_queue.empty() and core.is_running() and not core.model_executor.is_sleeping:
+            if not any(core.model_executor.collective_rpc(capture_in_worker)):
+                core._graphs_left = False
+                return
+    except Exception:
+        core._graphs_left = False
+        logger.warning("CUDA graphs are not captured while idle any more", exc_info=True)
+
+
+def capture_in_worker(worker: Any) -> bool:
+    """One capture in a worker; False when there is nothing left."""
+    manager = getattr(getattr(worker, "model_runner", None), "cudagraph_manager", None)
+    capture_idle = getattr(manager, "capture_idle", None)
+    return bool(capture_idle and capture_idle())

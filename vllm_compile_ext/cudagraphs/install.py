@@ -1,0 +1,70 @@
+"""Put on-demand capture in the place of stock's: three names in vLLM's V2 model runner and one of the engine core."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from vllm_compile_ext import after_import
+
+Undo = Callable[[], None]
+_UTILS = "vllm.v1.worker.gpu.cudagraph_utils"
+_RUNNER = "vllm.v1.worker.gpu.model_runner"
+_CORE = "vllm.v1.engine.core"
+
+
+def install() -> Undo:
+    """Change the modules as they are imported, on CUDA only."""
+    return after_import.install({_UTILS: _utils, _RUNNER: _runner, _CORE: _core})
+
+
+def _cuda() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.version.cuda)
+
+
+def _utils(module: ModuleType) -> Undo:
+    if not _cuda():
+        return lambda: None
+    from vllm_compile_ext.cudagraphs import manager, profile
+
+    stock = module.ModelCudaGraphManager, module.profile_cudagraph_memory
+    module.ModelCudaGraphManager = manager.OnDemandManager  # type: ignore[attr-defined]
+    module.profile_cudagraph_memory = profile.around(stock[1])  # type: ignore[attr-defined]
+
+    def undo() -> None:
+        module.ModelCudaGraphManager, module.profile_cudagraph_memory = stock  # type: ignore[attr-defined]
+
+    return undo
+
+
+def _runner(module: ModuleType) -> Undo:
+    """`capture_model` says what is kept free instead of what was captured, which the worker's log lines compare."""
+    if not _cuda():
+        return lambda: None
+    runner = module.GPUModelRunner
+    stock = runner.capture_model
+
+    @functools.wraps(stock)
+    def capture_model(self: Any, *, profile_only: bool = False) -> int:
+        took: int = stock(self, profile_only=profile_only)
+        session = getattr(self.cudagraph_manager, "session", None)
+        return took if session is None else int(session.budget.limit)
+
+    runner.capture_model = capture_model
+
+    def undo() -> None:
+        runner.capture_model = stock
+
+    return undo
+
+
+def _core(module: ModuleType) -> Undo:
+    if not _cuda():
+        return lambda: None
+    from vllm_compile_ext.cudagraphs import idle
+
+    return idle.install(module.EngineCoreProc)

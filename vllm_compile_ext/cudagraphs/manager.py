@@ -1,0 +1,166 @@
+"""vLLM's `ModelCudaGraphManager`, capturing on demand.
+
+Facts from vllm/v1/worker/gpu/cudagraph_utils.py and model_runner.py, vLLM 0.32.0: the runner calls `dispatch` at the
+start of a step, before it fills the persistent input buffers that a capture writes to; `capture` is called once, after
+the KV cache and the kernels' warm-up; block 0 of the KV cache belongs to no request, and is the one that a capture
+writes to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.compilation import monitor
+from vllm.compilation.cuda_graph import CUDAGraphWrapper
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu import cudagraph_utils as upstream
+
+from vllm_compile_ext.cudagraphs import capture, coverage, memory, ranks
+from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Shape
+from vllm_compile_ext.cudagraphs.session import Device, Session
+
+logger = logging.getLogger(__name__)
+
+_KINDS = {CUDAGraphMode.FULL: FULL, CUDAGraphMode.PIECEWISE: PIECEWISE}
+
+
+def shape_of(desc: Any) -> Shape:
+    """The policy's name for upstream's `BatchExecutionDescriptor`."""
+    return Shape(_KINDS[desc.cg_mode], desc.num_tokens, desc)
+
+
+class _OneByOne(upstream.CudaGraphManager):
+    """Between upstream's two classes: what `ModelCudaGraphManager.capture` hands on is kept, to capture from later.
+
+    session: None while nothing is captured on demand.
+    """
+
+    session: Session | None = None
+
+    def capture(self, create_forward_fn: Any, progress_bar_desc: str = "Capturing CUDA graphs") -> None:
+        """At start: capture nothing, only allocate what every graph writes to; or, where that is not covered, all."""
+        if not coverage.on_demand(self.vllm_config):
+            if reason := coverage.stock_because(self.vllm_config):
+                logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)
+            monitor.set_cudagraph_capturing_enabled(True)
+            super().capture(create_forward_fn, progress_bar_desc)
+            return
+        self._create_forward_fn = create_forward_fn
+        self._stream = torch.cuda.Stream(device=self.device)
+        every: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
+        shapes = [shape_of(desc) for descs in every.values() for desc in descs]
+        device = Device(self._capture, capture.free_memory, ranks.all_agree, ranks.from_first)
+        before = capture.free_memory()
+        self._allocate_outputs()
+        self.session = Session(memory.Memory(self.vllm_config, shapes), memory.layers(self.vllm_config), device)
+        self.session.budget.held = max(0, before - capture.free_memory())
+        self._graphs_captured = True  # upstream's dispatch looks for a graph from here on
+        monitor.set_cudagraph_capturing_enabled(False)
+
+    def _allocate_outputs(self) -> None:
+        """Upstream allocates the buffer of the model's outputs at the first graph's size: run the largest first."""
+        descs = self._capture_descs.get(CUDAGraphMode.FULL)
+        if not descs:
+            return
+        with capture.between_steps(upstream, self._stream), upstream.graph_capture(device=self.device):
+            self._create_forward_fn(max(descs, key=lambda d: d.num_tokens), warmup=True)(CUDAGraphMode.NONE)
+
+    def dispatch(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int,
+        max_query_len: int | None = None,
+        num_ubatches: int = 1,
+    ) -> Any:
+        """Upstream's choice where its graph is there or is captured now, else a captured larger one, else none."""
+        batch = (num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches)
+        best = super().dispatch(*batch)
+        if self.session is None or best.cg_mode == CUDAGraphMode.NONE:
+            return best
+        fits = (num_reqs, num_tokens, uniform_token_count, best.num_active_loras, max_query_len, num_ubatches)
+        chosen = self.session.graph_for(self._best_left(best, num_tokens, fits), self._captured(fits))
+        return self._no_graph(best, num_reqs, num_tokens) if chosen is None else chosen.rest
+
+    def _best_left(self, best: Any, num_tokens: int, fits: tuple[Any, ...]) -> Shape:
+        """`best`, or upstream's next choice when that can have no graph."""
+        assert self.session is not None
+        barred = self.session.policy.barred
+        shape = shape_of(best)
+        if shape not in barred:
+            return shape
+        others = self._candidates.get((num_tokens, best.num_active_loras), [])
+        shapes = [shape_of(d) for d in others if upstream._is_compatible(d, *fits)]
+        return next((s for s in shapes if s not in barred), shape)
+
+    def _captured(self, fits: tuple[Any, ...]) -> Iterator[Shape]:
+        assert self.session is not None
+        return (s for s in self.session.policy.captured if upstream._is_compatible(s.rest, *fits))
+
+    @staticmethod
+    def _no_graph(best: Any, num_reqs: int, num_tokens: int) -> Any:
+        return upstream.BatchExecutionDescriptor(
+            cg_mode=CUDAGraphMode.NONE,
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_active_loras=best.num_active_loras,
+            num_ubatches=best.num_ubatches,
+        )
+
+    def _capture(self, shape: Shape) -> Exception | None:
+        """Capture `shape` on every rank or on none; the error of this rank, if it had one."""
+        error = self._try(shape, warm_up=False)
+        if ranks.all_agree(error is None):
+            return None
+        # Something was loaded or allocated for the first time, which a capture forbids.
+        self._forget(shape)
+        logger.debug("capturing %s failed, trying once more after a forward pass: %s", shape.rest, error)
+        error = self._try(shape, warm_up=True)
+        if ranks.all_agree(error is None):
+            return None
+        self._forget(shape)
+        return error or RuntimeError("it failed on another rank")
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _try(self, shape: Shape, *, warm_up: bool) -> Exception | None:
+        descs: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
+        self._capture_descs = {shape.rest.cg_mode: [shape.rest]}
+        try:
+            with capture.between_steps(upstream, self._stream):
+                super().capture(self._create_forward_fn if warm_up else self._without_warm_up)
+        except Exception as error:  # whatever a kernel raises: the batch runs without a graph
+            return error
+        finally:
+            self._capture_descs = descs
+        return None
+
+    def _without_warm_up(self, desc: Any, warmup: bool) -> Any:
+        """Upstream runs a forward pass before each capture; here all kernels have run before, most of the time."""
+        forward = self._create_forward_fn(desc, warmup)
+        if not warmup:
+            return forward
+        return lambda mode: None if mode == CUDAGraphMode.NONE else forward(mode)
+
+    def _forget(self, shape: Shape) -> None:
+        """Drop what there is of `shape`.  A pool in which a capture broke off takes no other: the next gets a new one."""
+        self.graphs.pop(shape.rest, None)
+        descriptor = BatchDescriptor(num_tokens=shape.tokens, num_active_loras=shape.rest.num_active_loras)
+        self.pool = current_platform.graph_pool_handle()
+        for wrapper in list(CUDAGraphWrapper._all_instances):
+            if shape.kind == PIECEWISE:
+                wrapper.concrete_cudagraph_entries.pop(descriptor, None)
+            wrapper.graph_pool = self.pool
+
+    def capture_idle(self) -> bool:
+        """Capture the likeliest shape that is left, while there are no requests; False when none is left."""
+        return self.session is not None and self.session.capture_idle()
+
+
+class OnDemandManager(upstream.ModelCudaGraphManager, _OneByOne):
+    """Takes the place of `ModelCudaGraphManager` in the V2 model runner."""

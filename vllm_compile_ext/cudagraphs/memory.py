@@ -1,0 +1,111 @@
+"""The memory that a model's graphs need: remembered from an earlier start, or estimated."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_compile_ext import envs
+from vllm_compile_ext.cudagraphs import record
+from vllm_compile_ext.cudagraphs.budget import Budget, estimate
+from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy, Shape
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two writes of a record: a run of captures is one write, and no step waits for the disk.
+DELAY = 5
+
+
+class Need(NamedTuple):
+    """size: bytes.  source: where that is from, in words."""
+
+    size: int
+    source: str
+
+
+# By key, from the profiling of memory to the start's end: between the two the KV cache takes all that is not kept free.
+_kept_free: dict[str, Need] = {}
+
+
+def key_of(config: Any) -> str:
+    """What a model's graphs depend on: the model and its configuration, the shapes, the device, the rank."""
+    compilation = config.compilation_config
+    parts = (
+        config.compute_hash(),
+        str(compilation.cudagraph_mode),
+        tuple(compilation.cudagraph_capture_sizes or ()),
+        config.scheduler_config.max_num_seqs,
+        torch.cuda.get_device_name(),
+        config.parallel_config.rank,
+    )
+    return record.key_of(parts)
+
+
+def keep_free(config: Any, activations: Callable[[], int]) -> int:
+    """Bytes to keep free for graphs.  `activations()` measures a forward pass, where nothing is remembered."""
+    key = key_of(config)
+    _kept_free[key] = _need(config, key, activations)
+    return _kept_free[key].size
+
+
+def _need(config: Any, key: str, activations: Callable[[], int]) -> Need:
+    known = record.read(envs.store(), key)
+    if known is not None:
+        return Need(known.needed, f"{known.graphs} graphs took {known.held / (1 << 30):.2f} GiB in an earlier start")
+    sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
+    mode = config.compilation_config.cudagraph_mode
+    graphs = {FULL: sizes * mode.has_full_cudagraphs(), PIECEWISE: sizes * mode.has_piecewise_cudagraphs()}
+    return Need(estimate(activations(), layers(config), graphs), "an estimate")
+
+
+def layers(config: Any) -> int:
+    """Decoder layers of the model."""
+    return int(config.model_config.get_total_num_hidden_layers())
+
+
+class Memory:
+    """This start's part of what is remembered."""
+
+    def __init__(self, config: Any, shapes: Sequence[Shape]) -> None:
+        self.shapes = list(shapes)
+        self.key = key_of(config)
+        # Where memory was not profiled (kv_cache_memory_bytes), nothing was kept free either.
+        kept = _kept_free.pop(self.key) if self.key in _kept_free else None
+        self.need = kept or _need(config, self.key, lambda: 0)
+        known = record.read(envs.store(), self.key)
+        used = known.used if known else []
+        self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})
+        self._pending: record.Record | None = None
+
+    def keep(self, policy: Policy, budget: Budget) -> None:
+        """Have the record written in `DELAY` seconds."""
+        waiting, self._pending = self._pending is not None, self._record(policy, budget)
+        if not waiting:
+            timer = threading.Timer(DELAY, self._write)
+            timer.daemon = True
+            timer.start()
+
+    def _record(self, policy: Policy, budget: Budget) -> record.Record:
+        used = policy.asked + self.before
+        without = [s for s in self.shapes if s not in policy.captured]
+        return record.Record(
+            held=budget.held,
+            graphs=len(policy.captured),
+            needed=budget.needed(
+                Counter(s.kind for s in without if used[s]), Counter(s.kind for s in without if not used[s])
+            ),
+            used=[record.Used(number, used[shape]) for number, shape in enumerate(self.shapes) if used[shape]],
+        )
+
+    def _write(self) -> None:
+        made, self._pending = self._pending, None
+        try:
+            if made is not None:
+                record.write(envs.store(), self.key, made)
+        except OSError as error:
+            logger.debug("what graphs took was not kept: %s", error)

@@ -1,0 +1,108 @@
+"""Which graph a batch runs on, and which is captured for it.
+
+Counts decide, never a clock: with tensor parallelism every rank sees the same batches, so that every rank decides the
+same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+FULL = "FULL"
+PIECEWISE = "PIECEWISE"
+
+# Batches of a shape before its graph is captured.  Capturing a whole decode step takes about as long as running it once
+# without a graph, and the next step needs it again; a graph for a prompt's length takes as long as five to ten batches
+# save with it (measured on an H100 with 80 layers: 0.05 and 0.15 s).
+BATCHES = {FULL: 1, PIECEWISE: 6}
+# Where a larger graph serves meanwhile.
+BATCHES_PADDED = 16
+# Batches between two captures that can wait, so that running requests meet one at a time.
+BATCHES_BETWEEN = 8
+# How much larger: a decode step's time hardly depends on its size up to 64 tokens, a prompt's does.
+PAD_FREELY = 64
+PAD_FACTOR = {FULL: 2.0, PIECEWISE: 1.25}
+
+
+class Shape(NamedTuple):
+    """What one graph is captured for.
+
+    kind: `FULL` or `PIECEWISE`.  tokens: of the batch, padding included.  rest: what else sets two shapes apart.
+    """
+
+    kind: str
+    tokens: int
+    rest: Any = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """capture: the shape to capture before the batch, which then runs on it.  otherwise: what it runs on if not; None
+    for no graph."""
+
+    capture: Shape | None
+    otherwise: Shape | None
+
+
+class Policy:
+    """The state of every shape: captured, barred (with the reason) or neither.
+
+    remembered: batches by shape in earlier starts.
+    """
+
+    def __init__(self, shapes: Iterable[Shape], remembered: Mapping[Shape, int] | None = None) -> None:
+        self.shapes = tuple(shapes)
+        self.captured: set[Shape] = set()
+        self.barred: dict[Shape, str] = {}
+        self.asked: Counter[Shape] = Counter()
+        self.remembered = Counter({s: n for s, n in (remembered or {}).items() if s in set(self.shapes)})
+        self._batches = 0
+        self._last = -BATCHES_BETWEEN
+
+    def plan(self, best: Shape, compatible: Iterable[Shape]) -> Plan:
+        """For a batch that stock runs on `best`.  compatible: the captured shapes that the batch fits in."""
+        self._batches += 1
+        self.asked[best] += 1
+        if best in self.captured:
+            return Plan(None, best)
+        larger = self._larger(best, compatible)
+        if best in self.barred or not self._due(best, larger):
+            return Plan(None, larger)
+        return Plan(best, larger)
+
+    def _due(self, shape: Shape, larger: Shape | None) -> bool:
+        if self.asked[shape] < (BATCHES[shape.kind] if larger is None else BATCHES_PADDED):
+            return False
+        urgent = shape.kind == FULL and larger is None
+        return urgent or self._batches - self._last >= BATCHES_BETWEEN
+
+    def _larger(self, best: Shape, compatible: Iterable[Shape]) -> Shape | None:
+        limit = max(PAD_FREELY, PAD_FACTOR[best.kind] * best.tokens)
+        near = [s for s in compatible if best.tokens <= s.tokens <= limit]
+        return min(near, key=lambda s: (s.kind != FULL, s.tokens), default=None)
+
+    def next_idle(self) -> Shape | None:
+        """What to capture while there are no requests, the likeliest first: what traffic asked for, then decode steps
+        from small to large."""
+        return min(self.left, key=self._unlikely, default=None)
+
+    def _unlikely(self, shape: Shape) -> tuple[int, bool, int]:
+        return (-self.remembered[shape] - self.asked[shape], shape.kind != FULL, shape.tokens)
+
+    def done(self, shape: Shape) -> None:
+        """`shape` is captured."""
+        self._last = self._batches
+        self.captured.add(shape)
+
+    def bar(self, shapes: Collection[Shape], reason: str) -> None:
+        """These are not captured any more in this process."""
+        self._last = self._batches
+        self.barred |= dict.fromkeys(shapes, reason)
+
+    @property
+    def left(self) -> list[Shape]:
+        """Neither captured nor barred."""
+        return [s for s in self.shapes if s not in self.captured and s not in self.barred]

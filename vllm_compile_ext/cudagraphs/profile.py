@@ -1,0 +1,38 @@
+"""In the place of upstream's capture while it profiles memory: a figure that costs one forward pass, or none."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+
+from vllm_compile_ext.cudagraphs import coverage, memory
+
+
+def around(stock: Callable[[Any], int]) -> Callable[[Any], int]:
+    """`profile_cudagraph_memory`, which is `stock` where graphs are not captured on demand."""
+
+    @functools.wraps(stock)
+    def profile_cudagraph_memory(runner: Any) -> int:
+        config = runner.vllm_config
+        if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            return 0
+        if not coverage.on_demand(config):
+            return stock(runner)
+        return memory.keep_free(config, lambda: _activations(runner))
+
+    return profile_cudagraph_memory
+
+
+def _activations(runner: Any) -> int:
+    """Peak bytes of a forward pass at the largest size that has a graph."""
+    size = runner.compilation_config.max_cudagraph_capture_size
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    runner._dummy_run(size, skip_attn=True, is_profile=True, skip_eplb=True)
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated() - before)
