@@ -148,7 +148,7 @@ class _OneByOne(upstream.CudaGraphManager):
         return lambda mode: None if mode == CUDAGraphMode.NONE else forward(mode)
 
     def _forget(self, shape: Shape) -> None:
-        """Drop what there is of `shape`.  A pool in which a capture broke off takes no other: the next gets a new one."""
+        """Drop what there is of `shape`.  A pool in which a capture broke off takes no more: there is a new one."""
         self.graphs.pop(shape.rest, None)
         descriptor = BatchDescriptor(num_tokens=shape.tokens, num_active_loras=shape.rest.num_active_loras)
         self.pool = current_platform.graph_pool_handle()
