@@ -5,6 +5,7 @@ The import hook of `vllm_compile_ext.swap` is the first line of the table; `docs
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -160,6 +161,12 @@ ACTIVE = (
         lambda: jit_caches.settle(active=True),
     ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
+    Change(
+        "gc.freeze()",
+        "called where vLLM's models are defined (compilation/decorators.py): what the imports made is not looked at "
+        "again each time that vLLM collects garbage while it starts",
+        lambda: gc.unfreeze,
+    ),
     Change(
         "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager and profile_cudagraph_memory, "
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner.capture_model; with VLLM_COMPILE_CUDAGRAPHS=idle "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from vllm_compile_ext import after_import
 
@@ -42,17 +44,23 @@ def _utils(module: ModuleType) -> Undo:
 
 
 def _runner(module: ModuleType) -> Undo:
-    """`capture_model` says what is kept free instead of what was captured, which the worker's log lines compare."""
+    """`capture_model` says what is kept free instead of what was captured, which the worker's log lines compare, and
+    does not collect garbage for captures that come later."""
     if not _cuda():
         return lambda: None
+    from vllm_compile_ext.cudagraphs import coverage
+
     runner = module.GPUModelRunner
     stock = runner.capture_model
 
     @functools.wraps(stock)
     def capture_model(self: Any, *, profile_only: bool = False) -> int:
-        took: int = stock(self, profile_only=profile_only)
+        if not coverage.on_demand(self.vllm_config):
+            return int(stock(self, profile_only=profile_only))
+        with patch.object(module, "freeze_gc_for_cudagraph_capture", nullcontext):
+            stock(self, profile_only=profile_only)
         session = getattr(self.cudagraph_manager, "session", None)
-        return took if session is None else int(session.budget.limit)
+        return 0 if session is None else int(session.budget.limit)
 
     runner.capture_model = capture_model
 
