@@ -1,0 +1,312 @@
+"""CUDA graphs on demand against stock's capture and --enforce-eager: ``python -m benchmarks.cudagraphs n70``.
+
+Engines without a server, so that one import of vLLM serves many starts: one process for stock (VLLM_COMPILE_EXT=0) and
+one for ours, each start a fork of it.  Every model starts once to fill the caches, then is measured.  Weights are
+vLLM's dummy ones; tests/gpu/test_cudagraphs.py compares tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.models import SIZES, VOCAB
+
+# The dimensions of Llama 3 8B.
+EIGHT = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+SHAPES = {"n8": SIZES["n8"], "n70": SIZES["n70"], "8b": EIGHT}
+VOCABULARY = {"8b": 128256}
+INTERMEDIATE = {"8b": 14336}
+BATCHES = (1, 8, 64)
+TOKENS = 256  # decoded at each of them
+REPEATS = 3
+INIT = re.compile(r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One start.
+
+    init: seconds of engine initialisation, as vLLM logs it.  first: seconds of the first request.  gaps: inter-token
+    latencies in seconds of mixed traffic from then on.  rates: decoded tokens per second by batch size, after it.
+    used: bytes used on the device, before and after.  graphs: of ours, what was captured and how much it holds.
+    """
+
+    init: float
+    first: float
+    gaps: list[float]
+    rates: dict[str, float]
+    used: tuple[int, int]
+    graphs: dict[str, Any]
+
+
+def make(folder: Path, name: str) -> str:
+    """A model folder with a configuration only."""
+    from transformers import LlamaConfig
+
+    shape = SHAPES[name]
+    intermediate = INTERMEDIATE.get(name, 4 * shape["hidden_size"])
+    LlamaConfig(
+        **shape,
+        vocab_size=VOCABULARY.get(name, VOCAB),
+        intermediate_size=intermediate,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(folder / name)
+    return str(folder / name)
+
+
+class Client:
+    """Sends requests to an engine in this process and notes when each token comes."""
+
+    def __init__(self, llm: Any, seed: int) -> None:
+        self.engine, self.random, self.sent = llm.llm_engine, random.Random(seed), 0
+        self.times: dict[str, list[float]] = {}
+
+    def send(self, prompt: int, tokens: int) -> None:
+        from vllm import SamplingParams, TokensPrompt
+
+        ids = [self.random.randrange(3, VOCAB - 1) for _ in range(prompt)]
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self.engine.add_request(f"{id(self)}-{self.sent}", TokensPrompt(prompt_token_ids=ids), params)
+        self.sent += 1
+
+    def step(self) -> int:
+        """One step; the number of requests that ended."""
+        outputs = self.engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            self.times.setdefault(output.request_id, []).append(now)
+        return sum(output.finished for output in outputs)
+
+    def drain(self) -> None:
+        while self.engine.has_unfinished_requests():
+            self.step()
+
+    def gaps(self) -> list[float]:
+        return [b - a for times in self.times.values() for a, b in pairwise(times)]
+
+
+def first_request(llm: Any) -> float:
+    client, start = Client(llm, 0), time.perf_counter()
+    client.send(32, 16)
+    client.drain()
+    return time.perf_counter() - start
+
+
+def traffic(llm: Any, seconds: float) -> list[float]:
+    """1 to 16 requests at a time, another number every second, of mixed lengths."""
+    client, running, end = Client(llm, 1), 0, time.perf_counter() + seconds
+    wanted, change = 1, time.perf_counter() + 1
+    while (now := time.perf_counter()) < end:
+        if now > change:
+            wanted, change = client.random.randint(1, 16), now + 1
+        while running < wanted:
+            client.send(client.random.randint(16, 256), client.random.randint(16, 96))
+            running += 1
+        running -= client.step()
+    client.drain()
+    return client.gaps()
+
+
+def rate(llm: Any, batch: int) -> float:
+    """Tokens decoded per second, the median of `REPEATS`."""
+    rates = []
+    for repeat in range(REPEATS):
+        client = Client(llm, 100 * batch + repeat)
+        for _ in range(batch):
+            client.send(16, TOKENS)
+        client.drain()
+        begin = max(times[0] for times in client.times.values())
+        end = max(times[-1] for times in client.times.values())
+        after = sum(sum(t > begin for t in times) for times in client.times.values())
+        rates.append(after / (end - begin))
+    return statistics.median(rates)
+
+
+def used() -> int:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def graphs(llm: Any) -> dict[str, Any]:
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    session = getattr(worker.model_runner.cudagraph_manager, "session", None)
+    if session is None:
+        return {}
+    counters, costs = session.counters, session.budget.costs
+    return {
+        "captured": dict(counters.captured),
+        "replayed": dict(counters.replayed),
+        "missed": dict(counters.missed),
+        "skipped": dict(counters.skipped),
+        "seconds": counters.seconds,
+        "held": session.budget.held,
+        "limit": session.budget.limit,
+        "mean_cost": {kind: statistics.fmean(cost) for kind, cost in costs.items()},
+    }
+
+
+def child(side: str, names: list[str], seconds: float, out: Path) -> None:
+    """All starts of one side."""
+    if side == "ours":
+        from vllm_compile_ext import plugin
+
+        plugin.register()
+    import vllm.model_executor.models.llama
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.gpu.model_runner
+    import vllm.v1.worker.gpu_worker  # noqa: F401
+    from vllm import LLM
+
+    from tests import forks
+
+    def start(model: str, then: Callable[[Any], dict[str, Any]], **options: Any) -> dict[str, Any]:
+        def function() -> dict[str, Any]:
+            llm = LLM(
+                model=model,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                max_model_len=2048,
+                max_num_batched_tokens=2048,
+                num_gpu_blocks_override=4096,
+                gpu_memory_utilization=0.7,
+                disable_log_stats=True,
+                enable_prefix_caching=False,
+                **options,
+            )
+            return then(llm)
+
+        ended = forks.run(function)
+        if ended.status:
+            sys.exit(f"{side} {model} {options}: status {ended.status}\n{ended.output[-4000:]}")
+        lines = [line for line in ended.output.splitlines() if "init engine" in line or "CUDA graph" in line]
+        print(*[line[-220:] for line in lines if "it/s" not in line], sep="\n", flush=True)
+        found = INIT.findall(ended.output)
+        return ended.value | {"init": float(found[-1])}
+
+    def measure(llm: Any) -> dict[str, Any]:
+        before, first = used(), first_request(llm)
+        gaps = traffic(llm, seconds)
+        rates = {str(batch): rate(llm, batch) for batch in BATCHES}
+        return {"first": first, "gaps": gaps, "rates": rates, "used": (before, used()), "graphs": graphs(llm)}
+
+    def brief(llm: Any) -> dict[str, Any]:
+        return {"first": first_request(llm), "gaps": [], "rates": {}, "used": (used(), 0), "graphs": {}}
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        model = make(Path.cwd(), name)
+        found[f"{name} first start"] = start(model, brief)
+        found[f"{name} {side}"] = start(model, measure)
+        if side == "stock":
+            found[f"{name} eager"] = start(model, brief, enforce_eager=True)
+        out.write_text(json.dumps(found))
+
+
+def run(side: str, names: list[str], seconds: float, folder: Path) -> dict[str, Measured]:
+    """The starts of one side, in a process of its own.  Raises `subprocess.CalledProcessError`."""
+    out = folder / f"{side}.json"
+    env = os.environ | {
+        "VLLM_CACHE_ROOT": str(folder / f"cache-{side}"),
+        "HOME": str(folder / f"home-{side}"),
+        "VLLM_COMPILE_EXT": str(int(side == "ours")),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    (folder / f"home-{side}").mkdir()
+    code = [sys.executable, "-m", "benchmarks.cudagraphs", *names, "--child", side, "--out", str(out)]
+    subprocess.run([*code, "--seconds", str(seconds)], env=env, cwd=folder, check=True)
+    return {name: Measured(**value) for name, value in json.loads(out.read_text()).items()}
+
+
+def table(name: str, found: dict[str, Measured]) -> Table:
+    stock, ours, eager = (found[f"{name} {side}"] for side in ("stock", "ours", "eager"))
+    shown = Table(title=f"{name}, second start", title_justify="left")
+    for head in ("", "stock", "eager", "ours", "ours / stock", "target"):
+        shown.add_column(head, justify="left" if not head or head == "target" else "right")
+
+    def row(what: str, a: float, b: float | None, c: float, text: str, target: str = "") -> None:
+        shown.add_row(what, text.format(a), "" if b is None else text.format(b), text.format(c), f"{c / a:.2f}", target)
+
+    def p99(gaps: list[float]) -> float:
+        return statistics.quantiles(gaps, n=100)[98] * 1e3
+
+    row("init engine, s", stock.init, eager.init, ours.init, "{:.1f}", f"{eager.init + 0.5:.1f}")
+    row("first request, ms", stock.first * 1e3, eager.first * 1e3, ours.first * 1e3, "{:.0f}", "stock + 100")
+    for batch in map(str, BATCHES):
+        row(f"tokens/s, batch {batch}", stock.rates[batch], None, ours.rates[batch], "{:.0f}", "0.99x")
+    row(
+        "inter-token, median, ms",
+        statistics.median(stock.gaps) * 1e3,
+        None,
+        statistics.median(ours.gaps) * 1e3,
+        "{:.1f}",
+    )
+    row("inter-token, p99, ms", p99(stock.gaps), None, p99(ours.gaps), "{:.1f}")
+    row("inter-token, worst, ms", max(stock.gaps) * 1e3, None, max(ours.gaps) * 1e3, "{:.1f}", "stock + one capture")
+    row("used on the device, GiB", stock.used[1] / 2**30, None, ours.used[1] / 2**30, "{:.2f}")
+    held = ours.graphs
+    shown.caption = (
+        f"ours captured {held['captured']}, longest {max(held['seconds'], default=0) * 1e3:.0f} ms, "
+        f"{held['held'] / 2**20:.0f} MiB of {held['limit'] / 2**20:.0f} MiB kept free; "
+        f"batches on a graph {held['replayed']}, without {held['missed']}"
+    )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("models", nargs="+", choices=sorted(SHAPES))
+    parser.add_argument("--seconds", type=float, default=30.0, help="of mixed traffic")
+    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
+    parser.add_argument("--child", choices=("stock", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args.models, args.seconds, args.out)
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU here: this benchmark captures CUDA graphs")
+    versions = {name: metadata.version(name) for name in ("vllm", "torch", "vllm-compile-ext")}
+    machine = f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, {versions}"
+    with tempfile.TemporaryDirectory() as folder:
+        found = run("stock", args.models, args.seconds, Path(folder))
+        found |= {
+            k: v for k, v in run("ours", args.models, args.seconds, Path(folder)).items() if "first start" not in k
+        }
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "starts": {k: asdict(v) for k, v in found.items()}}))
+    console = Console(width=120)
+    console.print(machine)
+    for name in args.models:
+        console.print(table(name, found))
+
+
+if __name__ == "__main__":
+    main()
