@@ -1,5 +1,5 @@
-"""vLLM's own code of CUDA graphs on a machine without a GPU: torch's calls only count, and what they would have captured
-is written down.  Imported by processes of `tests/process.py` only: importing it changes torch and vLLM.
+"""vLLM's own code of CUDA graphs on a machine without a GPU: torch's calls only count and write down what they would
+have captured.  Imported by processes of `tests/process.py` only: importing it changes torch and vLLM.
 """
 
 from __future__ import annotations
