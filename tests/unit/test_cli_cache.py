@@ -19,6 +19,7 @@ from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.artifacts.key import difference, key_of
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli import _store, app
+from vllm_compile_ext.cudagraphs import record
 
 LLAMA = key_of({"model": "llama", "torch": "2.13.0"})
 QWEN = key_of({"model": "qwen", "torch": "2.13.0"})
@@ -356,6 +357,42 @@ def test_long_values_are_shown_where_they_differ(store: Store, monkeypatch: pyte
     assert "398, 399 size=2048 0, 1, 2" in text
     missed(store, {"config": "a" * 1000}, {"config": "b" * 5000})
     assert "(4400 more characters: --json)" in cli("explain", "miss")
+
+
+# --- what is remembered of CUDA graphs
+
+
+def test_what_is_remembered_of_graphs_is_no_entry_and_nothing_touches_it(store: Store, tmp_path: Path) -> None:
+    without = [cli("cache", *args) for args in (("ls",), ("verify",))]
+    bundle = tmp_path / "without.bundle"
+    cli("cache", "pack", bundle)
+    made = record.Record(held=1, graphs=2, needed=3, used=[record.Used(0, 1)])
+    record.write(store.root, "a" * 32, made)
+    assert [cli("cache", *args) for args in (("ls",), ("verify",))] == without
+    cli("cache", "pack", tmp_path / "with.bundle")
+    assert (tmp_path / "with.bundle").read_bytes() == bundle.read_bytes()
+    # One that was damaged is not the store's damage: nothing of it is ever run.
+    (path,) = store.layout.graphs.iterdir()
+    path.write_bytes(b"damaged")
+    assert cli("cache", "verify") == without[1]
+    record.write(store.root, "a" * 32, made)
+    old = time.time() - 10 * 86400
+    os.utime(path, (old, old))
+    cli("cache", "rm", LLAMA)
+    assert len(data("cache", "gc", "--max-gb", "0", "--max-age", "1")["manifests"]) == 2
+    assert cli("cache", "gc", "--max-gb", "0") == "0 bytes freed\n"
+    assert record.read(store.root, "a" * 32) == made
+
+
+def test_a_store_with_nothing_but_what_is_remembered_is_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
+    record.write(tmp_path / "store", "a" * 32, record.Record(held=1, graphs=2, needed=3, used=[]))
+    assert data("cache", "ls")["entries"] == []
+    assert cli("cache", "verify").startswith("0 entries and 0 bytes")
+    bundles.entry(Store.open(tmp_path / "store"), "llama")
+    assert len(data("cache", "ls")["entries"]) == 1
 
 
 # --- all of them

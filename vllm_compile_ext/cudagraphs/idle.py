@@ -35,9 +35,9 @@ def install(core: type) -> Callable[[], None]:
 
 def capture_while_idle(core: Any) -> None:
     """Capture until a request arrives or nothing is left.  Never raises: idle capture is then over."""
-    if envs.load().VLLM_COMPILE_CUDAGRAPHS != "idle" or not getattr(core, "_graphs_left", True):
-        return
     try:
+        if envs.load().VLLM_COMPILE_CUDAGRAPHS != "idle" or not getattr(core, "_graphs_left", True):
+            return
         while core.input_queue.empty() and core.is_running() and not core.model_executor.is_sleeping:
             if not any(core.model_executor.collective_rpc(capture_in_worker)):
                 core._graphs_left = False

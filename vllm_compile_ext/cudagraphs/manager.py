@@ -63,12 +63,12 @@ class _OneByOne(upstream.CudaGraphManager):
         monitor.set_cudagraph_capturing_enabled(False)
 
     def _allocate_outputs(self) -> None:
-        """Upstream allocates the buffer of the model's outputs at the first graph's size: run the largest first."""
-        descs = self._capture_descs.get(CUDAGraphMode.FULL)
-        if not descs:
-            return
+        """Upstream allocates the buffer of the model's outputs at the first forward pass: run the largest size of each
+        kind, the largest of all first."""
+        largest = [max(descs, key=lambda d: d.num_tokens) for descs in self._capture_descs.values()]
         with capture.between_steps(upstream, self._stream), upstream.graph_capture(device=self.device):
-            self._create_forward_fn(max(descs, key=lambda d: d.num_tokens), warmup=True)(CUDAGraphMode.NONE)
+            for desc in sorted(largest, key=lambda d: -d.num_tokens):
+                self._create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
 
     def dispatch(
         self,

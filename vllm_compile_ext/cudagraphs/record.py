@@ -1,4 +1,8 @@
-"""What is known of a model's graphs from earlier starts: a small file in the store, one for each model and rank."""
+"""What is known of a model's graphs from earlier starts: a small file in the store, one for each model and rank.
+
+On disk it is ``{"format": 1, "seal": "<digest of the key and the next value's bytes>", "record": {...}}``: with a wrong
+number in it, a server could have too little memory left to start.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -18,23 +23,30 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 KEPT = 200
 
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
 
 class Used(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Batches that ran, or would have run, on the graph `number` of the model's shapes."""
 
-    number: int
-    batches: int
+    number: _Number
+    batches: _Number
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """held: bytes that the graphs of the last start took.  graphs: how many they were.  needed: bytes for all shapes,
     from what those took.  used: which shapes traffic asked for, in all starts so far."""
 
-    format: int = FORMAT
-    held: int
-    graphs: int
-    needed: int
+    held: _Number
+    graphs: _Number
+    needed: _Number
     used: list[Used]
+
+
+class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    seal: str
+    record: msgspec.Raw
 
 
 def key_of(parts: Sequence[object]) -> str:
@@ -45,19 +57,28 @@ def key_of(parts: Sequence[object]) -> str:
 def read(root: Path, key: str) -> Record | None:
     """The record of `key` in the store `root`; None where there is none to be read."""
     with suppress(files.DamagedError, msgspec.MsgspecError, ValueError, RecursionError):
-        found = msgspec.json.decode(files.read(_path(root, key)), type=Record)
-        if found.format == FORMAT and min(found.held, found.graphs, found.needed) >= 0:
-            return found
+        found = msgspec.json.decode(files.read(_path(root, key)), type=_Sealed)
+        if found.format == FORMAT and found.seal == _seal(key, bytes(found.record)):
+            return msgspec.json.decode(found.record, type=Record)
     return None
 
 
 def write(root: Path, key: str, record: Record) -> None:
     """Replace the record of `key`, and drop the oldest beyond `KEPT`.  Raises `OSError`."""
-    files.write(_path(root, key), msgspec.json.encode(record), Layout(root).tmp)
+    files.write(_path(root, key), _sealed(key, msgspec.json.encode(record)), Layout(root).tmp)
     with suppress(OSError):
         paths = sorted(_path(root, key).parent.glob("*.json"), key=lambda p: p.stat().st_mtime)
         for path in paths[:-KEPT]:
             path.unlink(missing_ok=True)
+
+
+def _sealed(key: str, inner: bytes, made: int = FORMAT) -> bytes:
+    """The bytes of a record's file."""
+    return msgspec.json.encode(_Sealed(made, _seal(key, inner), msgspec.Raw(inner)))
+
+
+def _seal(key: str, inner: bytes) -> str:
+    return hashlib.sha256(key.encode() + inner).hexdigest()
 
 
 def _path(root: Path, key: str) -> Path:

@@ -1,0 +1,125 @@
+"""Two tensor parallel ranks with vLLM's own groups, on CPU: what one cannot capture, no rank does."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests import process
+
+CODE = """
+    import os, torch
+    from vllm_compile_ext import plugin
+    plugin.register()
+    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from tests.unit.cudagraphs.fakes import Gpu, Remembered
+    from tests.unit.cudagraphs.shapes import ALL, decode, fits, mixed
+    from vllm_compile_ext.cudagraphs import ranks
+    from vllm_compile_ext.cudagraphs.session import Device, Session
+
+    rank = int(sys.argv[1])
+    with set_current_vllm_config(VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=2))):
+        parallel_state.init_distributed_environment(2, rank, f"file://{sys.argv[2]}", rank, "gloo")
+        parallel_state.initialize_model_parallel(2, backend="gloo")
+
+    out = {"size": parallel_state.get_tp_group().world_size}
+    out["agree"] = [ranks.all_agree(ok) for ok in (True, False, rank == 0, rank == 1)]
+    out["first"] = [ranks.from_first(10 + rank), ranks.from_first(-1 - rank), ranks.from_first((1 << 40) + rank)]
+
+    def session(limit=1 << 40, failing=(), before={}):
+        gpu = Gpu(failing=failing)
+        def capture(shape):
+            error = gpu.capture(shape)
+            return None if ranks.all_agree(error is None) else error or RuntimeError("it failed on another rank")
+        device = Device(capture, lambda: gpu.memory, ranks.all_agree, ranks.from_first)
+        return Session(Remembered(limit, before), 1, device), gpu
+
+    def names(shapes):
+        return [f"{s.kind} {s.tokens}" for s in shapes]
+
+    def serve(made, gpu):
+        ran = [made.graph_for(best, fits(best, made.policy.captured)) for best in ALL * 20]
+        return {"ran": [s and names([s])[0] for s in ran], "tried": names(gpu.tried),
+            "captured": sorted(names(made.policy.captured)), "barred": sorted(names(made.policy.barred)),
+            "reasons": sorted(set(made.policy.barred.values()))}
+
+    out["alike"] = serve(*session())
+    out["budget"] = serve(*session(limit=0 if rank else 1 << 40))
+    out["failure"] = serve(*session(failing=[] if rank else [decode(8), mixed(64)]))
+    out["stopped"] = serve(*session(failing=[decode(8), decode(16), decode(32)] if rank else []))
+    made, gpu = session(before={mixed(64): 3} if rank == 0 else {decode(32): 3})
+    out["idle"] = [[made.capture_idle() for _ in range(20)], names(gpu.tried)]
+    report(out)
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    folders = [folder / "0", folder / "1"]
+    started = [process.start(CODE, folders[n], str(n), str(folder / "meet")) for n in range(2)]
+    deadline = time.monotonic() + 300
+    try:
+        ended = [
+            process.finish(one, where, max(1, deadline - time.monotonic()))
+            for one, where in zip(started, folders, strict=True)
+        ]
+    finally:
+        for one in started:
+            one.kill()
+    for outcome in ended:
+        assert outcome.code == 0, outcome.output[-5000:]
+    return [outcome.value for outcome in ended]
+
+
+def both(ranks: list[dict[str, Any]], name: str) -> Any:
+    """What both ranks report, the reasons apart, which they may word differently."""
+    one, other = ({k: v for k, v in rank[name].items() if k != "reasons"} for rank in ranks)
+    assert one == other
+    return one
+
+
+def test_votes_and_numbers_are_the_same_on_both_ranks(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["size"] == 2
+        assert rank["agree"] == [True, False, False, False]
+        assert rank["first"] == [10, -1, 1 << 40]
+
+
+def test_ranks_that_are_alike_capture_the_same(ranks: list[dict[str, Any]]) -> None:
+    found = both(ranks, "alike")
+    assert len(found["captured"]) > 10
+    assert found["barred"] == []
+
+
+def test_what_one_ranks_budget_refuses_no_rank_captures(ranks: list[dict[str, Any]]) -> None:
+    found = both(ranks, "budget")
+    assert (found["tried"], found["captured"]) == ([], [])
+    assert set(found["ran"]) == {None}
+    assert ranks[0]["budget"]["reasons"] == ["another rank has no memory for them"]
+    assert ranks[1]["budget"]["reasons"] == ["the 0 MiB kept free for CUDA graphs are used up"]
+
+
+def test_what_fails_on_one_rank_no_rank_has(ranks: list[dict[str, Any]]) -> None:
+    found = both(ranks, "failure")
+    assert found["barred"] == ["FULL 8", "PIECEWISE 64"]
+    assert not {"FULL 8", "PIECEWISE 64"} & {*found["captured"], *found["ran"]}
+    assert ranks[1]["failure"]["reasons"] == ["RuntimeError: it failed on another rank"]
+
+
+def test_failures_on_one_rank_stop_captures_on_both(ranks: list[dict[str, Any]]) -> None:
+    found = both(ranks, "stopped")
+    assert len(found["captured"]) + len(found["barred"]) == 18
+    assert [name for name in found["tried"] if name in found["barred"]] == ["FULL 32", "FULL 16", "FULL 8"]
+    assert found["tried"][-1] == "FULL 8"
+
+
+def test_while_idle_the_first_ranks_choice_is_captured(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["idle"] == ranks[1]["idle"]
+    more, tried = ranks[0]["idle"]
+    assert more == [True] * 17 + [False] * 3
+    assert tried[:3] == ["PIECEWISE 64", "FULL 1", "FULL 2"]
+    assert len(tried) == 18

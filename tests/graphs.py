@@ -1,0 +1,190 @@
+"""vLLM's own code of CUDA graphs on a machine without a GPU: torch's calls only count and write down what they would
+have captured.  Imported by processes of `tests/process.py` only: importing it changes torch and vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+MIB = 1 << 20
+SIZES = [1, 2, 4, 8, 16, 24, 32]
+SEQS = 16
+HIDDEN = 8
+
+
+class State:
+    """What happened.  failing: how often the capture of (kind, tokens) still breaks off."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+        self.free = 1 << 34
+        self.pools = 0
+        self.forwards: list[Any] = []  # (kind asked for, tokens, guard open, within a capture)
+        self.graphs: list[Any] = []  # (pool, stream, error mode, guard open)
+        self.failing: dict[Any, int] = {}
+
+
+state = State()
+
+
+class Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+class CUDAGraph:
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+class Capture:
+    """In the place of `torch.cuda.graph`."""
+
+    def __init__(
+        self, cuda_graph: Any, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+    ) -> None:
+        self._about = (pool, stream, capture_error_mode)
+
+    def __enter__(self) -> None:
+        state.capturing = True
+        state.graphs.append((*self._about, monitor.cudagraph_capturing_enabled))
+
+    def __exit__(self, *exc: Any) -> None:
+        state.capturing = False
+        state.free -= MIB
+
+
+def _pool() -> tuple[int, int]:
+    state.pools += 1
+    return (0, state.pools)
+
+
+# Before `vllm_compile_ext.cudagraphs.capture` makes a subclass of it.
+torch.cuda.graph = Capture  # type: ignore[assignment,misc]
+torch.cuda.CUDAGraph = CUDAGraph  # type: ignore[assignment,misc]
+torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
+torch.cuda.synchronize = lambda *args: None
+torch.cuda.empty_cache = lambda: None
+torch.cuda.mem_get_info = lambda *args: (state.free, 1 << 35)
+torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda *args: 0
+torch.cuda.get_device_name = lambda *args: "NVIDIA H100"
+torch._C._host_emptyCache = getattr(torch._C, "_host_emptyCache", lambda: None)
+torch.set_grad_enabled(False)
+
+from vllm.plugins import load_general_plugins  # noqa: E402
+
+load_general_plugins()
+
+from vllm.compilation import cuda_graph, monitor  # noqa: E402
+from vllm.config import CUDAGraphMode, VllmConfig  # noqa: E402
+from vllm.distributed import parallel_state  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.forward_context import get_forward_context  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.worker.gpu import cudagraph_utils as upstream  # noqa: E402
+
+_GROUP = SimpleNamespace(
+    world_size=1, is_first_rank=True, is_last_rank=True, graph_capture=lambda context: nullcontext()
+)
+for _name in ("get_tp_group", "get_pp_group", "get_dp_group"):
+    setattr(parallel_state, _name, lambda: _GROUP)
+upstream.get_pp_group = parallel_state.get_pp_group
+upstream.is_global_first_rank = lambda: True
+upstream.has_compiled_submodule = lambda model: True
+upstream.prepare_inputs_to_capture = lambda *args, **kwargs: upstream.AttentionState(None, {})
+upstream.current_stream = cuda_graph.current_stream = lambda: "current stream"
+cuda_graph.weak_ref_tensors = lambda tensors: tensors
+type(current_platform).graph_pool_handle = staticmethod(_pool)
+
+
+@contextmanager
+def _stock_graph_capture(device: Any) -> Any:
+    yield
+
+
+upstream.graph_capture = _stock_graph_capture
+
+
+def config(model: str) -> VllmConfig:
+    """A configuration as a GPU leaves it, of a model on the CPU."""
+    os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    made = EngineArgs(
+        model=model, dtype="float32", max_num_batched_tokens=256, max_model_len=256, max_num_seqs=SEQS
+    ).create_engine_config()
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # which vLLM refuses without Triton
+    made.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    made.compilation_config.cudagraph_capture_sizes = list(SIZES)
+    made.compilation_config.max_cudagraph_capture_size = max(SIZES)
+    return made
+
+
+class Model(nn.Module):
+    """Two pieces, each behind vLLM's wrapper."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        self.pieces = [
+            cuda_graph.CUDAGraphWrapper(piece, vllm_config, CUDAGraphMode.PIECEWISE)
+            for piece in (lambda x: x, self._last_piece)
+        ]
+
+    def forward(self, input_ids: Any, positions: Any, intermediate_tensors: Any) -> Any:
+        mode = get_forward_context().cudagraph_runtime_mode
+        state.forwards.append((mode.name, len(input_ids), monitor.cudagraph_capturing_enabled, state.capturing))
+        x = input_ids[:, None].float().expand(-1, HIDDEN)
+        for piece in self.pieces:
+            x = piece(x)
+        return x
+
+    def _last_piece(self, x: Any) -> Any:
+        kind = (get_forward_context().cudagraph_runtime_mode.name, len(x))
+        if state.capturing and state.failing.get(kind, 0) > 0:
+            state.failing[kind] -= 1
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return x
+
+
+def start(manager_class: Any, vllm_config: VllmConfig) -> Any:
+    """A manager after the start: what the runner does with it up to there."""
+    state.__init__()  # type: ignore[misc]
+    monitor.set_cudagraph_capturing_enabled(False)  # as warming up leaves it
+    made = manager_class(
+        vllm_config, torch.device("cpu"), vllm_config.compilation_config.cudagraph_mode, decode_query_len=1
+    )
+    made.model = Model(vllm_config)
+    tokens = max(SIZES)
+    buffers = SimpleNamespace(
+        input_ids=torch.zeros(tokens, dtype=torch.int32),
+        positions=torch.zeros(tokens, dtype=torch.int64),
+        is_padding=torch.zeros(tokens, dtype=torch.bool),
+    )
+    model_state = SimpleNamespace(prepare_dummy_inputs=lambda num_reqs, num_tokens: {})
+    made.capture(made.model, model_state, buffers, None, None, [], None)
+    return made
+
+
+def decode(made: Any, requests: int) -> Any:
+    """What a decode step runs on."""
+    return made.dispatch(requests, requests, 1, 0, 1)
+
+
+def mixed(made: Any, requests: int, tokens: int) -> Any:
+    """What a batch with a prompt runs on."""
+    return made.dispatch(requests, tokens, None, 0, None)
+
+
+def text(desc: Any) -> str:
+    """Such as "FULL 8" or "NONE 5"."""
+    return f"{desc.cg_mode.name} {desc.num_tokens}"

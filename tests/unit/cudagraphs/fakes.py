@@ -1,0 +1,50 @@
+"""What a session needs of the rest: a memory that forgets and a device that only counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from tests.unit.cudagraphs.shapes import ALL
+from vllm_compile_ext.cudagraphs.budget import MIB, Budget
+from vllm_compile_ext.cudagraphs.memory import Need
+from vllm_compile_ext.cudagraphs.policy import Policy, Shape
+from vllm_compile_ext.cudagraphs.session import Device
+
+GRAPH = 4 * MIB
+
+
+class Remembered:
+    """In the place of `Memory`.  kept: how often there was something to remember."""
+
+    def __init__(self, limit: int, before: dict[Shape, int] | None = None) -> None:
+        self.shapes = ALL
+        self.before = Counter(before or {})
+        self.need = Need(limit, "an estimate")
+        self.kept = 0
+
+    def keep(self, policy: Policy, budget: Budget) -> None:
+        self.kept += 1
+
+
+class Gpu:
+    """Memory that graphs take, and the shapes that fail, with what they raise."""
+
+    def __init__(self, free: int = 1 << 40, failing: Iterable[Shape] = ()) -> None:
+        self.memory = free
+        self.failing = set(failing)
+        self.tried: list[Shape] = []
+
+    def capture(self, shape: Shape) -> Exception | None:
+        self.tried.append(shape)
+        if shape in self.failing:
+            return RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
+        self.memory -= GRAPH
+        return None
+
+    def device(
+        self,
+        agree: Callable[[bool], bool] = lambda ok: ok,
+        from_first: Callable[[int], int] = lambda number: number,
+    ) -> Device:
+        return Device(self.capture, lambda: self.memory, agree, from_first)

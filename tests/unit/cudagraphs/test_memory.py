@@ -1,0 +1,229 @@
+"""The memory that is kept free for graphs, and what the next start is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.cudagraphs.shapes import ALL, DECODE, MIXED, SIZES, decode, mixed
+from vllm_compile_ext.artifacts.layout import Layout
+from vllm_compile_ext.cudagraphs import memory, record
+from vllm_compile_ext.cudagraphs.budget import LAYER, MIB, UNASKED, Budget
+from vllm_compile_ext.cudagraphs.memory import Memory, Need, keep_free
+from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy
+from vllm_compile_ext.cudagraphs.record import Record, Used
+
+LAYERS = 80
+ESTIMATE = LAYERS * len(SIZES) * (LAYER[FULL] + LAYER[PIECEWISE])
+
+
+class Timer:
+    """In the place of `threading.Timer`; `run` lets its time pass."""
+
+    made: list[Timer]
+
+    def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+        assert seconds == memory.DELAY
+        self.run = function
+        self.daemon = False
+
+    def start(self) -> None:
+        assert self.daemon, "the process would wait for it at its end"
+        Timer.made.append(self)
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The store's folder, not made yet, on a device with a name."""
+    Timer.made = []
+    monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(memory.threading, "Timer", Timer)
+    monkeypatch.setattr(memory, "_kept_free", {})
+    return tmp_path / "store"
+
+
+def mode(full: bool, piecewise: bool) -> Any:
+    class Mode:
+        def has_full_cudagraphs(self) -> bool:
+            return full
+
+        def has_piecewise_cudagraphs(self) -> bool:
+            return piecewise
+
+        def __str__(self) -> str:
+            return f"{full} {piecewise}"
+
+    return Mode()
+
+
+def config(
+    digest: str = "hash",
+    sizes: tuple[int, ...] = SIZES,
+    seqs: int = 256,
+    rank: int = 0,
+    full: bool = True,
+    piecewise: bool = True,
+) -> Any:
+    """The attributes of a `VllmConfig` that are looked at."""
+    return SimpleNamespace(
+        compute_hash=lambda: digest,
+        compilation_config=SimpleNamespace(cudagraph_mode=mode(full, piecewise), cudagraph_capture_sizes=list(sizes)),
+        scheduler_config=SimpleNamespace(max_num_seqs=seqs),
+        parallel_config=SimpleNamespace(rank=rank),
+        model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: LAYERS),
+    )
+
+
+def never() -> int:
+    raise AssertionError("a forward pass was measured")
+
+
+def start(made: Any = None) -> tuple[Memory, Policy, Budget]:
+    """A start on this configuration, whose forward pass takes 5 MiB."""
+    made = made or config()
+    keep_free(made, lambda: 5 * MIB)
+    known = Memory(made, ALL)
+    return known, Policy(ALL, known.before), Budget(known.need.size, LAYERS)
+
+
+# --- what is kept free
+
+
+def test_a_first_start_keeps_an_estimate_free() -> None:
+    assert keep_free(config(), lambda: 5 * MIB) == 5 * MIB + ESTIMATE
+    assert Memory(config(), ALL).need == Need(5 * MIB + ESTIMATE, "an estimate")
+
+
+@pytest.mark.parametrize(("full", "piecewise"), [(True, False), (False, True), (False, False)])
+def test_only_the_kinds_that_there_are_count(full: bool, piecewise: bool) -> None:
+    per_size = LAYERS * (full * LAYER[FULL] + piecewise * LAYER[PIECEWISE])
+    assert keep_free(config(full=full, piecewise=piecewise), lambda: 0) == len(SIZES) * per_size
+
+
+def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing() -> None:
+    known, policy, budget = start()
+    policy.done(decode(8))
+    budget.took(FULL, 4 * MIB)
+    known.keep(policy, budget)
+    Timer.made[0].run()
+
+    needed = budget.needed({}, {FULL: len(DECODE) - 1, PIECEWISE: len(MIXED)})
+    assert keep_free(config(), never) == needed
+    assert Memory(config(), ALL).need == Need(needed, "1 graphs took 0.00 GiB in an earlier start")
+
+
+def test_what_was_measured_belongs_to_one_start() -> None:
+    keep_free(config(), lambda: 5 * MIB)
+    assert Memory(config(), ALL).need.size == 5 * MIB + ESTIMATE
+    # Another engine in this process, whose memory is not profiled.
+    assert Memory(config(), ALL).need == Need(ESTIMATE, "an estimate")
+
+
+def test_where_memory_is_not_profiled_what_is_remembered_counts(store: Path) -> None:
+    record.write(store, memory.key_of(config()), Record(held=1 << 30, graphs=7, needed=2 << 30, used=[]))
+    assert Memory(config(), ALL).need == Need(2 << 30, "7 graphs took 1.00 GiB in an earlier start")
+
+
+OTHERS = {
+    "model": config(digest="other"),
+    "sizes": config(sizes=(1, 2)),
+    "requests": config(seqs=1),
+    "rank": config(rank=1),
+    "mode": config(full=False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_graphs_depend_on_is_in_the_key(name: str) -> None:
+    assert memory.key_of(OTHERS[name]) != memory.key_of(config())
+
+
+def test_the_device_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = memory.key_of(config())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert memory.key_of(config()) != before
+
+
+# --- what is remembered
+
+
+def test_a_run_of_captures_is_one_write_with_the_last_state(store: Path) -> None:
+    known, policy, budget = start()
+    for shape in DECODE:
+        policy.plan(shape, [])
+        policy.done(shape)
+        budget.took(FULL, MIB)
+        known.keep(policy, budget)
+    assert len(Timer.made) == 1
+    assert record.read(store, known.key) is None
+    Timer.made[0].run()
+    found = record.read(store, known.key)
+    assert found is not None
+    assert (found.graphs, found.held) == (len(DECODE), len(DECODE) * MIB)
+    # What comes later is a write of its own, and nothing new is none.
+    policy.plan(decode(8), [])
+    known.keep(policy, budget)
+    assert len(Timer.made) == 2
+    Timer.made[1].run()
+    assert len(Timer.made) == 2
+
+
+def test_shapes_are_remembered_by_how_often_traffic_asked_for_them_in_all_starts() -> None:
+    for _ in range(2):
+        known, policy, budget = start()
+        for _ in range(3):
+            policy.plan(mixed(64), [])
+        policy.plan(decode(1), [])
+        known.keep(policy, budget)
+        Timer.made[-1].run()
+    known, policy, _ = start()
+    assert known.before == policy.remembered == {mixed(64): 6, decode(1): 2}
+    assert policy.next_idle() == mixed(64)
+
+
+def test_shapes_that_traffic_asked_for_have_memory_in_the_next_start_though_none_was_captured(store: Path) -> None:
+    known, policy, budget = start()
+    policy.plan(mixed(64), [])
+    policy.plan(decode(1), [])
+    known.keep(policy, budget)
+    Timer.made[0].run()
+    found = record.read(store, known.key)
+    assert found is not None
+    one, other = LAYERS * LAYER[FULL], LAYERS * LAYER[PIECEWISE]
+    rest = (len(DECODE) - 1) * one + (len(MIXED) - 1) * other
+    assert found == Record(
+        held=0,
+        graphs=0,
+        needed=one + other + int(UNASKED * rest),
+        used=[Used(ALL.index(s), 1) for s in ALL[::-1] if s in (mixed(64), decode(1))][::-1],
+    )
+
+
+def test_shapes_that_there_are_no_more_are_forgotten(store: Path) -> None:
+    used = [Used(0, 5), Used(len(ALL), 7), Used(len(ALL) + 1, 7)]
+    record.write(store, memory.key_of(config()), Record(held=0, graphs=0, needed=0, used=used))
+    assert Memory(config(), ALL).before == {ALL[0]: 5}
+
+
+def test_a_store_that_cannot_be_written_costs_nothing(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store.parent.joinpath("store").write_text("not a folder")
+    known, policy, budget = start()
+    assert known.need.source == "an estimate"
+    known.keep(policy, budget)
+    Timer.made[0].run()
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_a_damaged_record_is_an_estimate_again(store: Path) -> None:
+    known, policy, budget = start()
+    known.keep(policy, budget)
+    Timer.made[0].run()
+    (path,) = Layout(store).graphs.iterdir()
+    path.write_bytes(path.read_bytes().replace(b'"needed":', b'"needed":9'))
+    assert start()[0].need == Need(5 * MIB + ESTIMATE, "an estimate")
