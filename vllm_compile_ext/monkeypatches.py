@@ -43,12 +43,12 @@ def _instruction_set() -> Undo:
 
 
 def _record() -> Undo:
-    loaded = time.time_ns()
     if not envs.load().VLLM_COMPILE_STARTS:
         return _forget()
+    from vllm_compile_ext import plugin
     from vllm_compile_ext.startup import hooks
 
-    return hooks.install(loaded)
+    return hooks.install(plugin.loading_since or time.time_ns())
 
 
 def _forget() -> Undo:
@@ -162,11 +162,6 @@ OFF = (
 ACTIVE = (
     *ALWAYS,
     Change(
-        "sys.meta_path (startup/imports.py)",
-        "while a start is recorded: imports are timed, and functions of vLLM are found when their module is imported",
-        _record,
-    ),
-    Change(
         "vllm.envs.compile_factors",
         "variables that cannot change compiled code stay out of the compile cache key; the plugin's version goes in, "
         "so that stock's entries are neither read nor overwritten",
@@ -188,6 +183,11 @@ ACTIVE = (
         "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
         "on CPU, one instruction set is probed instead of all that the processor names",
         _instruction_set,
+    ),
+    Change(
+        "sys.meta_path (startup/imports.py)",
+        "while a start is recorded: imports are timed, and functions of vLLM are found when their module is imported",
+        _record,
     ),
 )
 # What is changed while a model compiles and put back afterwards, by the module that does it.

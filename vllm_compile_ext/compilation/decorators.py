@@ -70,7 +70,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     logger.info("%s%s", entry.tag, why)
     note("miss", model=entry.model, key=entry.key, shard=entry.shard, why=why)
     try:
-        with span("claim", LOADING):
+        with span("wait for another process", LOADING, wait=True):
             waited = entry.claim()
         if waited:
             loaded = _load(entry, model, path)  # by the process that was waited for

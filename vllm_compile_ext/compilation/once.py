@@ -163,7 +163,7 @@ def _compile(
                     if number in made:
                         continue
                     piece = _loaded(backend, number, module, len(modules), shared)
-                    if piece is None and shared.claim(number, wait=wait):
+                    if piece is None and _claim(shared, number, wait=wait):
                         # Whoever had it may have been done with it just before.
                         piece = _loaded(backend, number, module, len(modules), shared)
                         if piece is None:
@@ -186,6 +186,13 @@ def _compile(
         time.perf_counter() - started,
     )
     return [made[number] for number in range(len(modules))]
+
+
+def _claim(shared: Shared, number: int, *, wait: bool) -> bool:
+    if not wait:
+        return shared.claim(number, wait=False)
+    with span("wait for another rank", wait=True):
+        return shared.claim(number, wait=True)
 
 
 def _symbols(module: torch.fx.GraphModule) -> list[int]:
