@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllm_compile_ext import run_folder
+from vllm_compile_ext.after_import import after_import
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,6 @@ def _open(name: str, labels: dict[str, str], kind: str) -> _Series | None:
         path = folder / f"{stem}_{os.getpid()}.db"
         _reserve(path)
         _files[stem] = MmapedDict(str(path))
-        if run_folder.is_owner():
-            expose()
     values = [str(labels[label])[:LETTERS] for label in metric.labels]
     family = (PREFIX + name).removesuffix("_total")
     key = mmap_key(family, PREFIX + name, list(metric.labels), values, metric.help)
@@ -260,49 +258,41 @@ def samples() -> dict[tuple[str, ...], float]:
     }
 
 
-_conceal: Callable[[], None] | None = None
+_undo: list[Callable[[], None]] = []
 
 
 def expose() -> None:
-    """Let the registries of this process show the metrics.
+    """Let ``/metrics`` show the metrics in this process, as soon as it has imported what a page is made of.
 
-    vLLM's pages show `prometheus_client.REGISTRY`, or with several API servers a registry that is made for the page
-    (0.32.0, `v1/metrics/prometheus.py: get_prometheus_registry`).  A process that has not imported `prometheus_client`
-    has no page yet: then this does nothing, and the first count does it.
+    With one API server the page is `prometheus_client.REGISTRY`.  With several (``PROMETHEUS_MULTIPROC_DIR`` is set
+    then) it is what a `MultiProcessCollector` finds, one that is made for each request
+    (`prometheus_fastapi_instrumentator` 8.1, `Instrumentator.expose`), and also one of vLLM's (0.32.0,
+    `v1/metrics/prometheus.py: get_prometheus_registry`).
     """
-    global _conceal
-    if "prometheus_client" not in sys.modules or _conceal is not None:
-        return
-    from prometheus_client import REGISTRY
-    from vllm.v1.metrics import prometheus
+    _undo.append(after_import("prometheus_client", _show))
+    _undo.append(after_import("prometheus_client.multiprocess", _show_with_others))
 
-    upstream = prometheus.get_prometheus_registry
 
-    def get_prometheus_registry() -> Any:
-        registry = upstream()
-        try:
-            if registry is not REGISTRY:
-                registry.register(_collector)
-        except Exception as error:
-            _tell(error)
-        return registry
+def _show(prometheus_client: Any) -> None:
+    prometheus_client.REGISTRY.register(_collector)
+    _undo.append(lambda: prometheus_client.REGISTRY.unregister(_collector))
 
-    REGISTRY.register(_collector)
-    prometheus.get_prometheus_registry = get_prometheus_registry
 
-    def undo() -> None:
-        prometheus.get_prometheus_registry = upstream
-        REGISTRY.unregister(_collector)
+def _show_with_others(multiprocess: Any) -> None:
+    theirs = multiprocess.MultiProcessCollector
+    upstream = theirs.collect
 
-    _conceal = undo
+    def collect(self: Any) -> list[Any]:
+        return [*upstream(self), *_collector.collect()]
+
+    theirs.collect = collect
+    _undo.append(lambda: setattr(theirs, "collect", upstream))
 
 
 def conceal() -> None:
     """Undo `expose`, and count no more in the files that are open."""
-    global _conceal
-    if _conceal is not None:
-        _conceal()
-    _conceal = None
+    while _undo:
+        _undo.pop()()
     forget()
 
 

@@ -169,9 +169,8 @@ ACTIVE = (
         run_folder.make,
     ),
     Change(
-        "prometheus_client.REGISTRY; vllm.v1.metrics.prometheus.get_prometheus_registry",
-        "the plugin's metrics are at /metrics, with one API server and with several; changed at the first count where "
-        "prometheus_client is not imported before",
+        "prometheus_client.REGISTRY; prometheus_client.multiprocess.MultiProcessCollector.collect",
+        "the plugin's metrics are at /metrics, with one API server and with several; changed when they are imported",
         _metrics,
     ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),

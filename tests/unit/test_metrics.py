@@ -168,6 +168,28 @@ def test_a_folder_that_is_gone_or_full_costs_one_line(
     assert "No space left" in caplog.records[1].message
 
 
+EXPOSED = """if True:
+    import os, sys, tempfile
+    from vllm_compile_ext import metrics
+    metrics.expose()
+    metrics.inc("store_hits_total")
+    from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+    from prometheus_client.multiprocess import MultiProcessCollector
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, tempfile.mkdtemp())
+    def shown():
+        return [generate_latest(each).decode().count("\\n{hits} 1.0") for each in (REGISTRY, registry)]
+    print(shown(), "vllm" in sys.modules)
+    metrics.conceal()
+    print(shown())
+""".replace("{hits}", HITS)
+
+
+def test_pages_of_one_server_and_of_several_show_them_once() -> None:
+    done = subprocess.run([sys.executable, "-c", EXPOSED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[1, 1] False", "[0, 0]"]
+
+
 ZERO = {metric.name for metric in metrics.table() if metric.kind == "counter" and not metric.labels}
 
 
