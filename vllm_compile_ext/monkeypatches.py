@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_compile_ext import envs, jit_caches, platforms, swap
+from vllm_compile_ext import envs, jit_caches, metrics, platforms, run_folder, swap
 
 Undo = Callable[[], None]
 
@@ -135,6 +135,11 @@ def _cache_key(*, active: bool) -> Undo:
     return undo
 
 
+def _metrics() -> Undo:
+    metrics.expose()
+    return metrics.conceal
+
+
 # Made also when the plugin is switched off, so that its variables are no news to vLLM and leave its cache key alone.
 ALWAYS = (
     Change("logging.getLogger('vllm_compile_ext').parent", "our lines go where vLLM's go, in vLLM's format", _logger),
@@ -177,6 +182,16 @@ ACTIVE = (
         "kernels that are compiled while serving starts are kept in one place under the store, where the next start "
         "finds them; what the user set stays, and with VLLM_DISABLE_COMPILE_CACHE=1 nothing is set (jit_caches.py)",
         lambda: jit_caches.settle(active=True),
+    ),
+    Change(
+        f"os.environ: {run_folder.VARIABLE}",
+        "names the private temporary folder that the front end makes for itself, the engine and the workers",
+        run_folder.make,
+    ),
+    Change(
+        "prometheus_client.REGISTRY; prometheus_client.multiprocess.MultiProcessCollector.collect",
+        "the plugin's metrics are at /metrics, with one API server and with several; changed when they are imported",
+        _metrics,
     ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
     Change(

@@ -14,6 +14,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
+from vllm_compile_ext import metrics
 from vllm_compile_ext.compilation import workers
 from vllm_compile_ext.compilation.pieces import constants as constants_of
 from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piece
@@ -177,6 +178,7 @@ def _compile(
                 finish()
         finally:
             shared.release()
+    metrics.inc("pieces_compiled_total", len(modules) - shared.loaded)
     logger.info(
         "%scompiled %d pieces with %d workers, loaded %d that another process compiled (%.2f s)",
         tag,
