@@ -53,6 +53,12 @@ class Backend(Protocol):
     def current(self) -> Handle | None:
         """The innermost span of `enter`, or of vLLM's, that is open here."""
 
+    def attach(self) -> None:
+        """What follows in a process that was started is part of the process's span."""
+
+    def export(self) -> None:
+        """Export to where OpenTelemetry's variables say."""
+
 
 def of(tracing: ModuleType | None) -> Backend:
     """The backend for a process in which vLLM's module ``vllm.tracing.otel`` is `tracing`."""
@@ -123,3 +129,9 @@ class Plain:
 
     def current(self) -> Handle | None:
         return self._current.get()
+
+    def attach(self) -> None:
+        pass
+
+    def export(self) -> None:
+        pass

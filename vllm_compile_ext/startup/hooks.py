@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm_compile_ext import compat, platforms
 from vllm_compile_ext.startup import imports, recorder
-from vllm_compile_ext.startup.spans import span
+from vllm_compile_ext.startup.spans import span, stage
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Hook:
     wrap: Wrap
 
 
-def spanned(name: str, phase: str) -> Wrap:
+def spanned(name: str, phase: str, kind: type[span] = span) -> Wrap:
     """A span around each call."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,14 +42,14 @@ def spanned(name: str, phase: str) -> Wrap:
 
             @functools.wraps(function)
             async def call_async(*args: Any, **kwargs: Any) -> Any:
-                with span(name, phase):
+                with kind(name, phase):
                     return await function(*args, **kwargs)
 
             return call_async
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with span(name, phase):
+            with kind(name, phase):
                 return function(*args, **kwargs)
 
         return call
@@ -57,11 +57,16 @@ def spanned(name: str, phase: str) -> Wrap:
     return wrap
 
 
-def then(after: Callable[[recorder.Recorder], None], name: str = "", phase: str = "") -> Wrap:
-    """`after` when a call has returned, with a span around the call where there is a `name`."""
+def staged(name: str, phase: str) -> Wrap:
+    """A stage of the front end around each call."""
+    return spanned(name, phase, stage)
+
+
+def then(after: Callable[[recorder.Recorder], None], wrap_first: Wrap | None = None) -> Wrap:
+    """`after` when a call has returned, of what `wrap_first` makes of the function."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        inner = spanned(name, phase)(function) if name else function
+        inner = wrap_first(function) if wrap_first is not None else function
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -99,7 +104,7 @@ def _configure(function: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         begin(self)
         # vLLM may start a process that looks at the model's class.
-        with span("engine configuration", "config") as configuration, configuration.inherited():
+        with stage("engine configuration", "config"):
             config = function(self, *args, **kwargs)
         _quietly(lambda to: _exporting(to, config))
         return config
@@ -130,9 +135,8 @@ def restart() -> None:
 
 def _exporting(to: recorder.Recorder, config: Any) -> None:
     """Whether spans are exported is known now; where vLLM is told an endpoint it sees to it."""
-    export = getattr(to.backend, "export", None)
-    if export is not None and config.observability_config.otlp_traces_endpoint is None:
-        export()
+    if config.observability_config.otlp_traces_endpoint is None:
+        to.backend.export()
 
 
 _NOT_SHOWN = ("model", "logging_config")
@@ -254,14 +258,14 @@ HOOKS = (
     Hook("vllm.v1.executor.multiproc_executor", "WorkerProc.make_worker_process", spanned("start worker", "spawn")),
     Hook("vllm.v1.engine.core", "EngineCoreProc.run_busy_loop", _engine_done),
     Hook("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop", _engine_done),
-    Hook("vllm.v1.engine.async_llm", "AsyncLLM.__init__", then(_engine_is_up, "engine client", "api server")),
+    Hook("vllm.v1.engine.async_llm", "AsyncLLM.__init__", then(_engine_is_up, staged("engine client", "api server"))),
     Hook("vllm.v1.engine.async_llm", "AsyncLLM.add_request", _request),
-    Hook("vllm.v1.engine.llm_engine", "LLMEngine.__init__", then(_ready, "engine client", "config")),
+    Hook("vllm.v1.engine.llm_engine", "LLMEngine.__init__", then(_ready, staged("engine client", "config"))),
     Hook("vllm.v1.engine.llm_engine", "LLMEngine.add_request", _request),
     Hook("vllm.v1.engine.output_processor", "OutputProcessor.process_outputs", _first_output),
-    Hook(_ENTRY, "build_app", spanned("build app", "api server")),
-    Hook(_ENTRY, "init_app_state", spanned("prepare to serve", "api server")),
-    Hook("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", then(_ready, "listen", "api server")),
+    Hook(_ENTRY, "build_app", staged("build app", "api server")),
+    Hook(_ENTRY, "init_app_state", staged("prepare to serve", "api server")),
+    Hook("vllm.entrypoints.launchers.launcher", "NoSignalServer.startup", then(_ready, staged("listen", "api server"))),
     Hook("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", spanned("init device", "distributed")),
     Hook(_GPU, "init_worker_distributed_environment", spanned("distributed init", "distributed")),
     Hook(
@@ -270,7 +274,7 @@ HOOKS = (
     Hook(_GPU, "Worker.determine_available_memory", spanned("memory profiling", "memory profiling")),
     Hook(_CPU, "CPUWorker.determine_available_memory", spanned("memory profiling", "memory profiling")),
     Hook(_GPU, "Worker.compile_or_warm_up_model", then(_worker_done)),
-    Hook(_CPU, "CPUWorker.compile_or_warm_up_model", then(_worker_done, "warm-up", "warm-up")),
+    Hook(_CPU, "CPUWorker.compile_or_warm_up_model", then(_worker_done, spanned("warm-up", "warm-up"))),
     Hook("vllm.model_executor.warmup.kernel_warmup", "kernel_warmup", spanned("kernel warm-up", "warm-up")),
     Hook("vllm.v1.worker.gpu.warmup", "warmup_kernels", spanned("kernel warm-up", "warm-up")),
     Hook(_V2, "GPUModelRunner.load_model", spanned("load model", "model construction")),
@@ -331,9 +335,6 @@ def install(loaded: int) -> Callable[[], None]:
         to.settle(loaded)
         if recorder.inherited() is not None:
             to.join()
-            export = getattr(to.backend, "export", None)
-            if export is not None:
-                export()
     _hooks = Hooks()
     _hooks.install()
     _quietly(lambda to: to.loaded(loaded))

@@ -19,11 +19,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace as api
-from opentelemetry.context import Context
+from opentelemetry.context import Context, attach
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider, sampling
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from vllm_compile_ext.startup import clock, recorder
@@ -39,6 +40,24 @@ _MODULES = {recorder.FRONT: "vllm.llm_engine", recorder.ENGINE: "vllm.engine_cor
 _HELD = 5000  # spans, until it is known whether they are exported
 
 
+class Ids(IdGenerator):
+    """Ids that no seed changes.
+
+    OpenTelemetry's own come from Python's `random`, which vLLM seeds in each worker with the same number (0.32.0,
+    `v1/worker/cpu_worker.py`, `gpu_worker.py`): from then on the ranks would give their spans equal ids, and what draws
+    random numbers would draw others than without spans.
+    """
+
+    def generate_span_id(self) -> int:
+        return int.from_bytes(os.urandom(8)) or 1
+
+    def generate_trace_id(self) -> int:
+        return int.from_bytes(os.urandom(16)) or 1
+
+    def is_trace_id_random(self) -> bool:
+        return True
+
+
 class ToFile(SpanProcessor):
     """Tells the recorder of the spans of the start's trace."""
 
@@ -46,10 +65,12 @@ class ToFile(SpanProcessor):
         self.recorder: Recorder | None = None
         self._afterwards = threading.local()
 
-    def _of(self, context: SpanContext | None) -> Recorder | None:
-        """Who wants to know of the span `context`."""
-        to = self.recorder
-        return None if to is None or to.over or context is None or not _ours(to, context) else to
+    def _of(self, span: ReadableSpan) -> Recorder | None:
+        """Who wants to know of `span`: not of requests, which may be in an orchestrator's trace as well."""
+        to, context = self.recorder, span.get_span_context()
+        if to is None or to.over or context is None or span.kind is SpanKind.SERVER or not _ours(to, context):
+            return None
+        return to
 
     @contextlib.contextmanager
     def afterwards(self) -> Iterator[None]:
@@ -62,7 +83,7 @@ class ToFile(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         context = span.get_span_context()
-        to = self._of(context)
+        to = self._of(span)
         if to is None or context is None or getattr(self._afterwards, "on", False):
             return
         around = format(span.parent.span_id, "016x") if span.parent is not None else None
@@ -70,7 +91,7 @@ class ToFile(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         context = span.get_span_context()
-        to = self._of(context)
+        to = self._of(span)
         if to is None or context is None:
             return
         key, end = format(context.span_id, "016x"), span.end_time or clock.now()
@@ -168,7 +189,7 @@ class Provider(TracerProvider):
         about = {"vllm.instrumenting_module_name": _MODULES.get(kind, SCOPE), "vllm.process_id": str(os.getpid())}
         if kind != recorder.FRONT:
             about |= {"vllm.process_kind": kind.replace(" ", "_"), "vllm.process_name": name}
-        super().__init__(sampler=Sampler(self.exports), resource=Resource.create(about))
+        super().__init__(sampler=Sampler(self.exports), resource=Resource.create(about), id_generator=Ids())
         super().add_span_processor(file)
         super().add_span_processor(self.exports)
 
@@ -223,6 +244,8 @@ class Otel:
         if not any(there is one for one in self._told):
             self._told.append(there)
             there.add_span_processor(self.file)
+            if type(there.id_generator) is RandomIdGenerator:
+                there.id_generator = Ids()  # type: ignore[assignment]
         return there
 
     def _tracer(self) -> api.Tracer:
@@ -250,6 +273,11 @@ class Otel:
         context = span.get_span_context()
         known = span.is_recording() and _ours(self.recorder, context)
         return OtelHandle(span, getattr(span, "start_time", 0) or 0) if known else None
+
+    def attach(self) -> None:
+        """Let what follows in this thread be part of the process's span, where it is not of another one."""
+        if self.current() is None and isinstance(self.recorder.process, OtelHandle):
+            attach(api.set_span_in_context(self.recorder.process.span))
 
     def export(self) -> None:
         """Export to where OpenTelemetry's own variables say, unless vLLM has seen to it or they say nothing."""

@@ -64,7 +64,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._environ = {name: os.environ.get(name) for name in (CONTEXT, VARIABLE)}
         self._starting: Handle | None = None
-        self._serving: Handle | None = None
+        self._stages: list[Handle] = []
         self._held: dict[int, list[Interval]] = {}
         self.parent = parent()
         backend.bind(self)
@@ -121,7 +121,24 @@ class Recorder:
     @property
     def stage(self) -> Handle:
         """What a span is part of that is in no other."""
-        return self.process if self._serving is None or self.ready_at is not None else self._serving
+        return self._stages[-1] if self._stages else self.process
+
+    def enter(self, name: str, attrs: dict[str, Any]) -> Handle:
+        """Begin a stage.  Unlike a span of `span` it is not in the context that asyncio's tasks take along: the tasks
+        that answer requests would make theirs part of it for ever.
+        """
+        stage = self.backend.begin(name, self.backend.current() or self.stage, clock.now(), attrs)
+        self._stages.append(stage)
+        os.environ[CONTEXT] = stage.traceparent
+        return stage
+
+    def leave(self, stage: Handle, error: str | None = None) -> None:
+        """End a stage, with those inside of it."""
+        stage.end(error=error)
+        if stage in self._stages:
+            del self._stages[self._stages.index(stage) :]
+            if not self.over and self.ready_at is None:
+                os.environ[CONTEXT] = self.stage.traceparent
 
     def _forked(self) -> None:
         """This process is a fork of the one that recorded, and has become interesting by recording something."""
@@ -130,7 +147,8 @@ class Recorder:
         if self._lines is not None:
             self._lines = []
         self._held.clear()
-        self._starting = self._serving = None
+        self._starting = None
+        self._stages = []
         self.kind, self.name, self.rank = kind(forked=True)
         atexit.unregister(self._exit)
         self._process_line()
@@ -172,7 +190,7 @@ class Recorder:
         """Record what is imported from here on."""
         watcher = imports.install()
         watcher.intervals = []
-        watcher.sink, watcher.owner = self.imported, self.backend.current
+        watcher.sink, watcher.owner = self.imported, lambda: self.backend.current() or self.stage
 
     def _before(self, begin: int, loaded: int, intervals: list[Interval]) -> None:
         self._after("interpreter", begin, imports.STARTED, "interpreter")
@@ -238,18 +256,21 @@ class Recorder:
         """This process was started by one that records: write to its file."""
         path = os.environ.get(VARIABLE, "").partition(" ")[2]
         self._flush(Log.join(Path(path)) if path else None)
+        self.backend.attach()
+        self.backend.export()
 
     def serving(self) -> None:
         """The engine is up; what is left is the front end's own."""
-        if self.kind == FRONT and self.ready_at is None and self._serving is None:
-            self._serving = self.backend.begin("api server", self.process, clock.now(), {"phase": "api server"})
+        if self.kind == FRONT and self.ready_at is None and not self._stages:
+            self.enter("api server", {"phase": "api server"})
 
     def ready(self) -> None:
         """Requests can be answered from now on."""
         if self.over or self.ready_at is not None:
             return
-        if self._serving is not None:
-            self._serving.end()
+        for stage in reversed(self._stages):
+            stage.end()
+        self._stages.clear()
         self.ready_at = clock.now()
         self.line("ready", t=self.ready_at)
         self._restore()
@@ -313,8 +334,8 @@ class Recorder:
             return
         error = getattr(sys, "last_value", None)
         text = f"{type(error).__name__}: {error}"[:500] if error is not None else None
-        if self._serving is not None and self.ready_at is None:
-            self._serving.end(error=text)
+        for stage in reversed(self._stages):
+            stage.end(error=text)
         self.stop(text)
 
     def stop(self, error: str | None = None) -> None:

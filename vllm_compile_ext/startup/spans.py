@@ -6,10 +6,7 @@ imported here.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -54,20 +51,6 @@ class span:  # noqa: N801 - used like a function
             except Exception as error:
                 logger.debug("not recorded: %s: %s", self._name, error)
 
-    @contextlib.contextmanager
-    def inherited(self) -> Iterator[None]:
-        """Processes that are started inside are part of this span, and not of the one around it."""
-        before = os.environ.get(recorder.CONTEXT)
-        if self._handle is None or before is None:
-            yield
-            return
-        os.environ[recorder.CONTEXT] = mine = self._handle.traceparent
-        try:
-            yield
-        finally:
-            if os.environ.get(recorder.CONTEXT) == mine:
-                os.environ[recorder.CONTEXT] = before
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -78,6 +61,33 @@ class span:  # noqa: N801 - used like a function
         except BaseException as raised:
             # What is raised in the block comes out of the context again, and goes on by itself.
             if raised is not error:
+                logger.debug("not recorded: %s: %s", self._name, raised)
+
+
+class stage(span):  # noqa: N801
+    """A span in the life of the process, one at a time: what has no other span around it is part of it, in all threads,
+    and so are processes that are started meanwhile.
+    """
+
+    __slots__ = ("_recorder",)
+
+    def __enter__(self) -> stage:
+        self._recorder = recorder.active()
+        if self._recorder is not None:
+            try:
+                self._handle = self._recorder.enter(self._name, self._attrs)
+            except Exception as error:
+                logger.debug("not recorded: %s: %s", self._name, error)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._recorder is not None and self._handle is not None:
+            try:
+                text = f"{type(error).__name__}: {error}"[:500] if error is not None else None
+                self._recorder.leave(self._handle, text)
+            except Exception as raised:
                 logger.debug("not recorded: %s: %s", self._name, raised)
 
 
