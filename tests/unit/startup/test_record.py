@@ -34,7 +34,8 @@ def tracing() -> ModuleType:
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that records nothing yet, in a cache root of its own."""
     for name in ("traceparent", "TRACEPARENT", recorder.VARIABLE, "OTEL_EXPORTER_OTLP_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back even where it is unset
+        monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(recorder, "current", None)
     monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/vllm", "serve", "m", "--api-key", "x1y2"])
@@ -208,10 +209,10 @@ def test_the_environment_is_put_back_when_ready(begin: Begin, monkeypatch: pytes
     to = begin()
     to.settle(clock.now())
     to.open({})
-    assert os.environ["traceparent"] == to.process.traceparent
+    assert os.environ[recorder.CONTEXT] == to.process.traceparent
     assert os.environ[recorder.VARIABLE].startswith(f"{os.getpid()} ")
     to.ready()
-    assert os.environ["traceparent"] == f"00-{TRACE}-{PARENT}-01"
+    assert os.environ[recorder.CONTEXT] == f"00-{TRACE}-{PARENT}-01"
     assert recorder.VARIABLE not in os.environ
 
 
@@ -274,14 +275,14 @@ def test_a_broken_backend_costs_nothing(begin: Begin, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def vllm(clean: None) -> Iterator[ModuleType]:
+def vllm(clean: None) -> ModuleType:
     """vLLM's module, with a start that is recorded."""
     module = tracing()
     recorder.meet(module)
     to = recorder.active()
     assert to is not None
     to.open({})
-    yield module
+    return module
 
 
 def test_vllms_spans_are_recorded_with_their_phase(vllm: ModuleType) -> None:
@@ -367,11 +368,11 @@ def test_a_programs_own_provider_gets_vllms_spans_and_ours(clean: None, monkeypa
     to = recorder.active()
     assert to is not None
     to.open({})
-    with module.trace.get_tracer("vllm").start_as_current_span("Load weights"), span("a"):
+    with span("a"), module.trace.get_tracer("vllm").start_as_current_span("Load weights"):
         pass
     with own.get_tracer("app").start_as_current_span("the program's"):
         pass
-    assert names(exporter) == ["a", "Load weights", "the program's"]
+    assert names(exporter) == ["Load weights", "a", "the program's"]
     assert by_name(recorded()).keys() == {"start", "Load weights", "a"}
 
 
