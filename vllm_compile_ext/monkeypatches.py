@@ -53,7 +53,8 @@ def _record() -> Undo:
 
 def _forget() -> Undo:
     """Drop what the file vllm_compile_ext.pth has begun in this process."""
-    if "vllm_compile_ext.startup.imports" in sys.modules:
+    imports = sys.modules.get("vllm_compile_ext.startup.imports")
+    if imports is not None and imports.observer is not None:
         from vllm_compile_ext.startup import hooks
 
         hooks.uninstall()

@@ -269,16 +269,6 @@ def test_two_ranks(llama2: Path, tmp_path: Path) -> None:
     assert root(start).end == start.first_token
 
 
-def test_one_process(llama2: Path, tmp_path: Path) -> None:
-    outcome = process.run(ENGINE, str(llama2), "{}", folder=tmp_path / "run", VLLM_CACHE_ROOT=str(tmp_path))
-    assert outcome.code == 0, outcome.output[-3000:]
-    (start,) = recorded(tmp_path)
-    assert [one.kind for one in start.processes if process.kind != "helper"] == ["front end"]
-    assert phases.breakdown(start, end=start.first_token).coverage >= 0.95
-    assert {"compile", "first request"} <= {span.phase for span in start.spans}
-    assert [span.name for span in start.spans if span.end is None] == []
-
-
 def test_a_worker_that_is_killed_leaves_the_phase_it_died_in(llama2: Path, tmp_path: Path) -> None:
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CACHE_ROOT": str(tmp_path)}
     started = process.start(ENGINE, tmp_path / "run", str(llama2), '{"distributed_executor_backend": "mp"}', **env)
@@ -297,16 +287,50 @@ def test_a_worker_that_is_killed_leaves_the_phase_it_died_in(llama2: Path, tmp_p
     assert start.ready is None
 
 
-def test_an_error_while_weights_load_is_in_the_record(llama2: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(llama2, tmp_path / "broken")
+TWICE = """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    limits = dict(max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.4, dtype="float32")
+    try:
+        LLM(sys.argv[1], **limits)
+    except Exception as error:
+        report(type(error).__name__)
+    cleanup_dist_env_and_memory()
+    LLM(sys.argv[2], **limits).generate("x", SamplingParams(max_tokens=2), use_tqdm=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def twice(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Start, Start]:
+    """In one process, an engine whose weights cannot be loaded, and then one that comes up."""
+    folder = tmp_path_factory.mktemp("twice")
+    broken = shutil.copytree(llama2, folder / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    outcome = process.run(ENGINE, str(broken), "{}", folder=tmp_path / "run", VLLM_CACHE_ROOT=str(tmp_path))
-    assert outcome.code != 0
-    (start,) = recorded(tmp_path)
+    outcome = process.run(TWICE, str(broken), str(llama2), folder=folder / "run", VLLM_CACHE_ROOT=str(folder))
+    assert outcome.code == 0, outcome.output[-3000:]
+    assert outcome.value == "SafetensorError"
+    first, second = sorted(recorded(folder), key=lambda start: start.time)
+    return first, second
+
+
+def test_an_error_while_weights_load_is_in_the_record(twice: tuple[Start, Start]) -> None:
+    start, _ = twice
     death = phases.death(start)
     assert death is not None
     assert death.phase == "weights"
     assert death.error is not None
     assert "SafetensorError" in death.error
     assert [gone.error for gone in start.exits if gone.error]
+    assert start.ready is None
+
+
+def test_one_process_and_its_second_engine(twice: tuple[Start, Start]) -> None:
+    failed, start = twice
+    assert [one.kind for one in start.processes if one.kind != "helper"] == ["front end"]
+    assert start.begin > failed.last
+    assert phases.breakdown(start, end=start.first_token).coverage >= 0.95
+    assert {"compile", "weights", "first request"} <= {span.phase for span in start.spans}
+    assert [span.name for span in start.spans if span.end is None] == []
+    assert root(start).end == start.first_token

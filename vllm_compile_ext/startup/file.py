@@ -17,8 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_compile_ext.startup import read
-
 logger = logging.getLogger(__name__)
 
 KEPT = 20
@@ -41,6 +39,8 @@ class Log:
     @classmethod
     def create(cls, trace: str, folder: Path | None = None) -> Log | None:
         """A new file; the oldest go, so that there are `KEPT` with it.  None, after a warning, where it cannot be."""
+        from vllm_compile_ext.startup import read  # takes milliseconds, and only the front end gets here
+
         where = read.folder() if folder is None else folder
         try:
             where.parent.mkdir(parents=True, exist_ok=True)

@@ -168,9 +168,9 @@ class Exports(SpanProcessor):
 class Sampler(sampling.Sampler):
     """The user's sampler decides what is exported; while a start is recorded, the rest is made too, for the file."""
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, file: ToFile, exports: Exports) -> None:
         self._inner = sampling._get_from_env_or_default()
-        self._exports = exports
+        self._file, self._exports = file, exports
 
     def should_sample(
         self,
@@ -182,12 +182,13 @@ class Sampler(sampling.Sampler):
         links: Sequence[Any] | None = None,
         trace_state: Any = None,
     ) -> sampling.SamplingResult:
-        recording = recorder.active() is not None or not self._exports.decided
+        to = self._file.recorder
+        recording = not self._exports.decided or (to is not None and not to.over)
         if not recording and not self._exports.wanted:
             return sampling.SamplingResult(sampling.Decision.DROP)
         found = self._inner.should_sample(parent_context, trace_id, name, kind, attributes, links, trace_state)
         if found.decision is sampling.Decision.DROP and recording:
-            return sampling.SamplingResult(sampling.Decision.RECORD_ONLY, found.attributes, found.trace_state)
+            return sampling.SamplingResult(sampling.Decision.RECORD_ONLY, attributes, found.trace_state)
         return found
 
     def get_description(self) -> str:
@@ -204,7 +205,7 @@ class Provider(TracerProvider):
         about = {"vllm.instrumenting_module_name": _MODULES.get(kind, SCOPE), "vllm.process_id": str(os.getpid())}
         if kind != recorder.FRONT:
             about |= {"vllm.process_kind": kind.replace(" ", "_"), "vllm.process_name": name}
-        super().__init__(sampler=Sampler(self.exports), resource=Resource.create(about), id_generator=Ids())
+        super().__init__(sampler=Sampler(file, self.exports), resource=Resource.create(about), id_generator=Ids())
         super().add_span_processor(file)
         super().add_span_processor(self.exports)
 

@@ -45,7 +45,7 @@ def text(start: read.Start, before: read.Start | None) -> str:
     took = f"ready {now.seconds:.1f} s after the process began"
     versus = ""
     if before is not None and old is not None:
-        versus = f"; {before.temperature or 'the one'} before ({before.id}): {old.seconds:.1f} s"
+        versus = f"; {before.temperature} before ({before.id}): {old.seconds:.1f} s".replace(";  ", "; ")
     lines = [f"{took}{versus} (vllm-compile-ext report {start.id})"]
     earlier = {row.phase: row.seconds for row in old.rows} if old is not None else {}
     mine = {row.phase: row for row in now.rows}

@@ -221,15 +221,19 @@ def test_a_second_engine_is_a_second_start(begin: Begin, monkeypatch: pytest.Mon
     module = tracing() if isinstance(to.backend, otel.Otel) else None
     monkeypatch.setitem(sys.modules, "vllm.tracing.otel", module)
     hooks.begin(None)
+    to.backend.export()
     to.ready()
     hooks.begin(None)
+    with span("weights", "weights"):
+        pass
     second = recorder.active()
     assert second is not None
     assert second is not to
     assert second.process.start > to.process.start
-    assert len(read.recorded()) == 2
-    before = read.read(read.recorded()[0]) if read.recorded()[0].name[-13:-7] == to.trace[:6] else recorded()
+    before, now = sorted(map(read.read, read.recorded()), key=lambda start: start.time)
     assert by_name(before)["start"].end == before.ready
+    assert by_name(now)["weights"].parent == by_name(now)["start"].id
+    assert by_name(now)["weights"].attrs == {"phase": "weights"}
 
 
 def test_a_failed_start_ends_with_its_error(begin: Begin) -> None:
@@ -343,7 +347,7 @@ def test_a_sampler_that_drops_drops_no_line(clean: None, monkeypatch: pytest.Mon
     exporter = init_as_vllm_does(module)
     with span("a", "config"):
         pass
-    assert "a" in by_name(recorded())
+    assert by_name(recorded())["a"].attrs == {"phase": "config"}
     assert names(exporter) == []
 
 
