@@ -222,9 +222,9 @@ class Recorder:
 
     def _program(self) -> tuple[str, str]:
         """What a process does that imports nothing and is not in vLLM's engine yet."""
-        if self.kind == FRONT:
-            return ("command line", "config") if vllm_command() else ("program", "other")
-        return "receive configuration", "spawn"
+        if inherited() is not None:
+            return "receive configuration", "spawn"
+        return ("command line", "config") if vllm_command() else ("program", "other")
 
     def _after(self, name: str, start: int, end: int, phase: str, parent: Any = None, **attrs: Any) -> Handle:
         return self.backend.was(name, parent or self.process, start, max(start, end), {"phase": phase, **attrs})
@@ -260,7 +260,8 @@ class Recorder:
         """This process was started by one that records: write to its file."""
         path = os.environ.get(VARIABLE, "").partition(" ")[2]
         self._flush(Log.join(Path(path)) if path else None)
-        self.backend.attach()
+        if self.kind != FRONT:  # there it would be in the context of every request
+            self.backend.attach()
         self.backend.export()
 
     def serving(self) -> None:
