@@ -112,9 +112,9 @@ def test_a_log_gets_a_line_every_ten_seconds(caplog: pytest.LogCaptureFixture, m
         )
         log.show(State(phase, since, 1, 3 if phase == "compile" else 0, "pieces"), clock[0] - 990)
     assert [record.message for record in caplog.records] == [
-        "starting for 20 s: weights for 10 s",
-        "starting for 45 s: compile for 10 s (1 of 3 pieces)",
-        "starting for 55 s: compile for 20 s (1 of 3 pieces)",
+        "starting for 20 s: loading weights for 10 s",
+        "starting for 45 s: compiling for 10 s (1 of 3 pieces)",
+        "starting for 55 s: compiling for 20 s (1 of 3 pieces)",
     ]
 
 
