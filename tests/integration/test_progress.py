@@ -16,14 +16,8 @@ from vllm_compile_ext.bench.server import HOST, free_port, vllm_command
 pytestmark = pytest.mark.engine
 
 ARGS = (
-    "--dtype",
-    "float32",
-    "--max-num-batched-tokens",
-    "256",
-    "--max-model-len",
-    "256",
-    "--gpu-memory-utilization",
-    str(MEMORY_SHARE),
+    *("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256"),
+    *("--gpu-memory-utilization", str(MEMORY_SHARE)),
 )
 READY = "Application startup complete"
 BEGINS = re.compile(r"\([\w-]+ pid=\d+\) (INFO|WARNING) ")  # a line of vLLM's log, from any process

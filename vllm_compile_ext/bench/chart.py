@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
@@ -12,6 +13,7 @@ from pathlib import Path
 from vllm_compile_ext.bench.figures import Summary, seconds
 
 WIDTH, LEFT, RIGHT, TOP, BAR, GAP, BETWEEN = 760, 110, 150, 64, 22, 4, 18
+LINE = 120  # letters
 COLORS = {"stock": "#9aa3ad", "ours": "#2f7ed8"}
 TEXT, DARK = "#1f2328", "#e6edf3"
 NEEDED = 'a PNG needs matplotlib: pip install "vllm-compile-ext[chart]", or name a file that ends in .svg'
@@ -29,9 +31,10 @@ def check(path: Path) -> None:
         raise ChartError(NEEDED)
 
 
-def write(path: Path, made: Sequence[Summary], title: str, caption: str) -> None:
-    """Write the chart of summaries of one figure.  Raises `OSError`."""
-    path.write_bytes(png(made, title, caption) if path.suffix == ".png" else svg(made, title, caption).encode())
+def write(path: Path, made: Sequence[Summary], title: str, captions: Sequence[str]) -> None:
+    """Write the chart of summaries of one figure, with sentences below it.  Raises `OSError`."""
+    below = [line for caption in captions for line in textwrap.wrap(caption, LINE)]
+    path.write_bytes(png(made, title, below) if path.suffix == ".png" else svg(made, title, below).encode())
 
 
 def axis(most: float) -> tuple[float, float]:
@@ -49,7 +52,7 @@ def text(each: Summary) -> str:
     return f"{seconds(each.median)} s" + (f" ({seconds(each.least)}-{seconds(each.most)})" if each.count > 1 else "")
 
 
-def svg(made: Sequence[Summary], title: str, caption: str) -> str:
+def svg(made: Sequence[Summary], title: str, below: Sequence[str]) -> str:
     """The chart as SVG, for light and dark backgrounds."""
     end, step = axis(max((each.most for each in made), default=1.0))
     scale = (WIDTH - LEFT - RIGHT) / end
@@ -78,7 +81,10 @@ def svg(made: Sequence[Summary], title: str, caption: str) -> str:
         x = LEFT + number * step * scale
         marks.append(f'<path d="M{x:.1f} {TOP - 8}V{bottom}" class="mark"/>')
         marks.append(f'<text x="{x:.1f}" y="{bottom + 16}" class="tick">{number * step:g}</text>')
-    height = bottom + 56
+    height = bottom + 48 + 14 * len(below)
+    small = [
+        f'<text x="12" y="{bottom + 50 + 14 * n}" class="small">{escape(line)}</text>' for n, line in enumerate(below)
+    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         f'role="img" aria-label="{escape(title)}">\n'
@@ -90,12 +96,13 @@ def svg(made: Sequence[Summary], title: str, caption: str) -> str:
         "</style>\n"
         f'<text x="12" y="28" class="title">{escape(title)}</text>\n'
         + "\n".join([*marks, *parts])
-        + f'\n<text x="{WIDTH - RIGHT}" y="{bottom + 32}" class="tick">seconds</text>'
-        f'\n<text x="12" y="{bottom + 46}" class="small">{escape(caption)}</text>\n</svg>\n'
+        + f'\n<text x="{WIDTH - RIGHT}" y="{bottom + 32}" class="tick">seconds</text>\n'
+        + "\n".join(small)
+        + "\n</svg>\n"
     )
 
 
-def png(made: Sequence[Summary], title: str, caption: str) -> bytes:
+def png(made: Sequence[Summary], title: str, below: Sequence[str]) -> bytes:
     """The chart as PNG, by matplotlib."""
     import matplotlib
 
@@ -110,7 +117,7 @@ def png(made: Sequence[Summary], title: str, caption: str) -> bytes:
     axes.set_yticks(range(len(made)), [f"{each.kind}, {each.side}" for each in made])
     axes.invert_yaxis()
     axes.set_xlim(0, max((each.most for each in made), default=1.0) * 1.3)
-    axes.set_xlabel(f"seconds\n{caption}", fontsize=8)
+    axes.set_xlabel("\n".join(["seconds", *below]), fontsize=8)
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     out = io.BytesIO()

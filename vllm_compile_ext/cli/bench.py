@@ -100,7 +100,17 @@ def command(
     if chart_file is not None:
         first = bench.figures[0]
         shown = [each for each in made if each.figure == first.name]
-        chart.write(chart_file, shown, f"{title}: {first.title}, median of {runs}", machine())
+        chart.write(
+            chart_file,
+            shown,
+            f"{what} {_model(context.args)}: {first.title}",
+            [f"Median of {runs}. {title}", machine()],
+        )
+
+
+def _model(arguments: Sequence[str]) -> str:
+    """The model's last name, where it is the first argument."""
+    return "" if arguments[0].startswith("-") else Path(arguments[0]).name
 
 
 def _kinds(text: str) -> list[Kind]:

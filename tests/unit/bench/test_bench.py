@@ -199,7 +199,7 @@ def test_the_chart_shows_every_bar_inside() -> None:
         *(summary("cold", "stock", 100, 120, 155), summary("cold", "ours", 30, 31, 33)),
         *(summary("warm", "stock", 85), summary("warm", "ours", 35)),
     ]
-    picture = ElementTree.fromstring(chart.svg(made, "vllm serve <m> & more: ready", "machine"))
+    picture = ElementTree.fromstring(chart.svg(made, "vllm serve <m> & more: ready", ["machine"]))
     rectangles = picture.findall("{http://www.w3.org/2000/svg}rect")
     assert len(rectangles) == 4
     edges = [float(each.get("x", 0)) + float(each.get("width", 0)) for each in rectangles]
@@ -212,5 +212,5 @@ def test_the_chart_shows_every_bar_inside() -> None:
 
 def test_a_png_where_matplotlib_is(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    chart.write(tmp_path / "x.png", [summary("cold", "ours", 1, 2, 3)], "title", "caption")
+    chart.write(tmp_path / "x.png", [summary("cold", "ours", 1, 2, 3)], "title", ["caption"])
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
