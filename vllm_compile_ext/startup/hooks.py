@@ -88,6 +88,26 @@ def then(after: Callable[[recorder.Recorder], None], wrap_first: Wrap | None = N
     return wrap
 
 
+def _or_stop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """When it raises, the engine that was being started will not come up."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"[:500]
+            _quietly(lambda to: to.stop(text))
+            raise
+
+    return call
+
+
+def _client(phase: str) -> Wrap:
+    """The front end's side of the engine: everything else happens meanwhile."""
+    return lambda function: staged("engine client", phase)(_or_stop(function))
+
+
 def _quietly(do: Callable[[recorder.Recorder], None]) -> None:
     to = recorder.active()
     if to is not None:
@@ -105,7 +125,7 @@ def _configure(function: Callable[..., Any]) -> Callable[..., Any]:
         begin(self)
         # vLLM may start a process that looks at the model's class.
         with stage("engine configuration", "config"):
-            config = function(self, *args, **kwargs)
+            config = _or_stop(function)(self, *args, **kwargs)
         _quietly(lambda to: _exporting(to, config))
         return config
 
@@ -186,10 +206,11 @@ def _machine() -> dict[str, Any]:
 
 def _ready(to: recorder.Recorder) -> None:
     if to.ready_at is None:
-        to.ready()
         from vllm_compile_ext.startup import table
 
-        table.say_soon(to)
+        to.ready()
+        if to.name in ("front end", "ApiServer_0"):  # of several, one says it
+            table.say_soon(to)
 
 
 def _engine_is_up(to: recorder.Recorder) -> None:
@@ -250,6 +271,7 @@ def _worker_done(to: recorder.Recorder) -> None:
 
 
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
+_V1 = "vllm.v1.worker.gpu_model_runner"
 _GPU, _CPU, _V2 = "vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.gpu.model_runner"
 
 HOOKS = (
@@ -258,9 +280,9 @@ HOOKS = (
     Hook("vllm.v1.executor.multiproc_executor", "WorkerProc.make_worker_process", spanned("start worker", "spawn")),
     Hook("vllm.v1.engine.core", "EngineCoreProc.run_busy_loop", _engine_done),
     Hook("vllm.v1.engine.core", "DPEngineCoreProc.run_busy_loop", _engine_done),
-    Hook("vllm.v1.engine.async_llm", "AsyncLLM.__init__", then(_engine_is_up, staged("engine client", "api server"))),
+    Hook("vllm.v1.engine.async_llm", "AsyncLLM.__init__", then(_engine_is_up, _client("api server"))),
     Hook("vllm.v1.engine.async_llm", "AsyncLLM.add_request", _request),
-    Hook("vllm.v1.engine.llm_engine", "LLMEngine.__init__", then(_ready, staged("engine client", "config"))),
+    Hook("vllm.v1.engine.llm_engine", "LLMEngine.__init__", then(_ready, _client("config"))),
     Hook("vllm.v1.engine.llm_engine", "LLMEngine.add_request", _request),
     Hook("vllm.v1.engine.output_processor", "OutputProcessor.process_outputs", _first_output),
     Hook(_ENTRY, "build_app", staged("build app", "api server")),
@@ -277,6 +299,7 @@ HOOKS = (
     Hook(_CPU, "CPUWorker.compile_or_warm_up_model", then(_worker_done, spanned("warm-up", "warm-up"))),
     Hook("vllm.model_executor.warmup.kernel_warmup", "kernel_warmup", spanned("kernel warm-up", "warm-up")),
     Hook("vllm.v1.worker.gpu.warmup", "warmup_kernels", spanned("kernel warm-up", "warm-up")),
+    Hook(_V1, "GPUModelRunner.profile_cudagraph_memory", spanned("profile graph memory", "memory profiling")),
     Hook(_V2, "GPUModelRunner.load_model", spanned("load model", "model construction")),
     Hook(_V2, "GPUModelRunner.capture_model", spanned("capture model", "graph capture")),
     Hook(_V2, "GPUModelRunner.profile_cudagraph_memory", spanned("profile graph memory", "memory profiling")),

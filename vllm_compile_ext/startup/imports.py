@@ -66,11 +66,13 @@ class Observer:
         # name of a module -> functions that are called with it when it has been imported
         self.hooks: dict[str, list[Callable[[ModuleType], None]]] = {}
         self.errors: list[str] = []
+        self.watching = True  # else imports are not timed, and hooks are all that is left
         self._local = _local()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         local = self._local.__dict__
-        if local.get("busy") or (local.get("open") and name not in HEAVY and name not in self.hooks):
+        inner = local.get("open") is not None or not self.watching
+        if local.get("busy") or (inner and name not in self.hooks and not (self.watching and name in HEAVY)):
             return None
         local["busy"] = True
         try:
@@ -110,6 +112,8 @@ class Observer:
                 self.errors.append(f"{name}: {type(error).__name__}: {error}")
 
     def _done(self, interval: Interval) -> None:
+        if not self.watching:
+            return
         sink = self.sink
         if sink is None:
             self.intervals.append(interval)

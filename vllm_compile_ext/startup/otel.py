@@ -12,6 +12,7 @@ This module imports the SDK, so it is imported after ``vllm.tracing.otel``, whic
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from vllm_compile_ext.startup.backend import Handle, Remote
 
 if TYPE_CHECKING:
     from vllm_compile_ext.startup.recorder import Recorder
+
+logger = logging.getLogger(__name__)
 
 SCOPE = "vllm_compile_ext"
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -82,6 +85,18 @@ class ToFile(SpanProcessor):
             self._afterwards.on = False
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        try:
+            self._began(span)
+        except Exception as error:  # it would come out of vLLM's function
+            logger.debug("not recorded: %s: %s", span.name, error)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        try:
+            self._ended(span)
+        except Exception as error:
+            logger.debug("not recorded: %s: %s", span.name, error)
+
+    def _began(self, span: Span) -> None:
         context = span.get_span_context()
         to = self._of(span)
         if to is None or context is None or getattr(self._afterwards, "on", False):
@@ -89,7 +104,7 @@ class ToFile(SpanProcessor):
         around = format(span.parent.span_id, "016x") if span.parent is not None else None
         to.began(format(context.span_id, "016x"), around, span.name, span.start_time or clock.now(), _attributes(span))
 
-    def on_end(self, span: ReadableSpan) -> None:
+    def _ended(self, span: ReadableSpan) -> None:
         context = span.get_span_context()
         to = self._of(span)
         if to is None or context is None:

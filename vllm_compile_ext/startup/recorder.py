@@ -62,16 +62,19 @@ class Recorder:
         self.spent = 0  # ns spent in writing
         self._lines: list[bytes] | None = []
         self._lock = threading.Lock()
-        self._environ = {name: os.environ.get(name) for name in (CONTEXT, VARIABLE)}
+        child = inherited() is not None
+        # Put back when the start is over; what a start's other process set is of no use then.
+        self._environ = {name: None if child else os.environ.get(name) for name in (CONTEXT, VARIABLE)}
         self._starting: Handle | None = None
         self._stages: list[Handle] = []
         self._held: dict[int, list[Interval]] = {}
         self.parent = parent()
         backend.bind(self)
         self._process_line()
-        self.process = backend.begin("start" if inherited() is None else self.title, self.parent, begin, {})
+        self.process = backend.begin(self.title if child else "start", self.parent, begin, {})
         self.trace = self.process.trace
-        os.environ[CONTEXT] = self.process.traceparent
+        if child:
+            os.environ[CONTEXT] = self.process.traceparent
         atexit.register(self._exit)
 
     # Lines
@@ -190,9 +193,10 @@ class Recorder:
         self.watch()
 
     def watch(self) -> None:
-        """Record what is imported from here on."""
+        """Record what is imported from here on, and let processes that are started be part of this one."""
+        os.environ[CONTEXT] = self.process.traceparent
         watcher = imports.install()
-        watcher.intervals = []
+        watcher.intervals, watcher.watching = [], True
         watcher.sink, watcher.owner = self.imported, lambda: self.backend.current() or self.stage
 
     def _before(self, begin: int, loaded: int, intervals: list[Interval]) -> None:
@@ -314,7 +318,7 @@ class Recorder:
         atexit.unregister(self._exit)
         watcher = imports.observer
         if watcher is not None:
-            watcher.sink = watcher.owner = None
+            watcher.watching, watcher.sink, watcher.owner = False, None, None
             watcher.intervals.clear()
         logger.debug("%d lines recorded of this start in %.1f ms", self.told, self.spent / 1e6)
         with self._lock:
@@ -338,13 +342,12 @@ class Recorder:
         if self.over or os.getpid() != self.pid:
             return
         error = getattr(sys, "last_value", None)
-        text = f"{type(error).__name__}: {error}"[:500] if error is not None else None
-        for stage in reversed(self._stages):
-            stage.end(error=text)
-        self.stop(text)
+        self.stop(f"{type(error).__name__}: {error}"[:500] if error is not None else None)
 
     def stop(self, error: str | None = None) -> None:
         """The process, or its engine, ends before the start was over; one that got no request was over when ready."""
+        for stage in reversed(self._stages):
+            stage.end(error=error)
         if self.ready_at is not None and self._starting is None:
             self.process.end(self.ready_at)
         else:
