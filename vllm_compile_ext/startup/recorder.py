@@ -172,6 +172,8 @@ class Recorder:
         """A span that `began` was told of has ended."""
         self.line("end", id=span, t=end, attrs=attrs, error=error)
         progress.ended(span)
+        if error is not None and self.kind == FRONT:
+            display.hide()  # the start has failed, and the program may go on without it
 
     def was(self, span: str, parent: str | None, name: str, start: int, end: int, attrs: dict[str, Any]) -> None:
         """A span of which its end was known when it was made."""

@@ -92,6 +92,45 @@ def test_no_longer_shown(path: Path) -> None:
     assert progress.read(path) is None
 
 
+def test_a_second_start_of_a_process(path: Path) -> None:
+    voice = Progress()
+    voice.phase("weights")
+    path.unlink()
+    voice.phase("ready")
+    progress.start(path)
+    voice.phase("config")
+    found = progress.read(path)
+    assert found is not None
+    assert found.phase == "config"
+
+
+def test_a_server_among_several_ends_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen:
+        def __init__(self) -> None:
+            self.phases: list[str] = []
+            self.closed = False
+
+        def show(self, state: State, elapsed: float) -> None:
+            self.phases.append(state.phase)
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(display, "TICK", 0.01)
+    seen = Seen()
+    shown = display.Display(path, seen, time.time())
+    shown.start()
+    other = Progress()
+    other.phase("api server")
+    time.sleep(0.2)
+    other.phase(display.READY)
+    shown._thread.join(10)
+    assert seen.phases[-1] == "api server"
+    assert seen.closed
+    shown.stop()
+    shown.stop()
+
+
 def test_long_names_and_damage(path: Path) -> None:
     voice = Progress()
     voice.phase("\N{SNOWMAN}" * 1000)
