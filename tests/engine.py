@@ -31,8 +31,8 @@ ENGINE = """
     config = llm.llm_engine.vllm_config.compilation_config
     counters = dataclasses.asdict(compilation_counter)
     import prometheus_client
-    page = prometheus_client.generate_latest().decode().splitlines()
-    metrics = {line.split()[0]: float(line.split()[1]) for line in page if line.startswith("vllm_compile_ext_") and "{" not in line}
+    page = [line.split() for line in prometheus_client.generate_latest().decode().splitlines() if "{" not in line]
+    metrics = {words[0]: float(words[1]) for words in page if words[0].startswith("vllm_compile_ext_")}
     params = SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=True)
     outputs, vectors = [], []
     if embeds:

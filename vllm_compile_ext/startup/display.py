@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from vllm_compile_ext import run_folder
+from vllm_compile_ext import envs, run_folder
 from vllm_compile_ext.startup import progress
 from vllm_compile_ext.startup.bottom_line import BottomLine
 from vllm_compile_ext.startup.progress import State
@@ -139,6 +139,8 @@ def show(begin: float) -> None:
     global _display, _process
     folder = run_folder.folder()
     if _display is not None or folder is None or not run_folder.is_owner() or not logger.isEnabledFor(logging.INFO):
+        return
+    if not envs.load().VLLM_COMPILE_PROGRESS:
         return
     terminal = 2
     possible = BottomLine.possible(terminal, os.environ.get("TERM"))

@@ -272,6 +272,14 @@ def test_a_hidden_log_hides_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     display.logger.manager._clear_cache()
 
 
+def test_switched_off(path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(display.run_folder, "is_owner", lambda: True)
+    monkeypatch.setenv("VLLM_COMPILE_PROGRESS", "0")
+    display.show(time.time())
+    assert display._display is None
+
+
 def test_importing_it_is_the_standard_library() -> None:
     code = "import sys, vllm_compile_ext.startup.display; print({'torch', 'vllm', 'tqdm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
