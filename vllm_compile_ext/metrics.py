@@ -117,7 +117,7 @@ class _Series:
         self.file.write_value(self.key, self.value, stamp)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer may count in the middle of a count
 _series: dict[tuple[Any, ...], _Series] = {}
 _files: dict[str, Any] = {}
 _over = False  # counting has failed
@@ -182,7 +182,7 @@ def _tell(error: Exception) -> None:
 def forget() -> None:
     """Begin anew: for a forked child, which has files and a process number of its own, and for tests."""
     global _lock, _over, _told
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _series.clear()
     _files.clear()
     _over = _told = False

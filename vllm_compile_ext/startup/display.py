@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from vllm_compile_ext import run_folder
+from vllm_compile_ext import envs, run_folder
 from vllm_compile_ext.startup import progress
 from vllm_compile_ext.startup.bottom_line import BottomLine
 from vllm_compile_ext.startup.progress import State
@@ -25,7 +25,18 @@ logger = logging.getLogger(__name__)
 TICK = 0.25  # seconds between two looks
 EVERY = 10.0  # seconds between two lines about one phase in a log
 LONGEST = 3600.0  # seconds after which a start that never said "ready" is shown no more
+READY = "ready"  # the phase that ends it
 CELLS = 20  # of a bar
+# Phases whose names say too little to who waits.
+WORDS = {
+    "config": "reading the configuration",
+    "spawn": "importing in another process",  # until it has loaded the plugin
+    "compile": "compiling",
+    "weights": "loading weights",
+    "graph capture": "capturing graphs",
+    "load compiled code": "loading compiled code",
+    "api server": "starting the server",
+}
 
 
 class _Where(Protocol):
@@ -45,7 +56,7 @@ class Log:
         spent = time.time() - state.since
         if int(spent / EVERY) > self._said:
             self._said = int(spent / EVERY)
-            logger.info("starting for %.0f s: %s for %.0f s%s", elapsed, state.phase, spent, _count(state, " (", ")"))
+            logger.info("starting for %.0f s: %s for %.0f s%s", elapsed, words(state), spent, _count(state, " (", ")"))
 
     def close(self) -> None:
         pass
@@ -63,7 +74,8 @@ class Terminal:
             self._full, self._empty = "#", "-"
 
     def show(self, state: State, elapsed: float) -> None:
-        parts = [f"vLLM is starting, {elapsed:.0f} s", f"{state.phase} {max(0.0, time.time() - state.since):.0f} s"]
+        before = int(max(0.0, elapsed - (time.time() - state.since)))  # both clocks change at the same moment
+        parts = [f"vLLM is starting, {int(elapsed)} s", f"{words(state)} {max(0, int(elapsed) - before)} s"]
         if state.total > 0:
             full = round(CELLS * min(state.done, state.total) / state.total)
             parts.append(f"{self._full * full}{self._empty * (CELLS - full)} {_count(state)}")
@@ -71,6 +83,11 @@ class Terminal:
 
     def close(self) -> None:
         self._line.close()
+
+
+def words(state: State) -> str:
+    """The phase, for people."""
+    return WORDS.get(state.phase, state.phase)
 
 
 def _count(state: State, before: str = "", after: str = "") -> str:
@@ -104,6 +121,8 @@ class Display:
             shown = State("config", time.time())
             while not self._end.wait(TICK) and time.time() - self._begin < LONGEST:
                 shown = progress.read(self._path) or shown
+                if shown.phase == READY:
+                    break
                 self._where.show(shown, time.time() - self._begin)
         except Exception as error:  # it is only shown
             logger.debug("no progress is shown: %s: %s", type(error).__name__, error)
@@ -121,6 +140,8 @@ def show(begin: float) -> None:
     folder = run_folder.folder()
     if _display is not None or folder is None or not run_folder.is_owner() or not logger.isEnabledFor(logging.INFO):
         return
+    if not envs.load().VLLM_COMPILE_PROGRESS:
+        return
     terminal = 2
     possible = BottomLine.possible(terminal, os.environ.get("TERM"))
     where = Terminal(terminal, getattr(sys.stderr, "encoding", None) or "ascii") if possible else Log()
@@ -134,8 +155,9 @@ def show(begin: float) -> None:
 
 
 def hide() -> None:
-    """The start is over."""
+    """The start is over; said in the front end, or in an API server that it has started."""
     global _display
+    progress.phase(READY)
     if _display is not None and _process == os.getpid():
         _display.stop()
     _display = None

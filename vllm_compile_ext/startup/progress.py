@@ -41,8 +41,8 @@ class Progress:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._path: Path | None = None
         self._file: int | None = None
+        self._known: tuple[int, int] | None = None  # device and inode of the file that is open
         self._state = State("", 0.0)
         self._open: dict[str, str] = {}  # spans and their phases, the innermost last
 
@@ -82,19 +82,22 @@ class Progress:
             logger.debug("no progress is told: %s", error)
 
     def _handle(self) -> int | None:
-        """The file, while it exists; opened once, closed by the end of the process."""
+        """The file, while it exists; a second start of this process has another one."""
         folder = run_folder.folder()
-        path = folder / NAME if folder is not None else None
-        if self._process != os.getpid():
-            self.__init__()  # type: ignore[misc]
-        if path is None or not os.path.exists(path):  # noqa: PTH110 - a stat, and no more
+        if folder is None:
             return None
-        if path != self._path:
-            try:
-                self._file = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except OSError:
-                self._file = None
-            self._path = path
+        if self._process != os.getpid():  # a fork: what was going on is the other one's
+            self.__init__()  # type: ignore[misc]
+        try:
+            found = (folder / NAME).stat()
+            if (found.st_dev, found.st_ino) != self._known:
+                if self._file is not None:
+                    os.close(self._file)
+                self._file = self._known = None
+                self._file = os.open(folder / NAME, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                self._known = (found.st_dev, found.st_ino)
+        except OSError:
+            return None
         return self._file
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vllm_compile_ext.startup import clock, imports, names
+from vllm_compile_ext.startup import clock, display, imports, names, progress
 from vllm_compile_ext.startup.file import Log, encode
 
 if TYPE_CHECKING:
@@ -165,10 +165,15 @@ class Recorder:
         """A span has begun."""
         about = with_phase(name, attrs)
         self.line("begin", id=span, parent=parent, pid=os.getpid(), name=name, t=start, attrs=about)
+        if not self.over and self.kind != HELPER and self.rank in (None, 0):
+            progress.began(span, str(about.get("phase", "")))
 
     def ended(self, span: str, end: int, attrs: dict[str, Any], error: str | None) -> None:
         """A span that `began` was told of has ended."""
         self.line("end", id=span, t=end, attrs=attrs, error=error)
+        progress.ended(span)
+        if error is not None and self.kind == FRONT:
+            display.hide()  # the start has failed, and the program may go on without it
 
     def was(self, span: str, parent: str | None, name: str, start: int, end: int, attrs: dict[str, Any]) -> None:
         """A span of which its end was known when it was made."""
@@ -255,6 +260,7 @@ class Recorder:
         first = {"k": "start", "version": 1, "trace": self.trace, "parent": span, "t": self.process.start, **about}
         self._flush(log, encode(first))
         os.environ[VARIABLE] = f"{self.pid} {log.path if log is not None else ''}"
+        display.show(self.process.start / 1e9)
 
     def join(self) -> None:
         """This process was started by one that records: write to its file."""
@@ -278,6 +284,7 @@ class Recorder:
         self._stages.clear()
         self.ready_at = clock.now()
         self.line("ready", t=self.ready_at)
+        display.hide()
         self._restore()
 
     def request(self) -> None:

@@ -92,6 +92,45 @@ def test_no_longer_shown(path: Path) -> None:
     assert progress.read(path) is None
 
 
+def test_a_second_start_of_a_process(path: Path) -> None:
+    voice = Progress()
+    voice.phase("weights")
+    path.unlink()
+    voice.phase("ready")
+    progress.start(path)
+    voice.phase("config")
+    found = progress.read(path)
+    assert found is not None
+    assert found.phase == "config"
+
+
+def test_a_server_among_several_ends_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen:
+        def __init__(self) -> None:
+            self.phases: list[str] = []
+            self.closed = False
+
+        def show(self, state: State, elapsed: float) -> None:
+            self.phases.append(state.phase)
+
+        def close(self) -> None:
+            self.closed = True
+
+    monkeypatch.setattr(display, "TICK", 0.01)
+    seen = Seen()
+    shown = display.Display(path, seen, time.time())
+    shown.start()
+    other = Progress()
+    other.phase("api server")
+    time.sleep(0.2)
+    other.phase(display.READY)
+    shown._thread.join(10)
+    assert seen.phases[-1] == "api server"
+    assert seen.closed
+    shown.stop()
+    shown.stop()
+
+
 def test_long_names_and_damage(path: Path) -> None:
     voice = Progress()
     voice.phase("\N{SNOWMAN}" * 1000)
@@ -112,9 +151,9 @@ def test_a_log_gets_a_line_every_ten_seconds(caplog: pytest.LogCaptureFixture, m
         )
         log.show(State(phase, since, 1, 3 if phase == "compile" else 0, "pieces"), clock[0] - 990)
     assert [record.message for record in caplog.records] == [
-        "starting for 20 s: weights for 10 s",
-        "starting for 45 s: compile for 10 s (1 of 3 pieces)",
-        "starting for 55 s: compile for 20 s (1 of 3 pieces)",
+        "starting for 20 s: loading weights for 10 s",
+        "starting for 45 s: compiling for 10 s (1 of 3 pieces)",
+        "starting for 55 s: compiling for 20 s (1 of 3 pieces)",
     ]
 
 
@@ -231,6 +270,14 @@ def test_a_hidden_log_hides_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     display.show(time.time())
     assert display._display is None
     display.logger.manager._clear_cache()
+
+
+def test_switched_off(path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(display.run_folder, "is_owner", lambda: True)
+    monkeypatch.setenv("VLLM_COMPILE_PROGRESS", "0")
+    display.show(time.time())
+    assert display._display is None
 
 
 def test_importing_it_is_the_standard_library() -> None:
