@@ -7,7 +7,6 @@ when every server started and ours gave the same tokens cold and warm, else 1.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serve import Line, Phases, Server, ServerError, tail
-from vllm_compile_ext import __version__, compat
+from vllm_compile_ext.bench.machine import machine
 from vllm_compile_ext.cli.progress import Progress
 
 FOLDER = Path(".demo")
@@ -251,31 +249,6 @@ def cell(value: float | None, stock: float | None = None) -> str:
     if not stock or stock < 0.1:  # a ratio of hundredths of a second says nothing
         return f"{value:.2f}"
     return f"{value:.2f} ({value / stock:.2f}x)"
-
-
-def machine() -> str:
-    """The machine and the versions, for a reader who compares two tables."""
-    cores = len(os.sched_getaffinity(0))
-    vllm = f"{compat.vllm_distribution()} {compat.vllm_version()}"
-    return (
-        f"{processor()}, {cores} cores; {platform.python_implementation()} {platform.python_version()}, "
-        f"torch {metadata.version('torch')}, {vllm}, vllm-compile-ext {__version__}; {time.strftime('%Y-%m-%d')}"
-    )
-
-
-def processor() -> str:
-    """The GPU's name by nvidia-smi, or the processor's by /proc/cpuinfo, else the machine type."""
-    if smi := shutil.which("nvidia-smi"):
-        asked = [smi, "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout.strip():
-            return ", ".join(done.stdout.split("\n")).strip(", ")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def prepare() -> None:

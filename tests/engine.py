@@ -30,6 +30,9 @@ ENGINE = """
     import vllm.compilation.backends as backends
     config = llm.llm_engine.vllm_config.compilation_config
     counters = dataclasses.asdict(compilation_counter)
+    import prometheus_client
+    page = [line.split() for line in prometheus_client.generate_latest().decode().splitlines() if "{" not in line]
+    metrics = {words[0]: float(words[1]) for words in page if words[0].startswith("vllm_compile_ext_")}
     params = SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=True)
     outputs, vectors = [], []
     if embeds:
@@ -41,7 +44,7 @@ ENGINE = """
         tokens=[list(o.token_ids) for o in outputs],
         logprobs=[[p[t].logprob for p, t in zip(o.logprobs, o.token_ids)] for o in outputs],
         counters=counters, mode=config.mode.name, sizes=config.compile_sizes, backends=backends.__file__,
-        decompiled=decompiled, folder=config.local_cache_dir,
+        decompiled=decompiled, folder=config.local_cache_dir, metrics=metrics,
     ))
 """
 
@@ -59,6 +62,7 @@ class Run:
     backends: str
     decompiled: list[str]
     folder: str
+    metrics: dict[str, float]
     output: process.Outcome
 
     @property

@@ -1,87 +1,101 @@
-"""Change a module when it is imported: the plugin loads before most of vLLM, and importing it early costs seconds."""
+"""Something to do to a module as soon as it is imported, by whomever and however late: nothing is imported for it."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 Undo = Callable[[], None]
-Make = Callable[[ModuleType], Undo]
 
 
-class _Loader(Loader):
-    """Loads as `loader` does, then makes the change."""
+def install(changes: Mapping[str, Callable[[ModuleType], Undo]]) -> Undo:
+    """Make each change as soon as its module is imported; the returned undo takes all of them back."""
+    undos: list[Undo] = []
 
-    def __init__(self, loader: Loader, change: Callable[[ModuleType], None]) -> None:
-        self._loader, self._change = loader, change
+    def wait(name: str, make: Callable[[ModuleType], Undo]) -> Undo:
+        return after_import(name, lambda module: undos.append(make(module)))
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+    waits = [wait(name, make) for name, make in changes.items()]
 
-    def exec_module(self, module: ModuleType) -> None:
-        spec = module.__spec__
-        assert spec is not None
-        spec.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        self._change(module)
+    def undo() -> None:
+        for stop in waits:
+            stop()
+        while undos:
+            undos.pop()()
+
+    return undo
+
+
+def after_import(name: str, then: Callable[[Any], None]) -> Undo:
+    """Call `then` with the module `name`: now where it is imported, else when it is; what it raises costs a line.
+
+    The returned undo takes the waiting back; what `then` did is the caller's to undo.
+    """
+    module = sys.modules.get(name)
+    if module is not None:
+        _call(then, module)
+        return lambda: None
+    finder = _Finder(name, then)
+    sys.meta_path.insert(0, finder)
+    return finder.leave
+
+
+def _call(then: Callable[[Any], None], module: ModuleType) -> None:
+    try:
+        then(module)
+    except Exception as error:  # whoever imports it must not fail
+        logger.warning("%s stays as vLLM has it: %s: %s", module.__name__, type(error).__name__, error)
 
 
 class _Finder(MetaPathFinder):
-    def __init__(self, changes: Mapping[str, Make], undos: list[Undo]) -> None:
-        self._changes, self._undos, self._busy = dict(changes), undos, set[str]()
+    """Finds one module, once, and lets its loader call `then` at the end."""
 
-    def make(self, module: ModuleType) -> None:
-        self._undos.append(self._changes[module.__name__](module))
-
-    def _make_late(self, module: ModuleType) -> None:
-        try:
-            self.make(module)
-        except Exception as error:  # the import must not fail for it
-            what = f"{type(error).__name__}: {error}"
-            logger.warning("%s stays as in stock vLLM, changing it failed (%s)", module.__name__, what)
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
+        self.name, self.then = name, then
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self._changes or fullname in self._busy:
+        if fullname != self.name:
             return None
-        self._busy.add(fullname)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._busy.discard(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._make_late)
-        return spec
+        # By the finders behind this one: another may wait for the same module.
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(fullname, path, target) for finder in behind)
+        found = next((spec for spec in specs if spec is not None), None)
+        if found is None or found.loader is None:
+            return None
+        found.loader = _Loader(found.loader, self)
+        return found
+
+    def imported(self, module: ModuleType) -> None:
+        """`module` is there."""
+        self.leave()
+        _call(self.then, module)
+
+    def leave(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
-def install(changes: Mapping[str, Make]) -> Undo:
-    """Make each change when its module is imported, at once where that has happened; undo all of them.
+class _Loader(Loader):
+    """Loads once as `loader` does, which other modules may share, and gives way to it."""
 
-    A change that fails at once raises, and leaves nothing behind; one that fails later is logged.
-    """
-    undos: list[Undo] = []
-    finder = _Finder(changes, undos)
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
-    def undo() -> None:
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
-        while undos:
-            undos.pop()()
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
 
-    try:
-        for name in changes:
-            if (module := sys.modules.get(name)) is not None:
-                finder.make(module)
-    except BaseException:
-        undo()
-        raise
-    sys.meta_path.insert(0, finder)
-    return undo
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        assert spec is not None
+        spec.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.finder.imported(module)

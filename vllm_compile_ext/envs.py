@@ -89,6 +89,16 @@ class Settings:
         default=200,
         meaning="How many seconds to wait for another process that compiles the same model, before doing it here too.",
     )
+    VLLM_COMPILE_STARTS: bool = _switch(
+        default=True,
+        meaning="Where each start spends its time is kept in compile_starts in vLLM's cache root, the last 20, for "
+        "vllm-compile-ext report. 0 records nothing. 1 also times the imports of programs that are not called vllm.",
+    )
+    VLLM_COMPILE_PROGRESS: bool = _switch(
+        default=True,
+        meaning="What a start is doing is shown while it lasts: in the last line of a terminal, elsewhere in a line of "
+        "the log every 10 s of a long phase. 0 shows nothing; neither does VLLM_COMPILE_STARTS=0.",
+    )
 
 
 def _parse(name: str, raw: str, kind: type, choices: tuple[str, ...] = ()) -> bool | int | str:

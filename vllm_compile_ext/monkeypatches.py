@@ -9,11 +9,12 @@ import gc
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_compile_ext import envs, jit_caches, platforms, swap
+from vllm_compile_ext import envs, jit_caches, metrics, platforms, run_folder, swap
 from vllm_compile_ext.cudagraphs import install as cudagraphs
 
 Undo = Callable[[], None]
@@ -41,6 +42,25 @@ def _instruction_set() -> Undo:
             workers.forget()
 
     return undo
+
+
+def _record() -> Undo:
+    if not envs.load().VLLM_COMPILE_STARTS:
+        return _forget()
+    from vllm_compile_ext import plugin
+    from vllm_compile_ext.startup import hooks
+
+    return hooks.install(plugin.loading_since or time.time_ns())
+
+
+def _forget() -> Undo:
+    """Drop what the file vllm_compile_ext.pth has begun in this process."""
+    imports = sys.modules.get("vllm_compile_ext.startup.imports")
+    if imports is not None and imports.observer is not None:
+        from vllm_compile_ext.startup import hooks
+
+        hooks.uninstall()
+    return lambda: None
 
 
 def _logger() -> Undo:
@@ -118,6 +138,11 @@ def _cache_key(*, active: bool) -> Undo:
     return undo
 
 
+def _metrics() -> Undo:
+    metrics.expose()
+    return metrics.conceal
+
+
 # Made also when the plugin is switched off, so that its variables are no news to vLLM and leave its cache key alone.
 ALWAYS = (
     Change("logging.getLogger('vllm_compile_ext').parent", "our lines go where vLLM's go, in vLLM's format", _logger),
@@ -140,6 +165,7 @@ OFF = (
         "where the plugin is off, what a parent process with the plugin set of them is taken away",
         lambda: jit_caches.settle(active=False),
     ),
+    Change("sys.meta_path (off)", "a record of imports that began before the plugin was loaded is dropped", _forget),
 )
 ACTIVE = (
     *ALWAYS,
@@ -160,6 +186,16 @@ ACTIVE = (
         "finds them; what the user set stays, and with VLLM_DISABLE_COMPILE_CACHE=1 nothing is set (jit_caches.py)",
         lambda: jit_caches.settle(active=True),
     ),
+    Change(
+        f"os.environ: {run_folder.VARIABLE}",
+        "names the private temporary folder that the front end makes for itself, the engine and the workers",
+        run_folder.make,
+    ),
+    Change(
+        "prometheus_client.REGISTRY; prometheus_client.multiprocess.MultiProcessCollector.collect",
+        "the plugin's metrics are at /metrics, with one API server and with several; changed when they are imported",
+        _metrics,
+    ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
     Change(
         "gc.freeze()",
@@ -179,6 +215,11 @@ ACTIVE = (
         "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
         "on CPU, one instruction set is probed instead of all that the processor names",
         _instruction_set,
+    ),
+    Change(
+        "sys.meta_path (startup/imports.py)",
+        "while a start is recorded: imports are timed, and functions of vLLM are found when their module is imported",
+        _record,
     ),
 )
 # What is changed while a model compiles and put back afterwards, by the module that does it.
@@ -207,6 +248,18 @@ WHILE_CAPTURING = (
         "vllm.v1.worker.gpu.cudagraph_utils, vllm.compilation.monitor.cudagraph_capturing_enabled",
         "other threads may go on, caches of memory stay, one stream serves all captures; vLLM's guard against captures "
         "is open only then",
+    ),
+)
+# What is changed while a start is recorded, by the module that does it.
+WHILE_STARTING = (
+    (
+        "trace and TracerProvider in vllm.tracing.otel (startup/otel.py)",
+        "vLLM's own spans go to our provider, which writes the file of the start",
+    ),
+    ("os.environ: traceparent (startup/recorder.py)", "vLLM's spans find what they are part of; until ready"),
+    (
+        "functions of vLLM, listed in startup/hooks.py",
+        "phases that vLLM has no span for get one; the first request and its first token are seen",
     ),
 )
 # What the command's own processes change for as long as they live (cli/warm_start.py).
@@ -248,6 +301,7 @@ def markdown() -> str:
     rows += [f"| active | `{change.what}` | {change.why} |" for change in ACTIVE if change not in ALWAYS]
     rows += [f"| while a model compiles | `{what}` | {why} |" for what, why in WHILE_COMPILING]
     rows += [f"| while a graph is captured | `{what}` | {why} |" for what, why in WHILE_CAPTURING]
+    rows += [f"| while a start is recorded | `{what}` | {why} |" for what, why in WHILE_STARTING]
     rows += [f"| in `vllm-compile-ext warm` | `{what}` | {why} |" for what, why in WHILE_WARMING]
     return "\n".join([head, "| when | what | why |", "|---|---|---|", *rows]) + "\n"
 

@@ -52,6 +52,16 @@ def test_kill_switch_runs_stock(stock: engine.Run) -> None:
     assert stock.output.lines("vllm-compile-ext", "is off")
 
 
+def test_metrics_in_one_process(stock: engine.Run, cold: engine.Run, warm: engine.Run) -> None:
+    def counts(run: engine.Run) -> list[float]:
+        names = ("store_misses", "store_hits", "pieces_compiled", "pieces_loaded")
+        return [run.metrics[f"vllm_compile_ext_{name}_total"] for name in names]
+
+    assert stock.metrics == {}
+    assert counts(cold) == [1, 0, 3, 0]
+    assert counts(warm) == [0, 1, 0, 3]
+
+
 def test_cold_start_compiles_pieces_and_saves(cold: engine.Run) -> None:
     assert cold.backends.endswith("vllm_compile_ext/compilation/backends.py")
     assert (cold.mode, cold.sizes) == ("VLLM_COMPILE", [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_compile_ext.cli import bundle, cache, doctor, env, explain, warm
+from vllm_compile_ext.cli import bench, bundle, cache, doctor, env, explain, warm
 
 app = typer.Typer(help="vllm-compile-ext: vLLM's compilation, built around start-up time.", no_args_is_help=True)
 app.command("env")(env.command)
@@ -31,3 +31,9 @@ app.command(
     options_metavar="MODEL [OPTIONS OF vllm serve]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(warm.command)
+app.command(
+    "bench",
+    help=bench.HELP,
+    options_metavar="MODEL [OPTIONS OF vllm serve]",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(bench.command)

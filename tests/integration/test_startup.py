@@ -1,0 +1,336 @@
+"""What is recorded of real starts: `vllm serve` cold and warm, two ranks, one process, and starts that die."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.serve import Server
+from tests import otlp, process
+from vllm_compile_ext.startup import phases, read
+from vllm_compile_ext.startup.read import Start
+
+pytestmark = pytest.mark.engine
+
+PTH = process.ROOT / "vllm_compile_ext.pth"
+ARGS = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256")
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+QUICK = {"OTEL_BSP_SCHEDULE_DELAY": "200"}
+
+
+def path_with_pth(folder: Path) -> str:
+    """PYTHONPATH with which Python runs the wheel's .pth file, as it does where the plugin is installed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(PTH.read_text())
+    return os.pathsep.join([str(folder), process.BASE["PYTHONPATH"]])
+
+
+def recorded(cache: Path) -> list[Start]:
+    return [read.read(path) for path in read.recorded(cache / "compile_starts")]
+
+
+@dataclass(frozen=True)
+class Served:
+    """began, answered: unix ns, by the one who started it and asked."""
+
+    start: Start
+    began: int
+    answered: int
+    log: str
+    received: list[otlp.Received]
+    metrics: str
+
+
+def serve(
+    model: Path, folder: Path, name: str, receiver: otlp.Receiver, env: dict[str, str], *args: str, path: str
+) -> Served:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        server = Server(model, folder / f"{name}.log", folder / "cache", args=(*ARGS, *args), env=QUICK | env)
+    began = time.time_ns()
+    with server:
+        server.wait_ready()
+        server.post("/v1/completions", {"prompt": "def f(x):", "max_tokens": 1})
+        answered = time.time_ns()
+        server.post("/v1/completions", {"prompt": "def g(x):", "max_tokens": 2})
+        time.sleep(2)  # exporters send what they have five times a second
+        metrics = server.get("/metrics")
+    start = recorded(folder / "cache")[-1]
+    return Served(start, began, answered, (folder / f"{name}.log").read_text(), list(receiver.spans), metrics)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("starts")
+
+
+@pytest.fixture(scope="module")
+def cold(llama2: Path, folder: Path) -> Iterator[Served]:
+    """With imports timed, an orchestrator's trace, and vLLM told to export."""
+    with otlp.grpc_receiver() as receiver:
+        path = path_with_pth(folder / "site")
+        env = {"TRACEPARENT": f"00-{TRACE}-{PARENT}-01"}
+        yield serve(llama2, folder, "cold", receiver, env, "--otlp-traces-endpoint", receiver.endpoint, path=path)
+
+
+@pytest.fixture(scope="module")
+def warm(llama2: Path, folder: Path, cold: Served) -> Iterator[Served]:
+    """Without the .pth file, and exporting as OpenTelemetry's own variables say."""
+    with otlp.http_receiver() as receiver:
+        env = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+        }
+        yield serve(llama2, folder, "warm", receiver, env, path=process.BASE["PYTHONPATH"])
+
+
+@pytest.fixture(params=["cold", "warm"])
+def served(request: pytest.FixtureRequest) -> Served:
+    found: Served = request.getfixturevalue(request.param)
+    return found
+
+
+def root(start: Start) -> read.Span:
+    (found,) = [span for span in start.spans if span.parent is None or span.parent == start.parent]
+    return found
+
+
+def test_one_connected_trace(served: Served) -> None:
+    start = served.start
+    known = {span.id for span in start.spans}
+    assert root(start).name == "start"
+    assert [span.name for span in start.spans if span.parent not in known] == ["start"]
+    assert [span.name for span in start.spans if span.end is None] == []
+    kinds = Counter(one.kind for one in start.processes)
+    assert (kinds["front end"], kinds["engine core"], kinds["worker"]) == (1, 1, 1)
+    assert start.skipped == 0
+
+
+def test_the_root_spans_the_wall_time(served: Served) -> None:
+    span = root(served.start)
+    measured = served.answered - served.began
+    assert span.end is not None
+    assert span.end - span.start == pytest.approx(measured, rel=0.02)
+    assert span.start == pytest.approx(served.began, abs=0.02 * measured)
+    assert span.end == served.start.first_token
+
+
+def test_nearly_all_the_time_is_inside_named_phases(served: Served) -> None:
+    start = served.start
+    assert phases.breakdown(start).coverage >= 0.95
+    assert phases.breakdown(start, end=start.first_token).coverage >= 0.95
+
+
+def test_every_phase_of_a_server_is_there(cold: Served, warm: Served) -> None:
+    common = {"imports", "config", "plugin", "spawn", "model construction", "weights", "kv cache", "api server"}
+    for served, more in ((cold, {"interpreter", "compile"}), (warm, {"load compiled code"})):
+        found = {span.phase for span in served.start.spans}
+        assert common | more | {"first request", "distributed", "warm-up", "memory profiling"} <= found
+    assert "interpreter" not in {span.phase for span in warm.start.spans}
+
+
+def test_heavy_imports_are_told_apart_where_the_pth_file_is_installed(cold: Served, warm: Served) -> None:
+    for pid in {one.pid for one in cold.start.processes}:
+        names = {span.name for span in cold.start.spans if span.pid == pid}
+        assert {"import vllm", "import torch", "import transformers"} <= names
+    assert "import torch" not in {span.name for span in warm.start.spans}
+    assert [span.name for span in warm.start.spans].count("imports") >= 3
+
+
+def test_vllms_spans_and_ours_are_in_each_other(cold: Served) -> None:
+    spans = {span.id: span for span in cold.start.spans}
+
+    def above(name: str) -> list[str]:
+        at, path = next(span for span in cold.start.spans if span.name == name), []
+        while at.parent in spans:
+            at = spans[at.parent]
+            path.append(at.name)
+        return path
+
+    assert "worker 0" in above("Load weights")
+    path = above("piece 0")
+    ours = ["trace", "compile", "Warmup (CPU)", "memory profiling", "worker 0"]
+    assert path[: len(ours)] == ours
+    assert path[-2:] == ["engine client", "start"]
+    assert "EngineCore" in path
+
+
+def test_what_was_compiled_and_loaded_is_noted(cold: Served, warm: Served) -> None:
+    def notes(served: Served) -> dict[str, dict[str, object]]:
+        return {note.name: note.attrs for note in served.start.notes}
+
+    assert {"key", "miss", "compiled", "kept"} <= notes(cold).keys()
+    assert notes(cold)["miss"]["why"] == "cache miss: nothing is stored yet"
+    assert notes(cold)["compiled"]["distinct"] == 3
+    assert notes(warm).keys() == {"key", "loaded"}
+    assert notes(warm)["loaded"]["key"] == notes(cold)["kept"]["key"]
+    assert (cold.start.temperature, warm.start.temperature) == ("cold", "warm")
+
+
+def test_the_first_line_says_what_was_started(cold: Served, llama2: Path) -> None:
+    start = cold.start
+    assert start.model == str(llama2)
+    assert start.options["max_model_len"] == 256
+    assert start.versions.keys() == {"vllm", "torch", "plugin"}
+    assert start.machine["cores"]
+    assert start.path is not None
+    assert start.path.parent.stat().st_mode & 0o777 == 0o700
+    assert start.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_table_in_the_log_is_compared_with_the_start_before(cold: Served, warm: Served) -> None:
+    for served in (cold, warm):
+        assert f"vllm-compile-ext report {served.start.id}" in served.log
+    assert "before" not in next(line for line in cold.log.splitlines() if " phase " in line)
+    assert "change" in next(line for line in warm.log.splitlines() if " phase " in line)
+    assert cold.start.id in warm.log
+    for served in (cold, warm):
+        for row in phases.breakdown(served.start).rows:
+            if row.seconds > 0.1:
+                assert any(row.phase in line and f"{row.seconds:.2f}" in line for line in served.log.splitlines())
+
+
+def test_phases_are_at_metrics(warm: Served) -> None:
+    assert 'vllm_compile_ext_startup_seconds{phase="load compiled code"}' in warm.metrics
+
+
+def test_each_span_is_exported_once(served: Served) -> None:
+    mine = [span for span in served.received if span.trace == served.start.trace and span.name != "llm_request"]
+    assert max(Counter(span.id for span in mine).values()) == 1
+    recorded = {span.id: span for span in served.start.spans}
+    helpers = {one.pid for one in served.start.processes if one.kind == "helper"}
+    exported = {span.id: span for span in mine}
+    assert exported.keys() <= recorded.keys()
+    missing = [span for key, span in recorded.items() if key not in exported and span.pid not in helpers]
+    assert [span.name for span in missing] == []
+    for key, span in exported.items():
+        assert (span.name, span.parent or None) == (recorded[key].name, recorded[key].parent)
+        assert (span.start, span.end) == (recorded[key].start, recorded[key].end)
+
+
+def test_an_orchestrators_trace_goes_on(cold: Served, warm: Served) -> None:
+    assert (cold.start.trace, cold.start.parent) == (TRACE, PARENT)
+    assert root(cold.start).parent == PARENT
+    assert (warm.start.parent, root(warm.start).parent) == (None, None)
+    assert warm.start.trace != TRACE
+
+
+def test_vllms_traces_of_requests_are_as_without_the_plugin(cold: Served, warm: Served) -> None:
+    """Those without a header of their own are part of TRACEPARENT's trace, as in stock vLLM, and not of the start."""
+    requests = [span for span in cold.received if span.name == "llm_request"]
+    assert len(requests) == 2
+    assert {(span.trace, span.parent) for span in requests} == {(TRACE, PARENT)}
+    kinds = {span.resource["vllm.instrumenting_module_name"] for span in cold.received}
+    assert kinds >= {"vllm.llm_engine", "vllm.engine_core", "vllm.worker"}
+    assert not [span for span in warm.received if span.name == "llm_request"], "vLLM was not asked for those"
+
+
+ENGINE = """
+    import os
+    from vllm import LLM, SamplingParams
+
+    if __name__ == "__main__":
+        limits = dict(max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.4, dtype="float32")
+        options = json.loads(sys.argv[2])
+        llm = LLM(sys.argv[1], **limits, **options)
+        for prompt in ("x", "y"):
+            llm.generate(prompt, SamplingParams(max_tokens=2), use_tqdm=False)
+        from opentelemetry import trace
+        report(dict(env=[os.environ.get(n) for n in ("traceparent", "_VLLM_COMPILE_EXT_START")],
+                    provider=type(trace.get_tracer_provider()).__name__))
+"""
+RANKS = '{"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}'
+
+
+def test_two_ranks(llama2: Path, tmp_path: Path) -> None:
+    """By `LLM`, whose processes are forked."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CACHE_ROOT": str(tmp_path)}
+    outcome = process.run(ENGINE, str(llama2), RANKS, folder=tmp_path / "run", **env)
+    assert outcome.code == 0, outcome.output[-3000:]
+    assert outcome.value == {"env": [None, None], "provider": "ProxyTracerProvider"}
+    (start,) = recorded(tmp_path)
+    known = {span.id for span in start.spans}
+    assert [span.name for span in start.spans if span.parent not in known] == ["start"]
+    workers = {one.rank: one.pid for one in start.processes if one.kind == "worker"}
+    assert workers.keys() == {0, 1}
+    for pid in workers.values():
+        names = [span.name for span in start.spans if span.pid == pid]
+        for name in ("distributed init", "Load weights", "compile", "Allocate KV cache"):
+            assert names.count(name) == 1
+    assert phases.breakdown(start, end=start.first_token).coverage >= 0.95
+    assert root(start).end == start.first_token
+
+
+def test_a_worker_that_is_killed_leaves_the_phase_it_died_in(llama2: Path, tmp_path: Path) -> None:
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CACHE_ROOT": str(tmp_path)}
+    started = process.start(ENGINE, tmp_path / "run", str(llama2), '{"distributed_executor_backend": "mp"}', **env)
+    while started.poll() is None:
+        found = [span for start in recorded(tmp_path) for span in start.spans if span.name == "piece 0"]
+        if found:
+            os.kill(found[0].pid, signal.SIGKILL)
+            break
+        time.sleep(0.1)
+    assert process.finish(started, tmp_path / "run").code != 0
+    (start,) = recorded(tmp_path)
+    death = phases.death(start)
+    assert death is not None
+    assert death.process is not None
+    assert (death.phase, death.process.kind) == ("compile", "worker")
+    assert start.ready is None
+
+
+TWICE = """
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    limits = dict(max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.4, dtype="float32")
+    try:
+        LLM(sys.argv[1], **limits)
+    except Exception as error:
+        report(type(error).__name__)
+    cleanup_dist_env_and_memory()
+    LLM(sys.argv[2], **limits).generate("x", SamplingParams(max_tokens=2), use_tqdm=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def twice(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Start, Start]:
+    """In one process, an engine whose weights cannot be loaded, and then one that comes up."""
+    folder = tmp_path_factory.mktemp("twice")
+    broken = shutil.copytree(llama2, folder / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    outcome = process.run(TWICE, str(broken), str(llama2), folder=folder / "run", VLLM_CACHE_ROOT=str(folder))
+    assert outcome.code == 0, outcome.output[-3000:]
+    assert outcome.value == "SafetensorError"
+    first, second = sorted(recorded(folder), key=lambda start: start.time)
+    return first, second
+
+
+def test_an_error_while_weights_load_is_in_the_record(twice: tuple[Start, Start]) -> None:
+    start, _ = twice
+    death = phases.death(start)
+    assert death is not None
+    assert death.phase == "weights"
+    assert death.error is not None
+    assert "SafetensorError" in death.error
+    assert [gone.error for gone in start.exits if gone.error]
+    assert start.ready is None
+
+
+def test_one_process_and_its_second_engine(twice: tuple[Start, Start]) -> None:
+    failed, start = twice
+    assert [one.kind for one in start.processes if one.kind != "helper"] == ["front end"]
+    assert start.begin > failed.last
+    assert phases.breakdown(start, end=start.first_token).coverage >= 0.95
+    assert {"compile", "weights", "first request"} <= {span.phase for span in start.spans}
+    assert [span.name for span in start.spans if span.end is None] == []
+    assert root(start).end == start.first_token
