@@ -18,6 +18,7 @@ from vllm_compile_ext.artifacts.bundle import BundleError
 from vllm_compile_ext.artifacts.manifest import ManifestError
 from vllm_compile_ext.artifacts.sign import SignError
 from vllm_compile_ext.artifacts.store import DamagedError, Store, UnsafeStoreError
+from vllm_compile_ext.startup.read import ReadError
 
 DIGITS = 12  # of a key, in tables
 
@@ -39,7 +40,7 @@ class UserError(Exception):
 
 _EXPECTED = (
     *(UserError, envs.EnvError, UnsafeStoreError, BundleError, SignError),
-    *(ManifestError, DamagedError, OSError),
+    *(ManifestError, DamagedError, ReadError, OSError),
 )
 
 

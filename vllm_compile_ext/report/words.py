@@ -1,0 +1,134 @@
+"""Sentences about a start: what was compiled, loaded and captured, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_compile_ext.startup.read import Note
+
+KEY_DIGITS = 12  # of a key, in sentences
+
+
+def note(found: Note) -> str:
+    """One sentence; of a note that is not known here, its name and attributes as they are."""
+    say = _SAY.get(found.name)
+    text = say(found.attrs) if say else ""
+    return text or " ".join([found.name, *(f"{name}={value}" for name, value in found.attrs.items())])
+
+
+def duration(seconds: float) -> str:
+    """Such as "83.6 s", "12 ms"; two or three digits that mean something."""
+    if abs(seconds) < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if abs(seconds) < 599.5 else f"{seconds / 60:.1f} min"
+
+
+def size(count: float) -> str:
+    """Bytes, such as "5.1 MB"; a MB is 1000 kB."""
+    for unit in ("bytes", "kB", "MB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 99.5 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _key(attrs: dict[str, Any]) -> str:
+    key = attrs.get("key")
+    shard = attrs.get("shard")
+    if not isinstance(key, str) or not key:
+        return ""
+    return f"the compile cache key is {key[:KEY_DIGITS]}" + (f" ({shard})" if shard else "")
+
+
+def _miss(attrs: dict[str, Any]) -> str:
+    text = attrs.get("summary")
+    if isinstance(text, str) and text:
+        return text
+    made = changes(attrs)
+    if made:
+        return "cache miss: " + ", ".join(f"{name} {old} -> {new}" for name, old, new in made[:3])
+    return "cache miss: nothing is stored under this key"
+
+
+def changes(attrs: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Of a miss, the factors that differ from the closest entry: name, stored, now."""
+    found = attrs.get("changes")
+    rows = found if isinstance(found, list) else []
+    return [
+        (str(row[0]), *("unset" if value is None else str(value) for value in row[1:]))  # type: ignore[misc]
+        for row in rows
+        if isinstance(row, list | tuple) and len(row) == 3
+    ]
+
+
+def _compiled(attrs: dict[str, Any]) -> str:
+    parts = []
+    if _number(attrs, "traced") is not None:
+        copied = _number(attrs, "copied")
+        parts.append(f"traced {_count(attrs['traced'], 'layer')}" + (f" and copied {copied}" if copied else ""))
+    if _number(attrs, "pieces") is not None:
+        distinct = _number(attrs, "distinct")
+        parts.append(
+            f"compiled {_count(attrs['pieces'], 'piece')}" + (f", {distinct} of them distinct" if distinct else "")
+        )
+    return "; ".join(parts) + _time(attrs) if parts else ""
+
+
+def _loaded(attrs: dict[str, Any]) -> str:
+    pieces = _number(attrs, "pieces")
+    what = "compiled code" if pieces is None else f"{_count(pieces, 'compiled piece')}"
+    return f"loaded {what}{_of(attrs)}{_bytes(attrs)}{_time(attrs)}"
+
+
+def _kept(attrs: dict[str, Any]) -> str:
+    return f"kept compiled code{_of(attrs)} for the next start{_bytes(attrs)}"
+
+
+def _graphs(attrs: dict[str, Any]) -> str:
+    captured = _number(attrs, "captured")
+    if captured is None:
+        return ""
+    kind = attrs.get("kind")
+    which = f"{kind} CUDA graph" if kind else "CUDA graph"
+    return f"captured {_count(captured, which)}{_bytes(attrs)}{_time(attrs)}"
+
+
+def _fallback(attrs: dict[str, Any]) -> str:
+    why = attrs.get("why")
+    return f"as in stock vLLM: {why}" if why else ""
+
+
+_SAY: dict[str, Callable[[dict[str, Any]], str]] = {
+    "key": _key,
+    "miss": _miss,
+    "compiled": _compiled,
+    "loaded": _loaded,
+    "kept": _kept,
+    "graphs": _graphs,
+    "fallback": _fallback,
+}
+
+
+def _number(attrs: dict[str, Any], name: str) -> int | float | None:
+    value = attrs.get(name)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _of(attrs: dict[str, Any]) -> str:
+    key = attrs.get("key")
+    return f" {key[:KEY_DIGITS]}" if isinstance(key, str) and key else ""
+
+
+def _bytes(attrs: dict[str, Any]) -> str:
+    count = _number(attrs, "bytes")
+    return "" if count is None else f", {size(count)}"
+
+
+def _time(attrs: dict[str, Any]) -> str:
+    taken = _number(attrs, "seconds")
+    return "" if taken is None else f" in {duration(taken)}"
+
+
+def _count(number: int | float, one: str) -> str:
+    return f"{number} {one}" if number == 1 else f"{number} {one}s"
