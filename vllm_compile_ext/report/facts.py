@@ -6,8 +6,9 @@ cannot disagree.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from vllm_compile_ext.report import words
@@ -23,6 +24,7 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
     tree = Tree(start)
     whole = phases.breakdown(start)
     base = start.begin
+    named = titles(start)
     alone = phases.by_process(start)
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -37,13 +39,10 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
         "machine": clean(start.machine),
         "phases": _rows(whole, phases.breakdown(other) if other else None),
         "other": summary(other) if other else None,
-        "path": [
-            [seconds(s.begin - base), seconds(s.end - s.begin), s.phase, s.span.id if s.span else None]
-            for s in whole.segments
-        ],
+        "path": _path(whole, base),
         "processes": [],
         "notes": [
-            {"at": seconds(note.time - base), "process": _title(start, note.pid), "pid": note.pid, "name": note.name}
+            {"at": seconds(note.time - base), "process": named.get(note.pid, ""), "pid": note.pid, "name": note.name}
             | {"text": words.note(note), "attrs": clean(note.attrs)}
             for note in start.notes
         ],
@@ -62,7 +61,8 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
                 "pid": process.pid,
                 "ppid": process.ppid,
                 "kind": process.kind,
-                "title": process.title,
+                "title": named[process.pid],
+                "name": process.name,
                 "rank": process.rank,
                 "host": process.host,
                 "argv": list(process.argv),
@@ -82,7 +82,7 @@ def summary(start: Start) -> dict[str, Any]:
         died = {
             "phase": gone.phase,
             "span": gone.span.name if gone.span else None,
-            "process": gone.process.title if gone.process else None,
+            "process": titles(start).get(gone.process.pid) if gone.process else None,
             "error": gone.error,
         }
     return {
@@ -129,8 +129,23 @@ def _rows(whole: Breakdown, other: Breakdown | None) -> list[dict[str, Any]]:
     ]
 
 
-def _title(start: Start, pid: int) -> str:
-    return next((process.title for process in start.processes if process.pid == pid), "")
+def _path(whole: Breakdown, base: int) -> list[list[Any]]:
+    """What the start waited for: from when, how long, which phase; neighbours of one phase are one."""
+    found = []
+    for phase, segments in itertools.groupby(whole.segments, key=lambda segment: segment.phase):
+        run = list(segments)
+        begin, end = seconds(run[0].begin - base), seconds(run[-1].end - base)
+        found.append([begin, round(end - begin, 6), phase])
+    return found
+
+
+def titles(start: Start) -> dict[int, str]:
+    """What each process is called, by its pid; of processes that would be called alike the name or pid is added."""
+    alike = Counter(process.title for process in start.processes)
+    return {
+        process.pid: process.title if alike[process.title] == 1 else f"{process.title} {process.name or process.pid}"
+        for process in start.processes
+    }
 
 
 def _spans(tree: Tree, process: Process) -> list[dict[str, Any]]:

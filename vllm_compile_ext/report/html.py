@@ -88,7 +88,7 @@ def _tiles(facts: dict[str, Any]) -> str:
     if facts["seconds"] is not None:
         note = ""
         if other and other["seconds"] is not None:
-            note = f"{_change(facts['seconds'] - other['seconds'])} to {escape(_called(other))}"
+            note = _against(facts["seconds"] - other["seconds"]) + f" {escape(_called(other))}"
         tiles.append(("Time to ready", duration(facts["seconds"]), note))
     else:
         tiles.append(("Recorded", duration(facts["wall"]), escape(outcome(facts))))
@@ -98,8 +98,9 @@ def _tiles(facts: dict[str, Any]) -> str:
     compiled = sum(
         row["seconds"] or 0.0 for row in facts["phases"] if row["phase"] in ("compile", "load compiled code")
     )
-    how = {"cold": "compiled", "warm": "loaded from the store"}.get(facts["temperature"], "nothing compiled")
-    tiles.append(("Compiling or loading", duration(compiled), how))
+    how = {"cold": "compiled", "warm": "loaded from the store"}.get(facts["temperature"], "")
+    if compiled or how:
+        tiles.append(("Compiling or loading", duration(compiled), how))
     first = next((mark["at"] for mark in facts["marks"] if mark["name"] == "first token"), None)
     if first is not None and facts["seconds"] is not None:
         tiles.append(("First token", duration(first), f"{duration(max(0.0, first - facts['seconds']))} after ready"))
@@ -110,6 +111,13 @@ def _tiles(facts: dict[str, Any]) -> str:
         for name, value, note in tiles
     )
     return f'<dl class="tiles">{cells}</dl>'
+
+
+def _against(change: float) -> str:
+    if abs(change) < 0.05:
+        return "as"
+    kind, word = ("better", "faster") if change < 0 else ("worse", "slower")
+    return f'<span class="{kind}">{escape(duration(abs(change)))} {word}</span> than'
 
 
 def _called(other: dict[str, Any]) -> str:
@@ -128,11 +136,12 @@ def _phases(facts: dict[str, Any]) -> str:
         bars = f'<span class="share"><i style="width:{taken / most:.2%}"></i></span>'
         if other:
             bars += f'<span class="share before"><i style="width:{before / most:.2%}"></i></span>'
+        bars = f'<div class="bars" aria-hidden="true">{bars}</div>'
         name = escape(row["phase"])
         button = f'<button type="button" data-phase="{name}">{name}</button>'
-        cells = f'<td class="name"><i class="swatch"></i>{button}{bars}</td>'
+        cells = f'<td class="name"><div><span class="label"><i class="swatch"></i>{button}</span>{bars}</div></td>'
         cells += f'<td class="num">{_number(row["seconds"])}</td>'
-        cells += f'<td class="{head[2][1]}">{row["share"]:.1%}</td>'
+        cells += f'<td class="{head[2][1]}">{_NONE if row["seconds"] is None else format(row["share"], ".1%")}</td>'
         if other:
             cells += f'<td class="num">{_number(row["other"])}</td><td class="num">{_change(row["change"])}</td>'
         rows.append(f'<tr style="--c:{_colour(row["phase"])}">{cells}</tr>')
@@ -205,7 +214,7 @@ def _processes(facts: dict[str, Any]) -> str:
         longest = sorted(process["phases"], key=lambda row: -row["seconds"])[:4]
         said = ", ".join(f"{row['phase']} {duration(row['seconds'])}" for row in longest)
         parts.append(
-            f'<h3>{escape(process["title"])}<span class="tag">pid {process["pid"]}'
+            f'<h3>{escape(process["title"])}<span class="tag">{escape(process["name"])} pid {process["pid"]}'
             f"{' on ' + escape(process['host']) if process['host'] else ''}, {duration(busy)} recorded</span></h3>"
             f'<div class="strip" aria-hidden="true">{strip}</div><p class="muted">{escape(said)}</p>'
         )

@@ -14,6 +14,7 @@
   const colour = (phase) => `var(--p-${phase.replace(/[^a-z]+/g, "-")}, var(--p-other))`;
   const time = (s) => {
     const size = Math.abs(s);
+    if (size === 0) return "0 s";
     if (size < 0.001) return `${Math.round(s * 1e6)} µs`;
     if (size < 1) return `${Number((s * 1e3).toPrecision(3))} ms`;
     return `${s.toFixed(size < 10 ? 2 : 1)} s`;
@@ -29,7 +30,7 @@
   }
   const byId = new Map(spans.map((span) => [span.id, span]));
   const inOrder = [...spans].sort((a, b) => a.at - b.at || a.line - b.line);
-  const path = data.path.map(([at, seconds, phase, id]) => ({ at, seconds, phase, id, name: phase, line: 0, path: true }));
+  const path = data.path.map(([at, seconds, phase]) => ({ at, seconds, phase, name: phase, line: 0, path: true }));
 
   // What is shown at first: until ready, and on to the first token if that came soon.
   const last = Math.max(data.wall, ...data.marks.map((mark) => mark.at), ...spans.map((s) => s.at + s.seconds), 0.001);
@@ -39,6 +40,7 @@
   const view = { ...home };
   let chosen = null;
   let hits = new Set(spans.map((span) => span.id));
+  let phases = new Set();
   let filtered = false;
 
   const lanes = [];
@@ -53,7 +55,7 @@
   addLane("What the start waited for", "", path, "path");
   for (const process of data.processes) {
     const found = [...process.spans].sort((a, b) => a.at - b.at);
-    if (found.length) addLane(process.title, `pid ${process.pid}`, found, "");
+    if (found.length) addLane(process.title, [process.name, `pid ${process.pid}`].filter(Boolean).join(", "), found, "");
   }
 
   const ticks = (width) => {
@@ -67,10 +69,12 @@
     node.style.cssText = `left:${x}px;width:${width}px;top:${span.line * LINE}px;--c:${colour(span.phase)}`;
     if (width < NARROW) node.classList.add("slim");
     else node.textContent = (span.error ? "✕ " : "") + span.name;
-    if (span.waits) node.classList.add("waits");
+    if (width < 4) node.classList.add("thin");
+    else if (span.waits) node.classList.add("waits");
+    else if (span.phase === "other") node.classList.add("plain");
     if (span.error) node.classList.add("bad");
     if (span.open) node.classList.add("open");
-    if (filtered && !(span.path ? hits.has(span.id) : hits.has(span.id))) node.classList.add("dim");
+    if (filtered && !(span.path ? phases.has(span.phase) : hits.has(span.id))) node.classList.add("dim");
     if (chosen && chosen === span.id && !span.path) node.classList.add("chosen");
     node.dataset.id = span.id || "";
     node.title = `${span.name}: ${time(span.seconds)}`;
@@ -86,10 +90,12 @@
       for (const span of found) {
         const end = span.at + span.seconds;
         if (end < view.a || span.at > view.b) continue;
-        const x = Math.max(-2, (span.at - view.a) * scale);
+        let x = Math.max(-2, (span.at - view.a) * scale);
         const right = Math.min(width + 2, (end - view.a) * scale);
+        const before = drawn[span.line] ?? -9;
+        if (right - x < 4 && Math.abs(x - before) < 1) x = before; // no stripes where gaps cannot be seen
         const size = Math.max(1.5, right - x);
-        if (size < 2 && x < (drawn[span.line] ?? -9) && span.id !== chosen) continue;
+        if (size < 2 && x < before && (span.path || span.id !== chosen)) continue;
         drawn[span.line] = x + size;
         nodes.push(bar(span, x, size));
       }
@@ -110,7 +116,7 @@
         .filter((mark) => mark.at >= view.a && mark.at <= view.b)
         .map((mark) => {
           const x = (mark.at - view.a) * scale;
-          const node = make("div", x > width - 90 ? "mark flip" : "mark");
+          const node = make("div", `mark${x > width - 90 ? " flip" : ""}${mark.name === "ready" ? "" : " low"}`);
           node.style.left = `${x}px`;
           node.append(make("b", "", mark.name));
           return node;
@@ -147,7 +153,7 @@
     chosen = span ? id : null;
     const box = $("detail");
     if (!span) {
-      box.replaceChildren();
+      box.replaceChildren(make("span", "muted", "Choose a span to see what it was."));
     } else {
       const about = [`${time(span.seconds)}${span.open ? ", never ended" : ""}`, span.phase, span.process];
       const lines = [make("strong", "", span.name), about.join(" · ") + ` · from ${time(span.at)}`];
@@ -193,7 +199,9 @@
       ? (span) => span.phase === text.slice(6).trim()
       : (span) => words.every((word) => span.text.includes(word));
     filtered = text !== "";
-    hits = new Set(spans.filter((span) => !filtered || fits(span)).map((span) => span.id));
+    const fitting = spans.filter((span) => !filtered || fits(span));
+    hits = new Set(fitting.map((span) => span.id));
+    phases = new Set(fitting.map((span) => span.phase));
     $("hits").textContent = filtered ? `${hits.size} of ${spans.length} spans` : "";
     fill();
     redraw();
@@ -281,6 +289,7 @@
   });
 
   $("timeline").hidden = false;
+  choose(null);
   fill();
   draw();
   new ResizeObserver(redraw).observe(box);

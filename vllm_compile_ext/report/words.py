@@ -117,7 +117,7 @@ def _number(attrs: dict[str, Any], name: str) -> int | float | None:
 
 def _of(attrs: dict[str, Any]) -> str:
     key = attrs.get("key")
-    return f" {key[:KEY_DIGITS]}" if isinstance(key, str) and key else ""
+    return f" of {key[:KEY_DIGITS]}" if isinstance(key, str) and key else ""
 
 
 def _bytes(attrs: dict[str, Any]) -> str:
