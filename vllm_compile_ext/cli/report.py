@@ -65,8 +65,8 @@ def command(
 
 def load(where: Path, name: str) -> Start:
     """The start that `name` stands for.  Raises `UserError`, and `ReadError` or `OSError` where it cannot be read."""
-    if name.endswith(read.SUFFIX) or "/" in name:
-        path = Path(name).expanduser()
+    path = Path(name).expanduser()
+    if name.endswith(read.SUFFIX) or "/" in name or path.is_file():
         if not path.is_file():
             raise UserError(f"there is no file {name!r}: see {_LS}")
         return read.read(path)

@@ -28,13 +28,17 @@
       spans.push(span);
     }
   }
-  const byId = new Map(spans.map((span) => [span.id, span]));
   const inOrder = [...spans].sort((a, b) => a.at - b.at || a.line - b.line);
-  const path = data.path.map(([at, seconds, phase]) => ({ at, seconds, phase, name: phase, line: 0, path: true }));
+  const path = data.path.map(([at, seconds, phase], n) => {
+    const about = { id: `path ${n}`, at, seconds, phase, name: phase, line: 0, path: true };
+    return { ...about, process: "what the start waited for", attrs: {} };
+  });
+  const byId = new Map([...spans, ...path].map((span) => [span.id, span]));
 
   // What is shown at first: until ready, and on to the first token if that came soon.
-  const last = Math.max(data.wall, ...data.marks.map((mark) => mark.at), ...spans.map((s) => s.at + s.seconds), 0.001);
-  const soon = Math.max(data.wall, ...data.marks.map((mark) => mark.at).filter((at) => at < data.wall * 1.15));
+  const ends = [data.wall, ...data.marks.map((mark) => mark.at)];
+  const last = spans.reduce((most, span) => Math.max(most, span.at + span.seconds), Math.max(0.001, ...ends));
+  const soon = Math.max(data.wall, ...[last, ...ends].filter((at) => at < data.wall * 1.15));
   const home = { a: 0, b: (soon || last) * 1.012 };
   const limit = Math.max(home.b, last * 1.012);
   const view = { ...home };
@@ -48,7 +52,7 @@
     const head = make("h3", "lane-title", title);
     if (note) head.append(make("span", "", note));
     const lane = make("div", `lane ${kind}`);
-    lane.style.height = `${LINE * (1 + Math.max(0, ...found.map((span) => span.line)))}px`;
+    lane.style.height = `${LINE * (1 + found.reduce((most, span) => Math.max(most, span.line), 0))}px`;
     $("lanes").append(head, lane);
     lanes.push({ lane, spans: found });
   };
@@ -75,8 +79,8 @@
     if (span.error) node.classList.add("bad");
     if (span.open) node.classList.add("open");
     if (filtered && !(span.path ? phases.has(span.phase) : hits.has(span.id))) node.classList.add("dim");
-    if (chosen && chosen === span.id && !span.path) node.classList.add("chosen");
-    node.dataset.id = span.id || "";
+    if (chosen && chosen === span.id) node.classList.add("chosen");
+    node.dataset.id = span.id;
     node.title = `${span.name}: ${time(span.seconds)}`;
     return node;
   };
@@ -95,7 +99,7 @@
         const before = drawn[span.line] ?? -9;
         if (right - x < 4 && Math.abs(x - before) < 1) x = before; // no stripes where gaps cannot be seen
         const size = Math.max(1.5, right - x);
-        if (size < 2 && x < before && (span.path || span.id !== chosen)) continue;
+        if (size < 2 && x < before && span.id !== chosen) continue;
         drawn[span.line] = x + size;
         nodes.push(bar(span, x, size));
       }
@@ -156,6 +160,7 @@
       box.replaceChildren(make("span", "muted", "Choose a span to see what it was."));
     } else {
       const about = [`${time(span.seconds)}${span.open ? ", never ended" : ""}`, span.phase, span.process];
+      if (span.path) about.splice(1, 1);
       const lines = [make("strong", "", span.name), about.join(" · ") + ` · from ${time(span.at)}`];
       if (span.waits) lines.push(" · waits for another process");
       if (span.error) lines.push(make("div", "bad", span.error));
