@@ -38,7 +38,7 @@ class UserError(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
-_EXPECTED = (
+EXPECTED = (
     *(UserError, envs.EnvError, UnsafeStoreError, BundleError, SignError),
     *(ManifestError, DamagedError, ReadError, OSError),
 )
@@ -82,7 +82,7 @@ def errors() -> Iterator[None]:
     """What goes wrong inside ends the command with one line and exit status 1."""
     try:
         yield
-    except _EXPECTED as error:
+    except EXPECTED as error:
         typer.echo(plain(f"vllm-compile-ext: {error}"), err=True)
         raise typer.Exit(1) from error
 

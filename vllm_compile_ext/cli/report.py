@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, UserError
 from vllm_compile_ext.report import facts, html, perfetto, terminal
@@ -105,6 +107,7 @@ def _report(
     found: Start, other: Start | None, html_file: Path | None, perfetto_file: Path | None, *, as_json: bool
 ) -> None:
     made = facts.facts(found, other)
+    _explain(made)
     _write(found, made, html_file, perfetto_file)
     if as_json:
         typer.echo(json.dumps(made, indent=2))
@@ -117,6 +120,7 @@ def _compare(
 ) -> None:
     old, new = load(where, one), load(where, two)
     before, after = facts.facts(old), facts.facts(new, old)
+    _explain(after)
     if perfetto_file:
         raise UserError("--perfetto writes one start: leave --compare out and name it")
     _write(new, after, html_file, None, before)
@@ -127,6 +131,20 @@ def _compare(
         typer.echo(json.dumps(data | {"different": differ}, indent=2))
     elif not html_file:
         terminal.comparison(_store.console(), before, after)
+
+
+def _explain(made: dict[str, Any]) -> None:
+    """What differs from the closest entry, for misses that were recorded without it: the store keeps the last ones."""
+    lacking = [note for note in made["notes"] if note["name"] == "miss" and "changes" not in note["attrs"]]
+    if not lacking:
+        return
+    # A report needs no store: it may be of another machine.
+    with suppress(*_store.EXPECTED):
+        known = {miss.key: miss for miss in reversed(misses.read(_store.open_store(None).layout))}
+        for note in lacking:
+            miss = known.get(note["attrs"].get("key"))
+            if miss is not None and miss.changes:
+                note["attrs"] |= {"closest": miss.closest, "changes": [list(change) for change in miss.changes]}
 
 
 def _write(

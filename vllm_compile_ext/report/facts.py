@@ -25,6 +25,7 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
     whole = phases.breakdown(start)
     base = start.begin
     named = titles(start)
+    models = len({str(note.attrs["model"]) for note in start.notes if "model" in note.attrs}) > 1
     alone = phases.by_process(start)
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -43,7 +44,7 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
         "processes": [],
         "notes": [
             {"at": seconds(note.time - base), "process": named.get(note.pid, ""), "pid": note.pid, "name": note.name}
-            | {"text": words.note(note), "attrs": clean(note.attrs)}
+            | {"text": words.note(note, models=models), "attrs": clean(note.attrs)}
             for note in start.notes
         ],
         "marks": [

@@ -10,10 +10,13 @@ from vllm_compile_ext.startup.read import Note
 KEY_DIGITS = 12  # of a key, in sentences
 
 
-def note(found: Note) -> str:
-    """One sentence; of a note that is not known here, its name and attributes as they are."""
+def note(found: Note, *, models: bool = False) -> str:
+    """One sentence; `models`: with the model in it.  Of a note that is not known here, its name and attributes."""
     say = _SAY.get(found.name)
     text = say(found.attrs) if say else ""
+    model = found.attrs.get("model")
+    if text and models and isinstance(model, str) and model:
+        return f"{model}: {text}"
     return text or " ".join([found.name, *(f"{name}={value}" for name, value in found.attrs.items())])
 
 
@@ -42,9 +45,9 @@ def _key(attrs: dict[str, Any]) -> str:
 
 
 def _miss(attrs: dict[str, Any]) -> str:
-    text = attrs.get("summary")
-    if isinstance(text, str) and text:
-        return text
+    for name in ("summary", "why"):
+        if isinstance(attrs.get(name), str) and attrs[name]:
+            return str(attrs[name])
     made = changes(attrs)
     if made:
         return "cache miss: " + ", ".join(f"{name} {old} -> {new}" for name, old, new in made[:3])
@@ -72,6 +75,9 @@ def _compiled(attrs: dict[str, Any]) -> str:
         parts.append(
             f"compiled {_count(attrs['pieces'], 'piece')}" + (f", {distinct} of them distinct" if distinct else "")
         )
+    loaded = _number(attrs, "loaded")
+    if loaded:
+        parts.append(f"{_count(loaded, 'piece')} of another model loaded")
     return "; ".join(parts) + _time(attrs) if parts else ""
 
 
@@ -126,7 +132,9 @@ def _bytes(attrs: dict[str, Any]) -> str:
 
 
 def _time(attrs: dict[str, Any]) -> str:
-    taken = _number(attrs, "seconds")
+    taken, milliseconds = _number(attrs, "seconds"), _number(attrs, "ms")
+    if taken is None and milliseconds is not None:
+        taken = milliseconds / 1000
     return "" if taken is None else f" in {duration(taken)}"
 
 

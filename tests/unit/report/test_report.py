@@ -10,6 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import starts
+from vllm_compile_ext.artifacts import misses
+from vllm_compile_ext.artifacts.key import Change
+from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli import app
 
 COLD, WARM, CRASHED = "20261118-110640-4bf92f", "20261118-120640-77a0c3", "20261118-130640-c0ffee"
@@ -96,6 +99,20 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
     data = json.loads(cli("--compare", COLD, path, "--json"))
     assert data["different"]["versions"] == [["vllm", "0.32.0", "0.33.0"]]
     assert (data["a"]["id"], data["b"]["id"]) == (COLD, "other")
+
+
+def test_a_miss_is_explained_by_the_store(folder: Path, tmp_path: Path) -> None:
+    """Where the note does not say what differs."""
+    made = starts.cold()
+    made.lines = [line.replace('"changes"', '"ignored"').replace('"closest"', '"x"') for line in made.lines]
+    made.write(folder, "20261118-150640-000000")
+    changes = [Change("torch", "2.13.0", "2.13.1"), Change("vllm.new", None, "1")]
+    store = Store.open(tmp_path / "compile_store")
+    misses.record(store.layout, starts.KEY, "rank_0", starts.MODEL, {"torch": "2.13.1"}, starts.OLD_KEY, changes)
+    notes = [note for note in json.loads(cli("last", "--json"))["notes"] if note["name"] == "miss"]
+    assert len(notes) == 2
+    assert notes[0]["attrs"]["closest"] == starts.OLD_KEY
+    assert notes[0]["attrs"]["changes"] == [["torch", "2.13.0", "2.13.1"], ["vllm.new", None, "1"]]
 
 
 def test_files(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from vllm_compile_ext.startup.read import Note
         ("key", {"key": "b818f53c0d22aaaa", "shard": "rank_0"}, "the compile cache key is b818f53c0d22 (rank_0)"),
         ("miss", {"summary": "cache miss: torch 2.13.0 -> 2.13.1"}, "cache miss: torch 2.13.0 -> 2.13.1"),
         ("miss", {"changes": [["torch", "2.13.0", None], 5, ["x"]]}, "cache miss: torch 2.13.0 -> unset"),
+        ("miss", {"why": "cache miss: nothing is stored yet"}, "cache miss: nothing is stored yet"),
+        ("loaded", {"pieces": 81, "ms": 21.3}, "loaded 81 compiled pieces in 21 ms"),
+        ("compiled", {"pieces": 2, "loaded": 1}, "compiled 2 pieces; 1 piece of another model loaded"),
         ("miss", {}, "cache miss: nothing is stored under this key"),
         (
             "compiled",
@@ -32,6 +35,11 @@ from vllm_compile_ext.startup.read import Note
 )
 def test_notes(name: str, attrs: dict[str, Any], text: str) -> None:
     assert words.note(Note(time=1, pid=1, name=name, attrs=attrs)) == text
+
+
+def test_of_several_models() -> None:
+    note = Note(time=1, pid=1, name="compiled", attrs={"pieces": 1, "model": "LlamaModel"})
+    assert words.note(note, models=True) == "LlamaModel: compiled 1 piece"
 
 
 @pytest.mark.parametrize(
