@@ -74,6 +74,11 @@ class Settings:
         default=200,
         meaning="How many seconds to wait for another process that compiles the same model, before doing it here too.",
     )
+    VLLM_COMPILE_STARTS: bool = _switch(
+        default=True,
+        meaning="Where each start spends its time is kept in compile_starts in vLLM's cache root, the last 20, for "
+        "vllm-compile-ext report. 0 records nothing. 1 also times the imports of programs that are not called vllm.",
+    )
 
 
 def _parse(name: str, raw: str, kind: type) -> bool | int | str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,24 @@ def _instruction_set() -> Undo:
             workers.forget()
 
     return undo
+
+
+def _record() -> Undo:
+    loaded = time.time_ns()
+    if not envs.load().VLLM_COMPILE_STARTS:
+        return _forget()
+    from vllm_compile_ext.startup import hooks
+
+    return hooks.install(loaded)
+
+
+def _forget() -> Undo:
+    """Drop what the file vllm_compile_ext.pth has begun in this process."""
+    if "vllm_compile_ext.startup.imports" in sys.modules:
+        from vllm_compile_ext.startup import hooks
+
+        hooks.uninstall()
+    return lambda: None
 
 
 def _logger() -> Undo:
@@ -138,9 +157,15 @@ OFF = (
         "where the plugin is off, what a parent process with the plugin set of them is taken away",
         lambda: jit_caches.settle(active=False),
     ),
+    Change("sys.meta_path (off)", "a record of imports that began before the plugin was loaded is dropped", _forget),
 )
 ACTIVE = (
     *ALWAYS,
+    Change(
+        "sys.meta_path (startup/imports.py)",
+        "while a start is recorded: imports are timed, and functions of vLLM are found when their module is imported",
+        _record,
+    ),
     Change(
         "vllm.envs.compile_factors",
         "variables that cannot change compiled code stay out of the compile cache key; the plugin's version goes in, "
@@ -184,6 +209,18 @@ WHILE_COMPILING = (
         "on GPUs, Triton kernels compile in Inductor's own pool of processes",
     ),
 )
+# What is changed while a start is recorded, by the module that does it.
+WHILE_STARTING = (
+    (
+        "trace and TracerProvider in vllm.tracing.otel (startup/otel.py)",
+        "vLLM's own spans go to our provider, which writes the file of the start",
+    ),
+    ("os.environ: traceparent (startup/recorder.py)", "vLLM's spans find what they are part of; until ready"),
+    (
+        "functions of vLLM, listed in startup/hooks.py",
+        "phases that vLLM has no span for get one; the first request and its first token are seen",
+    ),
+)
 # What the command's own processes change for as long as they live (cli/warm_start.py).
 WHILE_WARMING = (
     (
@@ -222,6 +259,7 @@ def markdown() -> str:
     rows = [f"| active or off | `{change.what}` | {change.why} |" for change in OFF]
     rows += [f"| active | `{change.what}` | {change.why} |" for change in ACTIVE if change not in ALWAYS]
     rows += [f"| while a model compiles | `{what}` | {why} |" for what, why in WHILE_COMPILING]
+    rows += [f"| while a start is recorded | `{what}` | {why} |" for what, why in WHILE_STARTING]
     rows += [f"| in `vllm-compile-ext warm` | `{what}` | {why} |" for what, why in WHILE_WARMING]
     return "\n".join([head, "| when | what | why |", "|---|---|---|", *rows]) + "\n"
 

@@ -18,6 +18,7 @@ from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import outcomes, program, scratch, workers
 from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.compilation.wrapper import aot_bytecode, inspect_bytecode
+from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import decorators as upstream
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,9 @@ _upstream_decorate = upstream._support_torch_compile
 
 def __getattr__(name: str) -> Any:
     return getattr(upstream, name)
+
+
+LOADING = "load compiled code"  # the phase
 
 
 class _Miss(Exception):  # noqa: N818 - leaves the timer without a line about a load
@@ -45,7 +49,8 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     if model.vllm_config.compilation_config.backend == "eager":
         return None  # never compiled, and upstream asks again at each call
     try:
-        entry = entries.of(model)
+        with span("compute key", LOADING):
+            entry = entries.of(model)
     except Exception as error:
         logger.warning("nothing is loaded or kept: no key (%s: %s)", type(error).__name__, error)
         logger.debug("no key", exc_info=True)
@@ -54,6 +59,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
         if vllm.envs.VLLM_FORCE_AOT_LOAD:
             raise FileNotFoundError("VLLM_FORCE_AOT_LOAD=1, but there is no store to load from: see the line above")
         return None
+    note("key", model=entry.model, key=entry.key, shard=entry.shard)
     path = Path(aot_compilation_path)
     loaded = _load(entry, model, path)
     if loaded is not None:
@@ -62,8 +68,11 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     if vllm.envs.VLLM_FORCE_AOT_LOAD:
         raise FileNotFoundError(f"VLLM_FORCE_AOT_LOAD=1, but {why} (store {entry.store.root}, key {entry.key[:12]})")
     logger.info("%s%s", entry.tag, why)
+    note("miss", model=entry.model, key=entry.key, shard=entry.shard, why=why)
     try:
-        if entry.claim():
+        with span("claim", LOADING):
+            waited = entry.claim()
+        if waited:
             loaded = _load(entry, model, path)  # by the process that was waited for
     except Exception as error:
         logger.warning("%snot waiting for other processes: %s: %s", entry.tag, type(error).__name__, error)
@@ -84,10 +93,16 @@ def _timed(model: Any) -> AbstractContextManager[None]:
 
 
 def _load(entry: Entry, model: Any, path: Path) -> Any | None:
+    with span("load", LOADING, model=entry.model, key=entry.key):
+        return _load_it(entry, model, path)
+
+
+def _load_it(entry: Entry, model: Any, path: Path) -> Any | None:
     begin = time.perf_counter()
     try:
         with _timed(model):
-            manifest = entry.find()
+            with span("look up"):
+                manifest = entry.find()
             if manifest is None:
                 raise _Miss
             if manifest.about.get("form") == program.NATIVE:
@@ -99,12 +114,18 @@ def _load(entry: Entry, model: Any, path: Path) -> Any | None:
         return None
     except Exception as error:  # whatever it is, compiling again is the way out
         known = isinstance(error, DamagedError | OSError)
-        logger.warning("%scompiling again: %s", entry.tag, error if known else f"{type(error).__name__}: {error}")
+        why = str(error) if known else f"{type(error).__name__}: {error}"
+        logger.warning("%scompiling again: %s", entry.tag, why)
+        note("fallback", model=entry.model, key=entry.key, why=f"compiling again: {why}")
         logger.debug("loading failed", exc_info=True)
         return None
     spent = (time.perf_counter() - begin) * 1000
     logger.info("%sloaded compiled code %s of %s (%.1f ms)", entry.tag, entry.key[:12], entry.store.root, spent)
     _tell(entry, "found")
+    members = manifest.members
+    size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
+    count = sum(name.startswith("piece/") for name in members)
+    note("loaded", model=entry.model, key=entry.key, pieces=count, bytes=size, ms=round(spent, 1))
     return loaded
 
 
@@ -142,18 +163,22 @@ def _save(model: Any) -> None:
         return
     try:
         compiled = model.aot_compiled_fn
-        form, members = program.keep(entry.store, compiled)
-        entry.commit(members, entries.sources_of(compiled), {"form": form})
+        with span("save", "compile", model=entry.model):
+            form, members = program.keep(entry.store, compiled)
+            entry.commit(members, entries.sources_of(compiled), {"form": form})
         compilation_counter.num_aot_artifacts_saved += 1
         compilation_counter.num_compiled_artifacts_saved += sum(name.startswith("piece/") for name in members)
         size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
         logger.info("%skept as %s in %s (%.1f MB)", entry.tag, entry.key[:12], entry.store.root, size / 1e6)
         _tell(entry, "kept")
+        count = sum(name.startswith("piece/") for name in members)
+        note("kept", model=entry.model, key=entry.key, pieces=count, bytes=size)
     except Exception as error:
         why = str(error) if isinstance(error, NotSaved | OSError) else f"{type(error).__name__}: {error}"
         logger.warning("%snot kept, the next start compiles again: %s", entry.tag, why)
         logger.debug("saving failed", exc_info=True)
         _tell(entry, "failed", why)
+        note("fallback", model=entry.model, key=entry.key, why=f"not kept: {why}")
     finally:
         entries.release(model)
 

@@ -24,6 +24,7 @@ from vllm_compile_ext.graph import plan as plans
 from vllm_compile_ext.graph.fingerprint import Unfingerprintable, fingerprint
 from vllm_compile_ext.graph.split import Piece, decompose_sizes, extract, split
 from vllm_compile_ext.graph.stitch import stitch
+from vllm_compile_ext.startup.spans import note, span
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,17 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     config = backend.compilation_config
     dynamo = _seconds_since_start()
     started = time.perf_counter()
-    extras = stitch(graph.graph, inputs)
-    decompose_sizes(graph.graph)
-    operators = config.splitting_ops or []
-    pieces = split(graph.graph, lambda node: should_split(node, operators))
-    numbers, firsts, fingerprints = deduplicate(pieces, graph)
-    modules = [extract(piece, graph) for piece in firsts]
-    plan = plans.write(graph.graph, pieces, numbers, extras)
+    with span("split") as splitting:
+        extras = stitch(graph.graph, inputs)
+        decompose_sizes(graph.graph)
+        operators = config.splitting_ops or []
+        pieces = split(graph.graph, lambda node: should_split(node, operators))
+        splitting.set(pieces=len(pieces))
+    with span("fingerprint"):
+        numbers, firsts, fingerprints = deduplicate(pieces, graph)
+    with span("plan"):
+        modules = [extract(piece, graph) for piece in firsts]
+        plan = plans.write(graph.graph, pieces, numbers, extras)
     session.compiling = True
 
     tracer = session.tracer
@@ -82,6 +87,16 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
     function.kept, function.constants = shared.kept, constants
     function.bind(session.model)
+    note(
+        "compiled",
+        model=session.entry.model if session.entry is not None else type(session.model).__qualname__,
+        pieces=len(plan.calls),
+        distinct=len(firsts),
+        loaded=shared.loaded,
+        traced=tracer.traced,
+        copied=tracer.stamped,
+        dynamo=round(dynamo, 3),
+    )
     return function
 
 
@@ -134,9 +149,11 @@ def _compile(
 
         def finish() -> None:
             progress.phase("waiting for kernels")
-            kernels.wait()
+            with span("wait for kernels"):
+                kernels.wait()
             for number in mine:
-                shared.keep(number, made[number], constants[number])
+                with span(f"keep piece {number}"):
+                    shared.keep(number, made[number], constants[number])
             mine.clear()
             shared.release()
 
@@ -188,7 +205,8 @@ def _lowered(backend: Any, number: int, module: torch.fx.GraphModule, count: int
     """Inductor's work, but for the kernels that compile in the background."""
     symbols = _symbols(module)
     config = backend.vllm_config
-    return PiecewiseBackend(module, config, number, count, symbols, backend, True, submod_name=f"piece_{number}")
+    with span(f"piece {number}"):
+        return PiecewiseBackend(module, config, number, count, symbols, backend, True, submod_name=f"piece_{number}")
 
 
 def _write_graph(folder: Path, plan: plans.Plan, modules: Sequence[torch.fx.GraphModule]) -> None:

@@ -23,6 +23,7 @@ from vllm_compile_ext.bytecode import transformed
 from vllm_compile_ext.compilation import inductor_files, pieces, scratch
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.graph import plan as plans
+from vllm_compile_ext.startup.spans import span
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +76,12 @@ def _put(store: Store, piece: Any, shape: str, artifact: Any, own: Sequence[Any]
 
 def get_piece(store: Store, code: Blob) -> Callable[..., Any]:
     """The piece of which "code" is `code`.  Raises `DamagedError` where a blob is not what was written."""
-    piece = msgspec.msgpack.decode(store.get(code), type=_Piece)
-    kernels = [(kind, store.get(blob)) for kind, blob in piece.kernels]
+    with span("read and verify"):
+        piece = msgspec.msgpack.decode(store.get(code), type=_Piece)
+        kernels = [(kind, store.get(blob)) for kind, blob in piece.kernels]
     if piece.source:
-        return pieces.thaw(pieces.Frozen(piece.source, piece.record, kernels))
+        with span("map", kernels=len(kernels)):
+            return pieces.thaw(pieces.Frozen(piece.source, piece.record, kernels))
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
     _into_scratch(kernels)
@@ -134,17 +137,20 @@ def load_native(store: Store, manifest: Manifest, model: Any) -> tuple[Callable[
     Raises `DamagedError` where a blob is not what was written.
     """
     members = manifest.members
-    code = transformed.loads(store.get(members["bytecode"]))
-    plan = plans.loads(store.get(members["plan"]))
-    head = msgspec.json.decode(store.get(members["head"]), type=Head)
+    with span("read bytecode and plan"):
+        code = transformed.loads(store.get(members["bytecode"]))
+        plan = plans.loads(store.get(members["plan"]))
+        head = msgspec.json.decode(store.get(members["head"]), type=Head)
     runnables: list[dict[str, Any]] = [{} for _ in head.symbols]
     for name, blob in members.items():
         kind, _, rest = name.partition("/")
         if kind == "piece":
             number, _, shape = rest.partition("/")
-            runnables[int(number)][shape] = get_piece(store, blob)
-    function = PlanFunction.of(plan, head.symbols, runnables, model.vllm_config, head.prefix, head.is_encoder)
-    function.bind(model)
+            with span(f"load piece {number}", range=shape):
+                runnables[int(number)][shape] = get_piece(store, blob)
+    with span("bind"):
+        function = PlanFunction.of(plan, head.symbols, runnables, model.vllm_config, head.prefix, head.is_encoder)
+        function.bind(model)
     return code.function(function, model.forward.__globals__), code.code
 
 

@@ -14,6 +14,7 @@ from vllm_compile_ext.bytecode import buffers, dump
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import factors, rules, scratch, workers
 from vllm_compile_ext.compilation.session import Session
+from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import wrapper as upstream
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,11 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
         tag = f"[{getattr(self, '_compile_tag', '')}] "
         if reason := rules.why_upstream(self.vllm_config):
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, reason)
+            note("fallback", model=tag.strip(), why=f"every layer is traced: {reason}")
             return None
         session = Session(self, self.__dict__.get(entries.NAME))
         try:
-            with session.active():
+            with session.active(), span("trace"):
                 return super().aot_compile(*args, **kwargs)
         except Exception as error:
             if session.compiling:
@@ -93,14 +95,20 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, why)
             logger.debug("%strace once gave up", tag, exc_info=True)
+            note("fallback", model=tag.strip(), why=f"every layer is traced: {why}")
             return None
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
+        with span("compile", "compile", model=type(self).__qualname__, tag=getattr(self, "_compile_tag", "")):
+            return self._compile(*args, **kwargs)
+
+    def _compile(self, *args: Any, **kwargs: Any) -> Any:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch.inductor())
         try:
             compiled = self._trace_once(*args, **kwargs)
             if compiled is None:
-                compiled = super().aot_compile(*args, **kwargs)
+                with span("trace every layer"):
+                    compiled = super().aot_compile(*args, **kwargs)
             inspect_bytecode(self, aot_bytecode(compiled), getattr(self, "_aot_compilation_path", None))
         except BaseException:
             entries.release(self)
