@@ -13,7 +13,7 @@ import typer
 from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, UserError
-from vllm_compile_ext.report import facts, html, perfetto, terminal
+from vllm_compile_ext.report import facts, html, perfetto, terminal, words
 from vllm_compile_ext.startup import read
 from vllm_compile_ext.startup.read import ReadError, Start
 
@@ -108,11 +108,12 @@ def _report(
 ) -> None:
     made = facts.facts(found, other)
     _explain(made)
-    _write(found, made, html_file, perfetto_file)
+    before = facts.facts(other) if other else None
+    _write(found, made, html_file, perfetto_file, before)
     if as_json:
         typer.echo(json.dumps(made, indent=2))
     elif not html_file and not perfetto_file:
-        terminal.show(_store.console(), made)
+        terminal.show(_store.console(), made, before)
 
 
 def _compare(
@@ -126,7 +127,7 @@ def _compare(
     _write(new, after, html_file, None, before)
     if as_json:
         names = ("options", "versions", "machine")
-        differ = {name: terminal.different(before[name], after[name]) for name in names}
+        differ = {name: words.different(before[name], after[name]) for name in names}
         data: dict[str, Any] = {"a": facts.summary(old), "b": facts.summary(new), "phases": after["phases"]}
         typer.echo(json.dumps(data | {"different": differ}, indent=2))
     elif not html_file:

@@ -63,7 +63,7 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
                 "ppid": process.ppid,
                 "kind": process.kind,
                 "title": named[process.pid],
-                "name": process.name,
+                "name": "" if process.name in (process.kind, named[process.pid]) else process.name,
                 "rank": process.rank,
                 "host": process.host,
                 "argv": list(process.argv),

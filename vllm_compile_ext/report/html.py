@@ -16,9 +16,7 @@ from importlib import resources
 from typing import Any
 
 from vllm_compile_ext import __version__
-from vllm_compile_ext.cli._store import date
-from vllm_compile_ext.report.terminal import death, different, outcome
-from vllm_compile_ext.report.words import changes, duration
+from vllm_compile_ext.report.words import changes, date, death, different, duration, outcome, size
 
 _NONE = "\N{EN DASH}"
 _PLACE = re.compile(r"\{\{([a-z]+)\}\}")
@@ -213,19 +211,19 @@ def _processes(facts: dict[str, Any]) -> str:
         )
         longest = sorted(process["phases"], key=lambda row: -row["seconds"])[:4]
         said = ", ".join(f"{row['phase']} {duration(row['seconds'])}" for row in longest)
+        about = f"{process['name']} pid {process['pid']}" + (f" on {process['host']}" if process["host"] else "")
+        about += f", {duration(busy)} recorded"
         parts.append(
-            f'<h3>{escape(process["title"])}<span class="tag">{escape(process["name"])} pid {process["pid"]}'
-            f"{' on ' + escape(process['host']) if process['host'] else ''}, {duration(busy)} recorded</span></h3>"
+            f'<h3>{escape(process["title"])}<span class="tag">{escape(about.lstrip())}</span></h3>'
             f'<div class="strip" aria-hidden="true">{strip}</div><p class="muted">{escape(said)}</p>'
         )
-        if process["argv"]:
+        # Python's own line says nothing about a process that it forked or spawned.
+        if process["argv"] and "--multiprocessing-fork" not in process["argv"]:
             parts.append(f"<p><code>{escape(' '.join(process['argv']))}</code></p>")
         if process["exit"]:
             parts.append(f'<p class="worse">Ended with <code>{escape(process["exit"])}</code></p>')
-    about = (
-        '<p class="muted">Each process for itself, whatever the others did; the strips are as long as the start.</p>'
-    )
-    return _section("Processes", about + "".join(parts)) if parts else ""
+    head = '<p class="muted">Each process for itself, whatever the others did; the strips are as long as the start.</p>'
+    return _section("Processes", head + "".join(parts)) if parts else ""
 
 
 def _spans() -> str:
@@ -239,7 +237,7 @@ def _about(facts: dict[str, Any], other: dict[str, Any] | None) -> str:
     parts = []
     for title in ("versions", "machine", "options"):
         if facts[title]:
-            cells = _rows((("", name), ("", _plain(value))) for name, value in facts[title].items())
+            cells = _rows((("", name), ("", _plain(name, value))) for name, value in facts[title].items())
             cells = cells.replace("<tr><td>", '<tr><th scope="row">').replace("</td><td>", "</th><td>")
             parts.append(f'<div><h3>{title.capitalize()}</h3><table class="facts"><tbody>{cells}</tbody></table></div>')
     differ = ""
@@ -276,7 +274,9 @@ def _rows(rows: Iterable[Sequence[tuple[str, str]]]) -> str:
     return "".join(found)
 
 
-def _plain(value: Any) -> str:
+def _plain(name: str, value: Any) -> str:
+    if name == "memory" and isinstance(value, int):
+        return size(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 

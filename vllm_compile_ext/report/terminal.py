@@ -10,15 +10,14 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from vllm_compile_ext.cli._store import ago, count, date, plain
-from vllm_compile_ext.report.words import changes, duration
+from vllm_compile_ext.report.words import ago, changes, count, date, death, different, duration, outcome, plain
 
 LINES = 4  # of a process's lane
 _BAR = 24  # characters of a share of 100 %
 _NARROWEST = 40
 
 # By their family: Python, processes, the model, compiling, memory, graphs, serving.
-_COLOURS = {
+COLOURS = {
     "interpreter": "#79a7e8",
     "imports": "#4d8ae0",
     "config": "#8fb8d8",
@@ -37,16 +36,19 @@ _COLOURS = {
     "first request": "#7cc9c0",
 }
 _ELSE = "#b0b0b0"
+_BEFORE = "#808080"
 
 
-def show(out: Console, facts: dict[str, Any]) -> None:
-    """Print the whole report."""
+def show(out: Console, facts: dict[str, Any], other: dict[str, Any] | None = None) -> None:
+    """Print the whole report; `other`: the facts of the start that it is compared with."""
     headline(out, facts)
     out.print()
     out.print(phases(facts))
     out.print()
     lanes(out, facts)
     _notes(out, facts)
+    if other is not None:
+        differences(out, other, facts)
     hints = []
     if facts["skipped"]:
         hints.append(f"{count(facts['skipped'], 'line')} of the file could not be read")
@@ -67,20 +69,6 @@ def headline(out: Console, facts: dict[str, Any]) -> None:
     out.print(plain(f"{facts['id']}  {date(facts['time'])}  {versions}"), style="dim", soft_wrap=True)
     if facts["died"]:
         out.print(plain(death(facts["died"])), style="bold red", soft_wrap=True)
-
-
-def outcome(line: dict[str, Any]) -> str:
-    """A word or two on how a start without "ready" ended."""
-    words = "failed" if line["outcome"] == "failed" else "not ready" if line["outcome"] == "unfinished" else "ready"
-    return f"{words} in {line['died']['phase']}" if line["died"] else words
-
-
-def death(died: dict[str, Any]) -> str:
-    """Where a start ended that did not get ready."""
-    where = f"in the phase {died['phase']}" + (f" ({died['span']})" if died["span"] else "")
-    who = f" of {died['process']}" if died["process"] else ""
-    error = f": {died['error']}" if died["error"] else ", and nothing says why: killed, or still running"
-    return f"It ended {where}{who}{error}"
 
 
 def phases(facts: dict[str, Any]) -> Table:
@@ -122,29 +110,25 @@ def comparison(out: Console, old: dict[str, Any], new: dict[str, Any]) -> None:
     )
     for row in new["phases"]:
         a, b = row["other"], row["seconds"]
-        bars = Text(_blocks(round((a or 0) / widest * _BAR * 8)) + "\n", style="dim") + Text(
-            _blocks(round((b or 0) / widest * _BAR * 8)), style=_colour(row["phase"])
-        )
+        bars = _pair((a or 0.0) / widest, (b or 0.0) / widest, _colour(row["phase"]))
         table.add_row(_name(row["phase"]), _number(a), _number(b), _change(row["change"]), _ratio(a, b), bars)
     before, after = sum(row["other"] or 0.0 for row in new["phases"]), new["wall"]
     cells = (_number(before), _number(after), _change(after - before).plain, _ratio(before, after))
     table.add_row("total", *cells, "", style="bold")
     out.print(table)
-    out.print("Bars: A above, B below.", style="dim")
+    out.print("Bars: A is the upper half, B the lower.", style="dim")
+    differences(out, old, new)
+
+
+def differences(out: Console, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Print in what versions, options and machines two starts do not agree."""
     for title in ("versions", "options", "machine"):
         differ = different(old[title], new[title])
         if differ:
             out.print()
-            out.print(f"{title} that differ", style="bold")
+            out.print(f"{title} that differ from {old['id']}", style="bold")
             for key, one, two in differ:
                 out.print(plain(f"  {key}: {one} -> {two}"), soft_wrap=True)
-
-
-def different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What two flat tables do not agree in: name, old, new."""
-    names = sorted({*old, *new})
-    rows = ((name, old.get(name, "unset"), new.get(name, "unset")) for name in names)
-    return [(name, str(a), str(b)) for name, a, b in rows if a != b]
 
 
 def lanes(out: Console, facts: dict[str, Any]) -> None:
@@ -177,8 +161,10 @@ def _lane(spans: Iterable[dict[str, Any]], wall: float, width: int) -> Text:
         name = plain(span["name"])
         label = name if len(name) <= room else name[: room - 1] + "…" if room > 3 else ""
         mark = "!" if span["error"] or span["open"] else "▏"
-        colour = Style(color="#101010", bgcolor=_colour(span["phase"]))
-        text.append(mark + label.ljust(room, " "), style=colour)
+        if span["waits"]:
+            text.append(mark + label.ljust(room, "╌"), style=_colour(span["phase"]))
+        else:
+            text.append(mark + label.ljust(room), style=Style(color="#101010", bgcolor=_colour(span["phase"])))
     return text
 
 
@@ -207,7 +193,7 @@ def _notes(out: Console, facts: dict[str, Any]) -> None:
         out.print()
     for text, processes in seen.items():
         who = ", ".join(dict.fromkeys(name for name in processes if name))
-        out.print(Text(plain(text)) + Text(plain(f"  {who}"), style="dim"), soft_wrap=True)
+        out.print(Text.assemble(plain(text), (f"  {plain(who)}", "dim")), soft_wrap=True)
     for note in facts["notes"]:
         rows = changes(note["attrs"]) if note["name"] == "miss" else []
         if len(rows) > 3:
@@ -244,11 +230,11 @@ def _short(name: str) -> str:
 
 
 def _name(phase: str) -> Text:
-    return Text("■ ", style=_colour(phase)) + Text(plain(phase))
+    return Text.assemble(("■ ", _colour(phase)), plain(phase))
 
 
 def _colour(phase: str) -> str:
-    return _COLOURS.get(phase, _ELSE)
+    return COLOURS.get(phase, _ELSE)
 
 
 def _number(seconds: float | None) -> str:
@@ -258,13 +244,24 @@ def _number(seconds: float | None) -> str:
 def _change(seconds: float | None) -> Text:
     if seconds is None:
         return Text("-")
-    # As much as is shown: what rounds to 0.00 is no change.
-    style = "" if abs(seconds) < 0.005 else "green" if seconds < 0 else "red"
-    return Text(f"{seconds:+.2f}", style=style)
+    if abs(seconds) < 0.005:  # as much as is shown
+        return Text("0.00")
+    return Text(f"{seconds:+.2f}", style="green" if seconds < 0 else "red")
 
 
 def _ratio(a: float | None, b: float | None) -> str:
     return f"{b / a:.2f}x" if a and b is not None and a >= 0.005 else "-"
+
+
+def _pair(a: float, b: float, colour: str) -> Text:
+    """Two bars in one line, of shares of the widest: half blocks, which can be told apart without colours."""
+    one, two = round(a * _BAR), round(b * _BAR)
+    parts = (
+        ("█" * min(one, two), Style(color=colour)),
+        ("▀" * (one - two), Style(color=_BEFORE)),
+        ("▄" * (two - one), Style(color=colour)),
+    )
+    return Text.assemble(*(part for part in parts if part[0]))
 
 
 def _blocks(eighths: int) -> str:

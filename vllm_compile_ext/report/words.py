@@ -1,9 +1,12 @@
-"""Sentences about a start: what was compiled, loaded and captured, and why."""
+"""Words for people: sentences about a start, and how numbers, times and foreign text are written."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
+
+from rich import filesize
 
 from vllm_compile_ext.startup.read import Note
 
@@ -27,13 +30,56 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if abs(seconds) < 599.5 else f"{seconds / 60:.1f} min"
 
 
-def size(count: float) -> str:
+def plain(text: str) -> str:
+    """`text` without what a terminal would act on: a bundle's author chose it."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def size(count: int) -> str:
     """Bytes, such as "5.1 MB"; a MB is 1000 kB."""
-    for unit in ("bytes", "kB", "MB"):
-        if abs(count) < 999.5:
-            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 99.5 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    return filesize.decimal(count)
+
+
+def count(number: int | float, one: str, many: str = "") -> str:
+    """Such as "1 piece" or "81 pieces"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def date(moment: float) -> str:
+    """A unix time in local time."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+    except (OverflowError, ValueError, OSError):
+        return "?"
+
+
+def ago(moment: float) -> str:
+    """How long ago a unix time was, such as "3 h"."""
+    minutes = int(max(0.0, time.time() - moment) // 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} d"
+
+
+def outcome(line: dict[str, Any]) -> str:
+    """A word or two on how a start without "ready" ended."""
+    words = "failed" if line["outcome"] == "failed" else "not ready" if line["outcome"] == "unfinished" else "ready"
+    return f"{words} in {line['died']['phase']}" if line["died"] else words
+
+
+def death(died: dict[str, Any]) -> str:
+    """Where a start ended that did not get ready."""
+    where = f"in the phase {died['phase']}" + (f" ({died['span']})" if died["span"] else "")
+    who = f" of {died['process']}" if died["process"] else ""
+    error = f": {died['error']}" if died["error"] else ", and nothing says why: killed, or still running"
+    return f"It ended {where}{who}{error}"
+
+
+def different(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What two flat tables do not agree in: name, old, new."""
+    names = sorted({*old, *new})
+    rows = ((name, old.get(name, "unset"), new.get(name, "unset")) for name in names)
+    return [(name, str(a), str(b)) for name, a, b in rows if a != b]
 
 
 def _key(attrs: dict[str, Any]) -> str:
@@ -69,21 +115,21 @@ def _compiled(attrs: dict[str, Any]) -> str:
     parts = []
     if _number(attrs, "traced") is not None:
         copied = _number(attrs, "copied")
-        parts.append(f"traced {_count(attrs['traced'], 'layer')}" + (f" and copied {copied}" if copied else ""))
+        parts.append(f"traced {count(attrs['traced'], 'layer')}" + (f" and copied {copied}" if copied else ""))
     if _number(attrs, "pieces") is not None:
         distinct = _number(attrs, "distinct")
         parts.append(
-            f"compiled {_count(attrs['pieces'], 'piece')}" + (f", {distinct} of them distinct" if distinct else "")
+            f"compiled {count(attrs['pieces'], 'piece')}" + (f", {distinct} of them distinct" if distinct else "")
         )
     loaded = _number(attrs, "loaded")
     if loaded:
-        parts.append(f"{_count(loaded, 'piece')} of another model loaded")
+        parts.append(f"{count(loaded, 'piece')} of another model loaded")
     return "; ".join(parts) + _time(attrs) if parts else ""
 
 
 def _loaded(attrs: dict[str, Any]) -> str:
     pieces = _number(attrs, "pieces")
-    what = "compiled code" if pieces is None else f"{_count(pieces, 'compiled piece')}"
+    what = "compiled code" if pieces is None else f"{count(pieces, 'compiled piece')}"
     return f"loaded {what}{_of(attrs)}{_bytes(attrs)}{_time(attrs)}"
 
 
@@ -97,7 +143,7 @@ def _graphs(attrs: dict[str, Any]) -> str:
         return ""
     kind = attrs.get("kind")
     which = f"{kind} CUDA graph" if kind else "CUDA graph"
-    return f"captured {_count(captured, which)}{_bytes(attrs)}{_time(attrs)}"
+    return f"captured {count(captured, which)}{_bytes(attrs)}{_time(attrs)}"
 
 
 def _fallback(attrs: dict[str, Any]) -> str:
@@ -127,8 +173,8 @@ def _of(attrs: dict[str, Any]) -> str:
 
 
 def _bytes(attrs: dict[str, Any]) -> str:
-    count = _number(attrs, "bytes")
-    return "" if count is None else f", {size(count)}"
+    number = _number(attrs, "bytes")
+    return "" if number is None else f", {size(int(number))}"
 
 
 def _time(attrs: dict[str, Any]) -> str:
@@ -136,7 +182,3 @@ def _time(attrs: dict[str, Any]) -> str:
     if taken is None and milliseconds is not None:
         taken = milliseconds / 1000
     return "" if taken is None else f" in {duration(taken)}"
-
-
-def _count(number: int | float, one: str) -> str:
-    return f"{number} {one}" if number == 1 else f"{number} {one}s"

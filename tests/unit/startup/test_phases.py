@@ -218,3 +218,12 @@ def test_an_error_that_was_held_up_is_no_death() -> None:
 
 def test_ready_is_no_death() -> None:
     assert phases.death(parsed(starts.cold())) is None
+
+
+def test_a_helper_is_waited_for() -> None:
+    made = recorder()
+    made.process(0, 99, FRONT, "helper")
+    made.span(None, FRONT, "engine configuration", 0, 10, "config")
+    made.span(None, 99, "imports", 2, 8, "imports")
+    made.line("ready", 10)
+    assert seconds(made) == {"imports": 6, "config": 4}
