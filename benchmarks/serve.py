@@ -226,6 +226,11 @@ class Server:
         except OSError as error:
             raise ServerError(f"{path} did not answer: {error}", self.log) from error
 
+    def get(self, path: str, timeout: float = 60.0) -> str:
+        """GET `path` ("/metrics"): the text."""
+        with _open(f"http://{HOST}:{self.port}{path}", timeout=timeout) as answer:
+            return str(answer.read().decode())
+
     def phases(self) -> Phases:
         """Where the start spent its time, as far as the log tells by now."""
         at = {name: next((ln.at for ln in self.lines if mark in ln.text), None) for name, mark in MARKS.items()}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_compile_ext import envs, jit_caches, platforms, swap
+from vllm_compile_ext import envs, jit_caches, metrics, platforms, run_folder, swap
 
 Undo = Callable[[], None]
 
@@ -43,12 +43,12 @@ def _instruction_set() -> Undo:
 
 
 def _record() -> Undo:
-    loaded = time.time_ns()
     if not envs.load().VLLM_COMPILE_STARTS:
         return _forget()
+    from vllm_compile_ext import plugin
     from vllm_compile_ext.startup import hooks
 
-    return hooks.install(loaded)
+    return hooks.install(plugin.loading_since or time.time_ns())
 
 
 def _forget() -> Undo:
@@ -135,6 +135,11 @@ def _cache_key(*, active: bool) -> Undo:
     return undo
 
 
+def _metrics() -> Undo:
+    metrics.expose()
+    return metrics.conceal
+
+
 # Made also when the plugin is switched off, so that its variables are no news to vLLM and leave its cache key alone.
 ALWAYS = (
     Change("logging.getLogger('vllm_compile_ext').parent", "our lines go where vLLM's go, in vLLM's format", _logger),
@@ -162,11 +167,6 @@ OFF = (
 ACTIVE = (
     *ALWAYS,
     Change(
-        "sys.meta_path (startup/imports.py)",
-        "while a start is recorded: imports are timed, and functions of vLLM are found when their module is imported",
-        _record,
-    ),
-    Change(
         "vllm.envs.compile_factors",
         "variables that cannot change compiled code stay out of the compile cache key; the plugin's version goes in, "
         "so that stock's entries are neither read nor overwritten",
@@ -183,11 +183,26 @@ ACTIVE = (
         "finds them; what the user set stays, and with VLLM_DISABLE_COMPILE_CACHE=1 nothing is set (jit_caches.py)",
         lambda: jit_caches.settle(active=True),
     ),
+    Change(
+        f"os.environ: {run_folder.VARIABLE}",
+        "names the private temporary folder that the front end makes for itself, the engine and the workers",
+        run_folder.make,
+    ),
+    Change(
+        "prometheus_client.REGISTRY; prometheus_client.multiprocess.MultiProcessCollector.collect",
+        "the plugin's metrics are at /metrics, with one API server and with several; changed when they are imported",
+        _metrics,
+    ),
     Change("sys.meta_path", "the import hook that swaps vllm.compilation's modules", _swap),
     Change(
         "torch._inductor.cpu_vec_isa.valid_vec_isa_list",
         "on CPU, one instruction set is probed instead of all that the processor names",
         _instruction_set,
+    ),
+    Change(
+        "sys.meta_path (startup/imports.py)",
+        "while a start is recorded: imports are timed, and functions of vLLM are found when their module is imported",
+        _record,
     ),
 )
 # What is changed while a model compiles and put back afterwards, by the module that does it.

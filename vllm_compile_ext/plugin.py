@@ -7,6 +7,7 @@ take serving down: vLLM then starts as it would without the plugin, and one line
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
 from vllm_compile_ext import __version__, compat, envs, monkeypatches, swap
@@ -32,6 +33,7 @@ class Status:
 _status: Status | None = None
 _announced = False
 _undos: list[monkeypatches.Undo] = []
+loading_since: int | None = None  # unix ns, of `register`
 
 
 class PluginError(RuntimeError):
@@ -43,8 +45,9 @@ def register() -> None:
 
     Raises `PluginError` only under ``VLLM_COMPILE_EXT_STRICT=1``.
     """
-    global _status
+    global _status, loading_since
     if _status is None:
+        loading_since = time.time_ns()
         try:
             _status = _decide()
         except Exception as error:

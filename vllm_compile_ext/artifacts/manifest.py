@@ -8,6 +8,7 @@ paths.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import msgspec
 from blake3 import blake3
@@ -60,6 +61,11 @@ class Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ManifestError(f"digest {self.digest!r} is not allowed: 64 lower hexadecimal digits are")
         if self.size < 0:
             raise ManifestError(f"size {self.size} is not allowed: a number from 0 is")
+
+
+def total(blobs: Iterable[Blob]) -> int:
+    """Bytes of `blobs`, each counted once."""
+    return sum(blob.size for blob in {blob.digest: blob for blob in blobs}.values())
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

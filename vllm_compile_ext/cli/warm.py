@@ -21,7 +21,7 @@ from rich.console import Console
 
 from vllm_compile_ext import envs, jit_caches
 from vllm_compile_ext.artifacts import kernels
-from vllm_compile_ext.artifacts.manifest import Blob
+from vllm_compile_ext.artifacts.manifest import Blob, total
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.compilation import outcomes, scratch
@@ -159,16 +159,12 @@ def report(start: Start, seconds: float, kernels_before: int) -> Report:
         manifest = store.find(each.key, each.shard)
         mine = set(manifest.members.values()) if manifest else set()
         state = "kept" if each.what == "kept" else "already there"
-        made.entries.append(Entry(each.key, each.shard, each.model, state, _bytes(mine)))
+        made.entries.append(Entry(each.key, each.shard, each.model, state, total(mine)))
         blobs |= mine
-    made.bytes = _bytes(blobs)
+    made.bytes = total(blobs)
     made.kernels = kernels.size(jit_caches.folder())
     made.new_kernels = max(0, made.kernels - kernels_before)
     return made
-
-
-def _bytes(blobs: set[Blob]) -> int:
-    return sum(blob.size for blob in blobs)
 
 
 def text(made: Report) -> str:

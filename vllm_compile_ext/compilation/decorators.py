@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from vllm_compile_ext import metrics
 from vllm_compile_ext.artifacts.files import DamagedError
-from vllm_compile_ext.artifacts.manifest import Manifest
+from vllm_compile_ext.artifacts.manifest import Manifest, total
 from vllm_compile_ext.bytecode.transformed import NotSaved
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import outcomes, program, scratch, workers
@@ -65,12 +66,13 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     if loaded is not None:
         return loaded
     why = entry.miss()
+    metrics.inc("store_misses_total")
     if vllm.envs.VLLM_FORCE_AOT_LOAD:
         raise FileNotFoundError(f"VLLM_FORCE_AOT_LOAD=1, but {why} (store {entry.store.root}, key {entry.key[:12]})")
     logger.info("%s%s", entry.tag, why)
     note("miss", model=entry.model, key=entry.key, shard=entry.shard, why=why)
     try:
-        with span("claim", LOADING):
+        with span("wait for another process", LOADING, wait=True):
             waited = entry.claim()
         if waited:
             loaded = _load(entry, model, path)  # by the process that was waited for
@@ -119,8 +121,11 @@ def _load_it(entry: Entry, model: Any, path: Path) -> Any | None:
         note("fallback", model=entry.model, key=entry.key, why=f"compiling again: {why}")
         logger.debug("loading failed", exc_info=True)
         return None
-    spent = (time.perf_counter() - begin) * 1000
-    logger.info("%sloaded compiled code %s of %s (%.1f ms)", entry.tag, entry.key[:12], entry.store.root, spent)
+    spent = time.perf_counter() - begin
+    logger.info("%sloaded compiled code %s of %s (%.1f ms)", entry.tag, entry.key[:12], entry.store.root, spent * 1000)
+    metrics.inc("store_hits_total")
+    metrics.inc("store_load_seconds_total", spent)
+    metrics.inc("store_loaded_bytes_total", total(manifest.members.values()))
     _tell(entry, "found")
     members = manifest.members
     size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
@@ -135,7 +140,9 @@ def _native(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
     function, code = program.load_native(entry.store, manifest, model)
     model.vllm_config.compilation_config.traced_files.update(entries.source_files(manifest.sources))
     compilation_counter.num_aot_artifacts_loaded += 1
-    compilation_counter.num_compiled_artifacts_loaded += sum(n.startswith("piece/") for n in manifest.members)
+    pieces = sum(name.startswith("piece/") for name in manifest.members)
+    compilation_counter.num_compiled_artifacts_loaded += pieces
+    metrics.inc("pieces_loaded_total", pieces)
     inspect_bytecode(model, code, path)
     return function
 
@@ -168,7 +175,8 @@ def _save(model: Any) -> None:
             entry.commit(members, entries.sources_of(compiled), {"form": form})
         compilation_counter.num_aot_artifacts_saved += 1
         compilation_counter.num_compiled_artifacts_saved += sum(name.startswith("piece/") for name in members)
-        size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
+        size = total(members.values())
+        metrics.inc("store_kept_bytes_total", size)
         logger.info("%skept as %s in %s (%.1f MB)", entry.tag, entry.key[:12], entry.store.root, size / 1e6)
         _tell(entry, "kept")
         count = sum(name.startswith("piece/") for name in members)
@@ -177,6 +185,7 @@ def _save(model: Any) -> None:
         why = str(error) if isinstance(error, NotSaved | OSError) else f"{type(error).__name__}: {error}"
         logger.warning("%snot kept, the next start compiles again: %s", entry.tag, why)
         logger.debug("saving failed", exc_info=True)
+        metrics.inc("store_failures_total")
         _tell(entry, "failed", why)
         note("fallback", model=entry.model, key=entry.key, why=f"not kept: {why}")
     finally:

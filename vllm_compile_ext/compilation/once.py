@@ -14,6 +14,7 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
+from vllm_compile_ext import metrics
 from vllm_compile_ext.compilation import workers
 from vllm_compile_ext.compilation.pieces import constants as constants_of
 from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piece
@@ -163,7 +164,7 @@ def _compile(
                     if number in made:
                         continue
                     piece = _loaded(backend, number, module, len(modules), shared)
-                    if piece is None and shared.claim(number, wait=wait):
+                    if piece is None and _claim(shared, number, wait=wait):
                         # Whoever had it may have been done with it just before.
                         piece = _loaded(backend, number, module, len(modules), shared)
                         if piece is None:
@@ -177,6 +178,7 @@ def _compile(
                 finish()
         finally:
             shared.release()
+    metrics.inc("pieces_compiled_total", len(modules) - shared.loaded)
     logger.info(
         "%scompiled %d pieces with %d workers, loaded %d that another process compiled (%.2f s)",
         tag,
@@ -186,6 +188,13 @@ def _compile(
         time.perf_counter() - started,
     )
     return [made[number] for number in range(len(modules))]
+
+
+def _claim(shared: Shared, number: int, *, wait: bool) -> bool:
+    if not wait:
+        return shared.claim(number, wait=False)
+    with span("wait for another rank", wait=True):
+        return shared.claim(number, wait=True)
 
 
 def _symbols(module: torch.fx.GraphModule) -> list[int]:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from vllm_compile_ext import envs, platforms
+from vllm_compile_ext import envs, metrics, platforms
 from vllm_compile_ext.artifacts.files import DamagedError
 from vllm_compile_ext.artifacts.key import key_of
-from vllm_compile_ext.artifacts.manifest import Blob, Manifest
+from vllm_compile_ext.artifacts.manifest import Blob, Manifest, total
 from vllm_compile_ext.compilation import program
 from vllm_compile_ext.compilation.entry import Entry
 
@@ -60,6 +60,8 @@ class Shared:
         self.entry.store.use(found)
         self.kept[number] = members
         self.loaded += 1
+        metrics.inc("pieces_loaded_total")
+        metrics.inc("store_loaded_bytes_total", total(found.members.values()))
         return runnables
 
     def claim(self, number: int, *, wait: bool) -> bool:

@@ -336,6 +336,7 @@ def install(loaded: int) -> Callable[[], None]:
                 export()
     _hooks = Hooks()
     _hooks.install()
+    _quietly(lambda to: to.loaded(loaded))
     return uninstall
 
 

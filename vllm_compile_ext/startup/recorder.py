@@ -17,8 +17,6 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -69,11 +67,9 @@ class Recorder:
         self._serving: Handle | None = None
         self._held: dict[int, list[Interval]] = {}
         self.parent = parent()
-        self.on_over: list[Callable[[], None]] = []
         backend.bind(self)
         self._process_line()
-        title = "start" if inherited() is None else self.name if self.kind != WORKER else f"worker {self.rank}"
-        self.process = backend.begin(title, self.parent, begin, {})
+        self.process = backend.begin("start" if inherited() is None else self.title, self.parent, begin, {})
         self.trace = self.process.trace
         os.environ[CONTEXT] = self.process.traceparent
         atexit.register(self._exit)
@@ -118,6 +114,11 @@ class Recorder:
         )
 
     @property
+    def title(self) -> str:
+        """The name of the outermost span of a process that another one started."""
+        return self.name if self.kind != WORKER else f"worker {self.rank}"
+
+    @property
     def stage(self) -> Handle:
         """What a span is part of that is in no other."""
         return self.process if self._serving is None or self.ready_at is not None else self._serving
@@ -128,9 +129,14 @@ class Recorder:
         self._lock = threading.Lock()
         if self._lines is not None:
             self._lines = []
+        self._held.clear()
+        self._starting = self._serving = None
         self.kind, self.name, self.rank = kind(forked=True)
         atexit.unregister(self._exit)
         self._process_line()
+        around = self.backend.current() or self.process
+        self.process = self.backend.begin(self.title, around, clock.process_start() or clock.now(), {})
+        os.environ[CONTEXT] = self.process.traceparent
 
     # What the backend says of spans
 
@@ -285,9 +291,6 @@ class Recorder:
             watcher.sink = watcher.owner = None
             watcher.intervals.clear()
         logger.debug("%d lines recorded of this start in %.1f ms", self.told, self.spent / 1e6)
-        for call in self.on_over:
-            with suppress(Exception):
-                call()
         with self._lock:
             self._lines = None
             if self.log is not None:
@@ -300,6 +303,10 @@ class Recorder:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+    def loaded(self, since: int) -> None:
+        """The plugin is loaded."""
+        self._after("load plugin", since, clock.now(), "plugin")
 
     def _exit(self) -> None:
         if self.over or os.getpid() != self.pid:

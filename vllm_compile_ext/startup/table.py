@@ -24,9 +24,18 @@ def say_soon(to: Recorder) -> None:
 def _say(path: object) -> None:
     try:
         start = read.read(path)  # type: ignore[arg-type]
+        _measure(start)
         logger.info("%s", text(start, read.previous(start)))
     except Exception as error:  # it is only told
         logger.debug("no table of this start: %s: %s", type(error).__name__, error)
+
+
+def _measure(start: read.Start) -> None:
+    """The phases at /metrics."""
+    from vllm_compile_ext import metrics
+
+    for row in phases.breakdown(start).rows:
+        metrics.set("startup_seconds", row.seconds, phase=row.phase)
 
 
 def text(start: read.Start, before: read.Start | None) -> str:
