@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import Counter, defaultdict
 from typing import Any
 
-from vllm_compile_ext.report import words
+from vllm_compile_ext.report import alive, words
 from vllm_compile_ext.startup import phases
 from vllm_compile_ext.startup.phases import Breakdown, Tree
 from vllm_compile_ext.startup.read import Process, Span, Start
@@ -76,8 +77,12 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
 
 
 def summary(start: Start) -> dict[str, Any]:
-    """A start as a line of the listing."""
+    """A start as a line of the listing.  outcome: ready, failed, running, or unfinished for one that was killed.
+
+    died: what a start that is not ready did last, or does now; `since`: for how many seconds.
+    """
     gone = phases.death(start)
+    runs = start.ready is None and not start.failed and alive.running(start)
     died = None
     if gone is not None and (gone.span is not None or gone.error is not None):
         died = {
@@ -85,12 +90,19 @@ def summary(start: Start) -> dict[str, Any]:
             "span": gone.span.name if gone.span else None,
             "process": titles(start).get(gone.process.pid) if gone.process else None,
             "error": gone.error,
+            "since": round(time.time() - gone.span.start / 1e9, 3) if runs and gone.span else None,
         }
     return {
         "id": start.id,
         "model": start.model,
         "time": round(start.begin / 1e9, 3),
-        "outcome": "ready" if start.ready is not None else "failed" if start.failed else "unfinished",
+        "outcome": "ready"
+        if start.ready is not None
+        else "failed"
+        if start.failed
+        else "running"
+        if runs
+        else "unfinished",
         "temperature": start.temperature,
         "seconds": None if start.seconds is None else round(start.seconds, 6),
         "died": died,

@@ -64,7 +64,7 @@ def _script_data(value: Any) -> str:
 
 
 def _headline(facts: dict[str, Any], model: str) -> str:
-    kind = {"ready": "good", "failed": "bad"}.get(facts["outcome"], "")
+    kind = {"ready": "good", "failed": "bad", "unfinished": "bad"}.get(facts["outcome"], "")
     badges = [f'<span class="badge {kind}">{escape(outcome(facts))}</span>']
     if facts["temperature"]:
         badges.append(f'<span class="badge">{escape(facts["temperature"])} start</span>')
@@ -76,7 +76,8 @@ def _headline(facts: dict[str, Any], model: str) -> str:
             death(facts["died"]).partition(": ") if facts["died"]["error"] else (death(facts["died"]), "", "")
         )
         detail = f"<code>{escape(error)}</code>" if error else ""
-        lines.append(f'<div class="banner" role="alert"><strong>{escape(said)}</strong>{detail}</div>')
+        kind = "banner now" if facts["outcome"] == "running" else "banner"
+        lines.append(f'<div class="{kind}" role="alert"><strong>{escape(said)}</strong>{detail}</div>')
     return "\n".join(lines)
 
 

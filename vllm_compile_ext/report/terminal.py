@@ -68,7 +68,8 @@ def headline(out: Console, facts: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     out.print(plain(f"{facts['id']}  {date(facts['time'])}  {versions}"), style="dim", soft_wrap=True)
     if facts["died"]:
-        out.print(plain(death(facts["died"])), style="bold red", soft_wrap=True)
+        style = "bold" if facts["outcome"] == "running" else "bold red"
+        out.print(plain(death(facts["died"])), style=style, soft_wrap=True)
 
 
 def phases(facts: dict[str, Any]) -> Table:

@@ -62,16 +62,18 @@ def ago(moment: float) -> str:
 
 
 def outcome(line: dict[str, Any]) -> str:
-    """A word or two on how a start without "ready" ended."""
-    words = "failed" if line["outcome"] == "failed" else "not ready" if line["outcome"] == "unfinished" else "ready"
-    return f"{words} in {line['died']['phase']}" if line["died"] else words
+    """A word or two on how a start went."""
+    words = {"ready": "ready", "failed": "failed", "running": "still"}.get(line["outcome"], "killed")
+    return f"{words} in {line['died']['phase']}" if line["died"] else {"still": "still running"}.get(words, words)
 
 
 def death(died: dict[str, Any]) -> str:
-    """Where a start ended that did not get ready."""
+    """Where a start that did not get ready ended, or where it is."""
     where = f"in the phase {died['phase']}" + (f" ({died['span']})" if died["span"] else "")
     who = f" of {died['process']}" if died["process"] else ""
-    error = f": {died['error']}" if died["error"] else ", and nothing says why: killed, or still running"
+    if died["since"] is not None:
+        return f"It is {where}{who}, for {duration(died['since'])} now"
+    error = f": {died['error']}" if died["error"] else ", and said nothing of an error: it was killed"
     return f"It ended {where}{who}{error}"
 
 

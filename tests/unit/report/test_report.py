@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from importlib import resources
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from vllm_compile_ext.artifacts.key import Change
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli import app
 from vllm_compile_ext.report import terminal
-from vllm_compile_ext.startup import phases
+from vllm_compile_ext.startup import clock, phases
 
 COLD, WARM, CRASHED = "20261118-110640-4bf92f", "20261118-120640-77a0c3", "20261118-130640-c0ffee"
 
@@ -70,7 +72,31 @@ def test_a_crash_is_explained(folder: Path) -> None:
 
 def test_a_killed_start(folder: Path) -> None:
     starts.killed().write(folder, "20261118-150640-000000")
-    assert "It ended in the phase compile (piece 2/3) of worker 0, and nothing says why" in cli("last")
+    out = cli("last")
+    assert "killed in compile" in out
+    assert "It ended in the phase compile (piece 2/3) of worker 0, and said nothing of an error: it was killed" in out
+
+
+def test_a_start_that_is_still_running(folder: Path) -> None:
+    """A file that was written so far, by a process that is there."""
+    now = time.time_ns()
+    began = clock.process_start() or now
+    made = starts.Recorder(now - 42 * 10**9)
+    made.start(0)
+    made.lines.append(
+        json.dumps({"k": "process", "pid": os.getpid(), "ppid": 1, "kind": "worker", "rank": 3, "t": began})
+    )
+    made.begin_span(None, os.getpid(), "Load weights", 0, "weights")
+    path = made.write(folder, "20261118-150640-000000")
+    assert "killed in weights" in cli("last")  # of another host
+    text = path.read_text()
+    path.write_text(text.replace('"ppid": 1', f'"ppid": 1, "host": "{os.uname().nodename}"'))
+    out = cli("last")
+    assert "still in weights" in out
+    assert re.search(r"It is in the phase weights \(Load weights\) of worker 3, for 4\d\.\d s now", out)
+    assert json.loads(cli("ls", "--json"))["starts"][0]["outcome"] == "running"
+    path.write_text(text.replace(str(began), str(began - 10**12)))  # the number was another process's then
+    assert "killed in weights" in cli("last")
 
 
 def test_lanes(folder: Path) -> None:
