@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from vllm_compile_ext.cli import bench, bundle, cache, doctor, env, explain, warm
+from vllm_compile_ext.cli import bench, bundle, cache, doctor, env, explain, report, warm
 
 app = typer.Typer(help="vllm-compile-ext: vLLM's compilation, built around start-up time.", no_args_is_help=True)
 app.command("env")(env.command)
@@ -25,6 +25,7 @@ _explain.callback()(lambda: None)
 _explain.command("miss")(explain.miss)
 app.add_typer(_explain, name="explain", no_args_is_help=True)
 
+app.command("report")(report.command)
 app.command(
     "warm",
     help=warm.HELP,

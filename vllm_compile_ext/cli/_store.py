@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich import filesize
 from rich.console import Console
 
 from vllm_compile_ext import envs
@@ -18,6 +16,12 @@ from vllm_compile_ext.artifacts.bundle import BundleError
 from vllm_compile_ext.artifacts.manifest import ManifestError
 from vllm_compile_ext.artifacts.sign import SignError
 from vllm_compile_ext.artifacts.store import DamagedError, Store, UnsafeStoreError
+from vllm_compile_ext.report.words import ago as ago
+from vllm_compile_ext.report.words import count as count
+from vllm_compile_ext.report.words import date as date
+from vllm_compile_ext.report.words import plain as plain
+from vllm_compile_ext.report.words import size as size
+from vllm_compile_ext.startup.read import ReadError
 
 DIGITS = 12  # of a key, in tables
 
@@ -37,9 +41,9 @@ class UserError(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
-_EXPECTED = (
+EXPECTED = (
     *(UserError, envs.EnvError, UnsafeStoreError, BundleError, SignError),
-    *(ManifestError, DamagedError, OSError),
+    *(ManifestError, DamagedError, ReadError, OSError),
 )
 
 
@@ -81,7 +85,7 @@ def errors() -> Iterator[None]:
     """What goes wrong inside ends the command with one line and exit status 1."""
     try:
         yield
-    except _EXPECTED as error:
+    except EXPECTED as error:
         typer.echo(plain(f"vllm-compile-ext: {error}"), err=True)
         raise typer.Exit(1) from error
 
@@ -92,34 +96,3 @@ def console() -> Console:
 
 def print_json(value: Any) -> None:
     typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
-
-
-def plain(text: str) -> str:
-    """`text` without what a terminal would act on: a bundle's author chose it."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-
-
-def size(count: int) -> str:
-    """Bytes, such as "5.1 MB"; a MB is 1000 kB."""
-    return filesize.decimal(count)
-
-
-def count(number: int, one: str, many: str = "") -> str:
-    """Such as "1 piece" or "81 pieces"."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def date(moment: float) -> str:
-    """A unix time in local time."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
-    except (OverflowError, ValueError, OSError):
-        return "?"
-
-
-def ago(moment: float) -> str:
-    """How long ago a unix time was, such as "3 h"."""
-    minutes = int(max(0.0, time.time() - moment) // 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // 1440} d"

@@ -20,8 +20,9 @@ from vllm_compile_ext import envs
 SUFFIX = ".jsonl"
 VERSION = 1  # of the format
 
-# Depth of a kind of process: a deeper one is waited for by those above it.
-KINDS = {"front end": 0, "engine core": 1, "worker": 2}
+# Depth of a kind of process: a deeper one is waited for by those above it.  A helper looks something up for one of the
+# others, which does nothing meanwhile.
+KINDS = {"front end": 0, "engine core": 1, "worker": 2, "helper": 3}
 
 
 class ReadError(ValueError):
@@ -48,9 +49,7 @@ class Process:
     @property
     def title(self) -> str:
         """Such as "worker 1"."""
-        if self.rank is not None:
-            return f"{self.kind} {self.rank}"
-        return self.name or self.kind
+        return self.kind if self.rank is None else f"{self.kind} {self.rank}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +156,7 @@ def read(path: Path) -> Start:
     with path.open("rb") as file:
         start = parse(file, path.name.removesuffix(SUFFIX))
     if not start.last:
-        raise ReadError(f"{path} is not a recorded start: no line of it can be read")
+        raise ReadError(f"{str(path)!r} is not a recorded start: no line of it can be read")
     start.path = path
     return start
 

@@ -1,0 +1,1 @@
+"""A recorded start for people: on a terminal, as a page, as a Chrome trace; all made from `facts`."""
