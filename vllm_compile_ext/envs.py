@@ -141,6 +141,11 @@ def store(environ: Mapping[str, str] = os.environ) -> Path:
     return _absolute(named) if named else cache_root(environ) / "compile_store"
 
 
+def store_off(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user wants nothing kept between starts: VLLM_DISABLE_COMPILE_CACHE, as vLLM 0.32.0 reads it."""
+    return environ.get("VLLM_DISABLE_COMPILE_CACHE", "0").strip() not in ("", "0")
+
+
 def store_limit() -> int | None:
     """Bytes that the store's entries may take, None for no limit."""
     return load().VLLM_COMPILE_STORE_MAX_GB * 2**30 or None

@@ -141,7 +141,7 @@ def _inherited() -> dict[str, str]:
 
 def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables to set, with the mark; nothing when the user wants no store or its folder cannot be used."""
-    if environ.get("VLLM_DISABLE_COMPILE_CACHE", "0").strip() not in ("", "0"):
+    if envs.store_off(environ):
         return {}
     try:
         places = _places(environ)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_compile_ext import envs
+from vllm_compile_ext.artifacts.access import UnsafeStoreError
 from vllm_compile_ext.cudagraphs import record
 from vllm_compile_ext.cudagraphs.budget import Budget, estimate
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy, Shape
@@ -54,13 +55,17 @@ def keep_free(config: Any, activations: Callable[[], int]) -> int:
 
 
 def _need(config: Any, key: str, activations: Callable[[], int]) -> Need:
-    known = record.read(envs.store(), key)
+    known = _read(key)
     if known is not None:
         return Need(known.needed, f"{known.graphs} graphs took {known.held / (1 << 30):.2f} GiB in an earlier start")
     sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
     mode = config.compilation_config.cudagraph_mode
     graphs = {FULL: sizes * mode.has_full_cudagraphs(), PIECEWISE: sizes * mode.has_piecewise_cudagraphs()}
     return Need(estimate(activations(), layers(config), graphs), "an estimate")
+
+
+def _read(key: str) -> record.Record | None:
+    return None if envs.store_off() else record.read(envs.store(), key)
 
 
 def layers(config: Any) -> int:
@@ -77,7 +82,7 @@ class Memory:
         # Where memory was not profiled (kv_cache_memory_bytes), nothing was kept free either.
         kept = _kept_free.pop(self.key) if self.key in _kept_free else None
         self.need = kept or _need(config, self.key, lambda: 0)
-        known = record.read(envs.store(), self.key)
+        known = _read(self.key)
         used = known.used if known else []
         self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})
         self._pending: record.Record | None = None
@@ -105,7 +110,7 @@ class Memory:
     def _write(self) -> None:
         made, self._pending = self._pending, None
         try:
-            if made is not None:
+            if made is not None and not envs.store_off():
                 record.write(envs.store(), self.key, made)
-        except OSError as error:
+        except (OSError, UnsafeStoreError) as error:
             logger.debug("what graphs took was not kept: %s", error)

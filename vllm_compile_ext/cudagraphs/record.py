@@ -15,7 +15,8 @@ from typing import Annotated
 
 import msgspec
 
-from vllm_compile_ext.artifacts import files
+from vllm_compile_ext.artifacts import access, files
+from vllm_compile_ext.artifacts.access import UnsafeStoreError
 from vllm_compile_ext.artifacts.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ def key_of(parts: Sequence[object]) -> str:
 
 def read(root: Path, key: str) -> Record | None:
     """The record of `key` in the store `root`; None where there is none to be read."""
-    with suppress(files.DamagedError, msgspec.MsgspecError, ValueError, RecursionError):
+    with suppress(UnsafeStoreError, files.DamagedError, msgspec.MsgspecError, ValueError, RecursionError):
+        _check(root)
         found = msgspec.json.decode(files.read(_path(root, key)), type=_Sealed)
         if found.format == FORMAT and found.seal == _seal(key, bytes(found.record)):
             return msgspec.json.decode(found.record, type=Record)
@@ -64,12 +66,21 @@ def read(root: Path, key: str) -> Record | None:
 
 
 def write(root: Path, key: str, record: Record) -> None:
-    """Replace the record of `key`, and drop the oldest beyond `KEPT`.  Raises `OSError`."""
+    """Replace the record of `key`, and drop the oldest beyond `KEPT`.
+
+    Raises `OSError`, and `UnsafeStoreError` when others can write the store.
+    """
+    _check(root)
     files.write(_path(root, key), _sealed(key, msgspec.json.encode(record)), Layout(root).tmp)
     with suppress(OSError):
         paths = sorted(_path(root, key).parent.glob("*.json"), key=lambda p: p.stat().st_mtime)
         for path in paths[:-KEPT]:
             path.unlink(missing_ok=True)
+
+
+def _check(root: Path) -> None:
+    for folder in (root, Layout(root).v1, Layout(root).graphs):
+        access.check(folder, root)
 
 
 def _sealed(key: str, inner: bytes, made: int = FORMAT) -> bytes:

@@ -42,6 +42,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The store's folder, not made yet, on a device with a name."""
     Timer.made = []
     monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("VLLM_DISABLE_COMPILE_CACHE", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(memory.threading, "Timer", Timer)
     monkeypatch.setattr(memory, "_kept_free", {})
@@ -227,3 +228,27 @@ def test_a_damaged_record_is_an_estimate_again(store: Path) -> None:
     (path,) = Layout(store).graphs.iterdir()
     path.write_bytes(path.read_bytes().replace(b'"needed":', b'"needed":9'))
     assert start()[0].need == Need(5 * MIB + ESTIMATE, "an estimate")
+
+
+def test_a_store_that_others_can_write_costs_nothing(store: Path) -> None:
+    store.mkdir()
+    store.chmod(0o777)
+    known, policy, budget = start()
+    known.keep(policy, budget)
+    Timer.made[0].run()
+    assert list(store.iterdir()) == []
+
+
+def test_where_the_user_wants_nothing_kept_the_store_is_neither_read_nor_written(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Record(held=1, graphs=1, needed=1, used=[Used(0, 5)])
+    record.write(store, memory.key_of(config()), made)
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    known, policy, budget = start()
+    assert (known.need.source, known.before) == ("an estimate", {})
+    known.keep(policy, budget)
+    Timer.made[0].run()
+    assert record.read(store, known.key) == made
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "0")
+    assert start()[0].before == {ALL[0]: 5}

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from tests.unit.artifacts.conftest import disk, user
+from vllm_compile_ext.artifacts.access import UnsafeStoreError
 from vllm_compile_ext.artifacts.layout import Layout
 from vllm_compile_ext.cudagraphs.record import FORMAT, KEPT, Record, Used, _sealed, key_of, read, write
 
@@ -150,10 +151,10 @@ def test_a_read_only_folder_raises_when_written_and_can_be_read(user: Path) -> N
 
 
 def test_a_full_disk_raises_and_leaves_the_record(disk: Path) -> None:
-    write(disk, KEY, RECORD)
+    write(disk / "store", KEY, RECORD)
     with pytest.raises(OSError, match="No space left"):
-        write(disk, KEY, msgspec.structs.replace(RECORD, used=[Used(n, n) for n in range(200_000)]))
-    assert read(disk, KEY) == RECORD
+        write(disk / "store", KEY, msgspec.structs.replace(RECORD, used=[Used(n, n) for n in range(200_000)]))
+    assert read(disk / "store", KEY) == RECORD
 
 
 def test_a_record_that_cannot_be_read_is_none(user: Path) -> None:
@@ -161,3 +162,15 @@ def test_a_record_that_cannot_be_read_is_none(user: Path) -> None:
     path_of(user).chmod(0)
     assert read(user, KEY) is None
     path_of(user).chmod(0o600)
+
+
+@pytest.mark.parametrize("part", ["", "v1", "v1/graphs"])
+def test_a_store_that_others_can_write_is_not_used(tmp_path: Path, part: str) -> None:
+    root = tmp_path / "store"
+    write(root, KEY, RECORD)
+    (root / part).chmod(0o777)
+    assert read(root, KEY) is None
+    with pytest.raises(UnsafeStoreError, match="can be written by other users"):
+        write(root, KEY, RECORD)
+    (root / part).chmod(0o700)
+    assert read(root, KEY) == RECORD
