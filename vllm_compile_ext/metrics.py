@@ -65,11 +65,14 @@ METRICS = (
         "counter",
         "Distinct pieces of models that were loaded: with the whole model, or because another rank had compiled them.",
     ),
-    Metric("graphs_captured_total", "counter", "CUDA graphs that were captured.", ("kind",)),
+    Metric("graphs_captured_total", "counter", "CUDA graphs that were captured on demand.", ("kind",)),
     Metric("graphs_replayed_total", "counter", "Steps that replayed a CUDA graph.", ("kind",)),
-    Metric("graphs_missed_total", "counter", "Steps whose CUDA graph was not captured yet.", ("kind",)),
+    Metric("graphs_missed_total", "counter", "Steps that ran without a CUDA graph which stock vLLM has.", ("kind",)),
     Metric(
-        "graphs_skipped_total", "counter", "CUDA graphs that were not captured, to be captured on demand.", ("kind",)
+        "graphs_skipped_total",
+        "counter",
+        "Shapes that have no CUDA graph for good: no memory, or it failed.",
+        ("kind",),
     ),
     Metric("graph_capture_seconds_total", "counter", "Seconds that capturing CUDA graphs took."),
     Metric("graph_bytes", "sum", "Bytes of GPU memory that CUDA graphs take."),

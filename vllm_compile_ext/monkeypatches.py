@@ -205,7 +205,7 @@ ACTIVE = (
     ),
     Change(
         "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager and profile_cudagraph_memory, "
-        "vllm.v1.worker.gpu.model_runner.GPUModelRunner.capture_model; with VLLM_COMPILE_CUDAGRAPHS=idle "
+        "capture_model of the GPUModelRunner of vllm.v1.worker.gpu.model_runner and vllm.v1.worker.gpu_model_runner, "
         "vllm.v1.engine.core.EngineCoreProc._notify_idle_state_callbacks",
         "CUDA graphs are captured on demand; made when these modules are imported, and only with CUDA "
         "(cudagraphs/install.py)",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_compile_ext import envs
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,13 @@ def stock_because(config: Any) -> str | None:
 def on_demand(config: Any) -> bool:
     """Whether graphs are captured on demand: asked for, and covered."""
     return envs.load().VLLM_COMPILE_CUDAGRAPHS != "eager" and stock_because(config) is None
+
+
+def say(config: Any) -> None:
+    """Log why graphs are captured at start, where that was not asked for."""
+    reason = stock_because(config)
+    if reason is not None and envs.load().VLLM_COMPILE_CUDAGRAPHS != "eager":
+        logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)
 
 
 def _breakable() -> bool:

@@ -15,12 +15,13 @@ from vllm_compile_ext import after_import
 Undo = Callable[[], None]
 _UTILS = "vllm.v1.worker.gpu.cudagraph_utils"
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
+_V1 = "vllm.v1.worker.gpu_model_runner"
 _CORE = "vllm.v1.engine.core"
 
 
 def install() -> Undo:
     """Change the modules as they are imported, on CUDA only."""
-    return after_import.install({_UTILS: _utils, _RUNNER: _runner, _CORE: _core})
+    return after_import.install({_UTILS: _utils, _RUNNER: _runner, _V1: _v1, _CORE: _core})
 
 
 def _cuda() -> bool:
@@ -61,6 +62,28 @@ def _runner(module: ModuleType) -> Undo:
             stock(self, profile_only=profile_only)
         session = getattr(self.cudagraph_manager, "session", None)
         return 0 if session is None else int(session.budget.limit)
+
+    runner.capture_model = capture_model
+
+    def undo() -> None:
+        runner.capture_model = stock
+
+    return undo
+
+
+def _v1(module: ModuleType) -> Undo:
+    """The V1 model runner captures as ever, after the line that says so."""
+    if not _cuda():
+        return lambda: None
+    from vllm_compile_ext.cudagraphs import coverage
+
+    runner = module.GPUModelRunner
+    stock = runner.capture_model
+
+    @functools.wraps(stock)
+    def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        coverage.say(self.vllm_config)
+        return stock(self, *args, **kwargs)
 
     runner.capture_model = capture_model
 

@@ -45,8 +45,7 @@ class _OneByOne(upstream.CudaGraphManager):
     def capture(self, create_forward_fn: Any, progress_bar_desc: str = "Capturing CUDA graphs") -> None:
         """At start: capture nothing, only allocate what every graph writes to; or, where that is not covered, all."""
         if not coverage.on_demand(self.vllm_config):
-            if reason := coverage.stock_because(self.vllm_config):
-                logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)
+            coverage.say(self.vllm_config)
             monitor.set_cudagraph_capturing_enabled(True)
             super().capture(create_forward_fn, progress_bar_desc)
             return

@@ -11,6 +11,7 @@ from vllm_compile_ext.cudagraphs.budget import MIB, Budget
 from vllm_compile_ext.cudagraphs.counters import Counters
 from vllm_compile_ext.cudagraphs.memory import Memory
 from vllm_compile_ext.cudagraphs.policy import Policy, Shape
+from vllm_compile_ext.startup.spans import note, span
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Session:
         self._device = device
         self._failures = 0
         self._batches = 0
+        note("graphs", shapes=len(memory.shapes), kept_free=self.budget.limit, source=memory.need.source)
         logger.info(
             "CUDA graphs are captured on demand: %d shapes, none at start; %.2f GiB are kept free for them (%s)",
             len(memory.shapes),
@@ -65,7 +67,8 @@ class Session:
         if not self._may(shape):
             return False
         free, start = self._device.free(), time.perf_counter()
-        error = self._device.capture(shape)
+        with span("capture graph", "graph capture", kind=shape.kind, tokens=shape.tokens):
+            error = self._device.capture(shape)
         if error is not None:
             self._failed(shape, error)
             return False
@@ -74,6 +77,7 @@ class Session:
         self.budget.took(shape.kind, size)
         self.counters.capture(shape, seconds, self.budget.held)
         self.memory.keep(self.policy, self.budget)
+        note("graphs", captured=1, kind=shape.kind, bytes=size, seconds=seconds)
         logger.debug("captured %s in %.3f s, %.1f MiB", shape.rest, seconds, size / MIB)
         return True
 

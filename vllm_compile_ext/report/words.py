@@ -142,10 +142,17 @@ def _kept(attrs: dict[str, Any]) -> str:
 def _graphs(attrs: dict[str, Any]) -> str:
     captured = _number(attrs, "captured")
     if captured is None:
-        return ""
+        return _on_demand(attrs)
     kind = attrs.get("kind")
     which = f"{kind} CUDA graph" if kind else "CUDA graph"
     return f"captured {count(captured, which)}{_bytes(attrs)}{_time(attrs)}"
+
+
+def _on_demand(attrs: dict[str, Any]) -> str:
+    shapes, kept = _number(attrs, "shapes"), _number(attrs, "kept_free")
+    if shapes is None or kept is None:
+        return ""
+    return f"{count(shapes, 'CUDA graph')} on demand, {size(int(kept))} kept free for them ({attrs.get('source')})"
 
 
 def _fallback(attrs: dict[str, Any]) -> str:

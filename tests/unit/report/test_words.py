@@ -27,6 +27,11 @@ from vllm_compile_ext.startup.read import Note
         ("loaded", {"key": "b818f53c0d22aaaa", "seconds": 0.021}, "loaded compiled code of b818f53c0d22 in 21 ms"),
         ("kept", {"bytes": 312_004}, "kept compiled code for the next start, 312.0 kB"),
         ("graphs", {"kind": "FULL", "captured": 51, "bytes": 94e6}, "captured 51 FULL CUDA graphs, 94.0 MB"),
+        (
+            "graphs",
+            {"shapes": 102, "kept_free": 720e6, "source": "an estimate"},
+            "102 CUDA graphs on demand, 720.0 MB kept free for them (an estimate)",
+        ),
         ("fallback", {"why": "layers do not agree"}, "as in stock vLLM: layers do not agree"),
         ("fallback", {}, "fallback"),
         ("new", {"a": 1, "b": [2]}, "new a=1 b=[2]"),
