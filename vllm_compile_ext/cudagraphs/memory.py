@@ -29,8 +29,9 @@ class Need(NamedTuple):
     source: str
 
 
-# By key, from the profiling of memory to the start's end: between the two the KV cache takes all that is not kept free.
-_kept_free: dict[str, Need] = {}
+# Key and need by the configuration's id, from the profiling of memory to the start's end: between the two the KV cache
+# takes all that is not kept free, and with `--max-model-len auto` the configuration changes.
+_kept_free: dict[int, tuple[str, Need]] = {}
 
 
 def key_of(config: Any) -> str:
@@ -50,8 +51,9 @@ def key_of(config: Any) -> str:
 def keep_free(config: Any, activations: Callable[[], int]) -> int:
     """Bytes to keep free for graphs.  `activations()` measures a forward pass, where nothing is remembered."""
     key = key_of(config)
-    _kept_free[key] = _need(config, key, activations)
-    return _kept_free[key].size
+    need = _need(config, key, activations)
+    _kept_free[id(config)] = key, need
+    return need.size
 
 
 def _need(config: Any, key: str, activations: Callable[[], int]) -> Need:
@@ -78,10 +80,11 @@ class Memory:
 
     def __init__(self, config: Any, shapes: Sequence[Shape]) -> None:
         self.shapes = list(shapes)
-        self.key = key_of(config)
-        # Where memory was not profiled (kv_cache_memory_bytes), nothing was kept free either.
-        kept = _kept_free.pop(self.key) if self.key in _kept_free else None
-        self.need = kept or _need(config, self.key, lambda: 0)
+        kept = _kept_free.pop(id(config), None)
+        if kept is None:  # memory was not profiled (kv_cache_memory_bytes), and nothing was kept free
+            key = key_of(config)
+            kept = key, _need(config, key, lambda: 0)
+        self.key, self.need = kept
         known = _read(self.key)
         used = known.used if known else []
         self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})

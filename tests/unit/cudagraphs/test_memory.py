@@ -97,8 +97,9 @@ def start(made: Any = None) -> tuple[Memory, Policy, Budget]:
 
 
 def test_a_first_start_keeps_an_estimate_free() -> None:
-    assert keep_free(config(), lambda: 5 * MIB) == 5 * MIB + ESTIMATE
-    assert Memory(config(), ALL).need == Need(5 * MIB + ESTIMATE, "an estimate")
+    made = config()
+    assert keep_free(made, lambda: 5 * MIB) == 5 * MIB + ESTIMATE
+    assert Memory(made, ALL).need == Need(5 * MIB + ESTIMATE, "an estimate")
 
 
 @pytest.mark.parametrize(("full", "piecewise"), [(True, False), (False, True), (False, False)])
@@ -115,15 +116,28 @@ def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing(
     Timer.made[0].run()
 
     needed = budget.needed({}, {FULL: len(DECODE) - 1, PIECEWISE: len(MIXED)})
-    assert keep_free(config(), never) == needed
-    assert Memory(config(), ALL).need == Need(needed, "1 graphs took 0.00 GiB in an earlier start")
+    made = config()
+    assert keep_free(made, never) == needed
+    assert Memory(made, ALL).need == Need(needed, "1 graphs took 0.00 GiB in an earlier start")
 
 
 def test_what_was_measured_belongs_to_one_start() -> None:
-    keep_free(config(), lambda: 5 * MIB)
-    assert Memory(config(), ALL).need.size == 5 * MIB + ESTIMATE
+    made = config()
+    keep_free(made, lambda: 5 * MIB)
+    assert Memory(made, ALL).need.size == 5 * MIB + ESTIMATE
     # Another engine in this process, whose memory is not profiled.
     assert Memory(config(), ALL).need == Need(ESTIMATE, "an estimate")
+
+
+def test_a_configuration_that_changes_after_profiling_is_the_same_start(store: Path) -> None:
+    for source in ("an estimate", "0 graphs took 0.00 GiB in an earlier start"):
+        made = config()
+        size = keep_free(made, lambda: 5 * MIB)
+        made.compute_hash = lambda: "with the length that fits"  # --max-model-len auto
+        known = Memory(made, ALL)
+        assert known.need == Need(size, source)
+        known.keep(Policy(ALL), Budget(size, LAYERS))
+        Timer.made[-1].run()
 
 
 def test_where_memory_is_not_profiled_what_is_remembered_counts(store: Path) -> None:
