@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,8 +169,15 @@ def test_the_start_gets_the_arguments_and_its_children_end_with_it(
     assert start.status == 3
     assert start.told == [Outcome("kept", "k", "rank0", "m -tp 2")]
     assert start.lines == heard
-    state = Path(f"/proc/{heard[0].split()[1]}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    stat = Path(f"/proc/{heard[0].split()[1]}/stat")
+
+    def ended() -> bool:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        return True
+
+    while not ended():  # killed, and about to end; for ever would be the test's timeout
+        time.sleep(0.01)
 
 
 def test_outcomes_of_many_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
