@@ -99,13 +99,18 @@ CODE = """
             return run if (desc.cg_mode.name, desc.num_tokens) in (("FULL", 8), ("PIECEWISE", 256)) else forward
         manager(llm)._create_forward_fn = create
         tokens, info = traffic(llm), about(llm.llm_engine.model_executor.driver_worker.worker)
+        before = torch.cuda.memory_reserved()
+        big = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+        del big
+        torch.cuda.empty_cache()
+        given_back = torch.cuda.memory_reserved() <= before
         session.budget.limit = 1 << 40
         while manager(llm).capture_idle():
             pass
         full = about(llm.llm_engine.model_executor.driver_worker.worker)
         return {
             "tokens": tokens, "info": info, "source": source, "first": session.memory.before[first] == most,
-            "full": full, "tokens of all": traffic(llm),
+            "given back": given_back, "full": full, "tokens of all": traffic(llm),
         }
 
     def poor(llm):
@@ -195,6 +200,10 @@ def test_a_capture_that_fails_costs_its_shape_only(ran: dict[str, Any]) -> None:
     assert broken["captured"]["FULL"] > 0
     lines = [line for line in ran["broken"]["lines"] if "capturing it failed" in line]
     assert len(lines) == sum(broken["skipped"].values())
+
+
+def test_torch_gives_memory_back_after_a_capture_that_failed(ran: dict[str, Any]) -> None:
+    assert ran["broken"]["value"]["given back"]
 
 
 def test_without_a_budget_nothing_is_captured(ran: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import multiprocessing
 import os
 import tempfile
 import time
@@ -193,10 +194,18 @@ def _save(model: Any) -> None:
         entries.release(model)
 
 
-def _support_torch_compile(cls: type, *args: Any, **kwargs: Any) -> type:
+@functools.cache
+def _freeze_imports() -> None:
+    """Once, before the first model of this process."""
     # While an engine starts, vLLM 0.32.0 collects garbage up to 17 times (memory profiling, the model runner), 0.1 to
     # 0.6 s each for all that the imports made.  That stays; vLLM freezes it too, at the end of its start.
+    if multiprocessing.parent_process() is None:
+        gc.collect()  # a user's program may have garbage that must not stay
     gc.freeze()
+
+
+def _support_torch_compile(cls: type, *args: Any, **kwargs: Any) -> type:
+    _freeze_imports()
     decorated: Any = _upstream_decorate(cls, *args, **kwargs)
     decorated.save_aot_compiled_function = _save
     return decorated  # type: ignore[no-any-return]

@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 
 KIB = 1 << 10
 MIB = 1 << 20
-# Never taken for graphs: what a step may need beside them.
+# Never taken for graphs: what a step may need beside them.  More where nothing was kept free for graphs, since the
+# largest step may still be to come.
 MARGIN = 128 * MIB
+UNKEPT_MARGIN = 1024 * MIB
+# A graph that seems to take so many times what is expected: another process has taken the rest.
+ABSURD = 4
 # The driver's memory for each decoder layer in a graph, H100, driver 580: a graph of a whole step is one graph, the
 # other kind is one for each piece of the model.
 LAYER = {"FULL": 52 * KIB, "PIECEWISE": 128 * KIB}
@@ -30,11 +34,12 @@ def estimate(activations: int, layers: int, graphs: Mapping[str, int]) -> int:
 
 @dataclass
 class Budget:
-    """limit: bytes that graphs may take together.  layers: decoder layers.  held: bytes that they take.  costs: bytes
-    of each captured graph, by kind."""
+    """limit: bytes that graphs may take together.  layers: decoder layers.  margin: bytes of the device that stay free.
+    held: bytes that graphs take.  costs: bytes of each captured graph, by kind."""
 
     limit: int
     layers: int
+    margin: int = MARGIN
     held: int = 0
     costs: dict[str, list[int]] = field(default_factory=dict)
 
@@ -43,20 +48,25 @@ class Budget:
         known = self.costs.get(kind)
         return sum(known) // len(known) if known else self.layers * LAYER[kind]
 
-    def refuse(self, kind: str, free: int) -> str | None:
-        """Why a graph of `kind` must not be captured with `free` bytes left on the device; None when it may."""
-        expected = self.expected(kind)
-        if self.held + expected > self.limit:
-            return f"the {self.limit / MIB:.0f} MiB kept free for CUDA graphs are used up"
-        if free < expected + MARGIN:
-            return f"only {free / MIB:.0f} MiB are free on the device"
-        return None
+    def over(self, kind: str) -> str | None:
+        """Why a graph of `kind` is more than graphs may take together; None when it is not."""
+        if self.held + self.expected(kind) <= self.limit:
+            return None
+        return f"the {self.limit / MIB:.0f} MiB for CUDA graphs are used up"
 
-    def took(self, kind: str, size: int) -> None:
-        """A graph took `size` bytes."""
-        size = max(size, 0)
+    def short(self, kind: str, free: int) -> str | None:
+        """Why `free` bytes on the device are too few for a graph of `kind`; None when they are enough."""
+        if free >= self.expected(kind) + self.margin:
+            return None
+        return f"only {free / MIB:.0f} MiB are free on the device"
+
+    def took(self, kind: str, size: int, grown: int) -> int:
+        """A graph took `size` bytes of the device, of which this process's allocator knows `grown`.  Returns what
+        counts: another process may have taken memory meanwhile."""
+        size = max(0, min(size, max(grown, 0) + ABSURD * self.layers * LAYER[kind]))
         self.held += size
         self.costs.setdefault(kind, []).append(size)
+        return size
 
     def needed(self, asked: Mapping[str, int], unasked: Mapping[str, int]) -> int:
         """What the next start keeps free: for the graphs that are held, those not captured that traffic `asked` for,

@@ -12,15 +12,15 @@ from unittest.mock import patch
 
 import torch
 from vllm.compilation import monitor
-from vllm.distributed import parallel_state
 from vllm.utils import gpu_sync_debug
 
 
-class _ThreadLocalGraph(torch.cuda.graph):
-    """Other threads of a serving worker copy outputs and wait for events: only this thread's calls end the capture."""
+class _RelaxedGraph(torch.cuda.graph):
+    """Other threads of a serving worker copy outputs and wait for events meanwhile, and this one may load a kernel for
+    the first time: neither is a reason to break the capture off."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"capture_error_mode": "thread_local"} | kwargs)
+        super().__init__(*args, **{"capture_error_mode": "relaxed"} | kwargs)
 
 
 @contextmanager
@@ -29,16 +29,16 @@ def between_steps(upstream: ModuleType, stream: torch.cuda.Stream) -> Iterator[N
 
     One stream for all captures: cuBLAS keeps a workspace for each, and graphs of one pool share memory only on one
     stream.  Caches of memory are kept, since the next steps need them.  Waits for the device before and after.
+
+    vLLM's custom all-reduce is left as it is in a step without a graph, copying into buffers that all ranks know.  In
+    upstream's way (parallel_state.graph_capture) ranks exchange the addresses in their graphs after each capture, and a
+    rank whose capture broke off would bring the others down.
     """
 
     @contextmanager
     def graph_capture(device: torch.device) -> Iterator[None]:
-        context = parallel_state.GraphCaptureContext(stream)
-        with (
-            parallel_state.get_tp_group().graph_capture(context),
-            parallel_state.get_pp_group().graph_capture(context),
-            parallel_state.get_dp_group().graph_capture(context),
-        ):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             yield
 
     with ExitStack() as stack:
@@ -47,7 +47,7 @@ def between_steps(upstream: ModuleType, stream: torch.cuda.Stream) -> Iterator[N
         stack.enter_context(_allowed())
         stack.enter_context(patch.object(upstream, "graph_capture", graph_capture))
         stack.enter_context(patch.object(upstream, "tqdm", lambda items, **_: items))
-        stack.enter_context(patch.object(torch.cuda, "graph", _ThreadLocalGraph))
+        stack.enter_context(patch.object(torch.cuda, "graph", _RelaxedGraph))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", _nothing))
         stack.enter_context(patch.object(torch._C, "_host_emptyCache", _nothing))
         stack.enter_context(_without_gc())
@@ -84,13 +84,36 @@ def _nothing() -> None:
 
 
 def free_memory() -> int:
-    """Bytes free on the device; what torch keeps unused counts, since it is given back when that is needed."""
-    free, _ = torch.cuda.mem_get_info()
-    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return int(free + unused)
+    """Bytes free on the device; what torch keeps unused does not count."""
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def reserved_memory() -> int:
+    """Bytes that torch has taken from the device in this process."""
+    return int(torch.cuda.memory_reserved())
 
 
 def give_back() -> None:
-    """Give back what torch keeps unused."""
-    with contextlib.suppress(RuntimeError):
-        torch.cuda.empty_cache()
+    """Give back to the device what torch keeps unused."""
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def in_pool(pool: Any, device: torch.device) -> Iterator[None]:
+    """Allocate from the graphs' pool: what is freed again is there for graphs, the largest size first, as in stock's
+    order of captures.  The pool is kept for good; releasing it would forbid captures into it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch._C._cuda_beginAllocateCurrentThreadToPool(index, pool)
+    try:
+        yield
+    finally:
+        torch._C._cuda_endAllocateToPool(index, pool)
+
+
+def mend(pool: Any, device: torch.device) -> None:
+    """After a capture that broke off: torch does not close the pool it allocated from (`CUDAGraph::capture_end` raises
+    before it does, torch 2.13), and would neither take another capture into it nor give back unused memory any more."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):  # it was not open
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)

@@ -103,6 +103,31 @@ STOCK = (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
     ),
     Row(
+        "attention backends other than FLASH_ATTN and TRITON_ATTN",
+        "a capture at start finds the size of their workspaces",
+        lambda c: not _backends(c) <= {"FLASH_ATTN", "TRITON_ATTN"},
+    ),
+    Row(
+        "prompts in graphs of whole steps (`cudagraph_mode=FULL`)",
+        "such a graph is as large as a decode step's and as rarely used as a prompt's",
+        lambda c: c.compilation_config.cudagraph_mode.mixed_mode().name == "FULL",
+    ),
+    Row(
+        "all-reduce kernels of FlashInfer (PCIe) and AITER",
+        "they exchange addresses after each capture",
+        lambda c: c.parallel_config.tensor_parallel_size > 1 and _exchanges(),
+    ),
+    Row(
+        "HiSparse",
+        "its residency state is on the device",
+        lambda c: c.attention_config.hisparse_config is not None,
+    ),
+    Row(
+        "the Proton profiler",
+        "it has to see graphs being captured",
+        lambda c: c.profiler_config.profiler == "proton",
+    ),
+    Row(
         "`--jit-monitor-mode error`",
         "a capture may compile kernels",
         lambda c: c.observability_config.jit_monitor_mode == "error",
@@ -132,6 +157,21 @@ def _breakable() -> bool:
     import vllm.envs
 
     return bool(vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH)
+
+
+def _backends(config: Any) -> set[str]:
+    """Names of the attention backends of the model's layers, as far as they are made."""
+    layers = config.compilation_config.static_forward_context.values()
+    found = [layer.get_attn_backend() for layer in layers if hasattr(layer, "get_attn_backend")]
+    return {str(backend.get_name()) for backend in found}
+
+
+def _exchanges() -> bool:
+    from vllm.distributed import parallel_state
+
+    communicator = parallel_state.get_tp_group().device_communicator
+    names = ("fi_pcie_ipc_ar_comm", "aiter_ar_comm")
+    return any(getattr(communicator, name, None) is not None for name in names)
 
 
 def _offloads(config: Any) -> bool:

@@ -38,7 +38,7 @@ def capture_while_idle(core: Any) -> None:
     try:
         if envs.load().VLLM_COMPILE_CUDAGRAPHS != "idle" or not getattr(core, "_graphs_left", True):
             return
-        while core.input_queue.empty() and core.is_running() and not core.model_executor.is_sleeping:
+        while core.input_queue.empty() and _may_capture(core):
             if not any(core.model_executor.collective_rpc(capture_in_worker)):
                 core._graphs_left = False
                 return
@@ -47,8 +47,15 @@ def capture_while_idle(core: Any) -> None:
         logger.warning("CUDA graphs are not captured while idle any more", exc_info=True)
 
 
+def _may_capture(core: Any) -> bool:
+    # A scheduler is paused while weights are updated: layers may be without any.
+    return core.is_running() and not core.is_scheduler_paused() and not core.model_executor.is_sleeping
+
+
 def capture_in_worker(worker: Any) -> bool:
     """One capture in a worker; False when there is nothing left."""
+    if getattr(worker, "_weight_update_active", False):
+        return False
     manager = getattr(getattr(worker, "model_runner", None), "cudagraph_manager", None)
     capture_idle = getattr(manager, "capture_idle", None)
     return bool(capture_idle and capture_idle())

@@ -17,7 +17,6 @@ from vllm.compilation import monitor
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
-from vllm.platforms import current_platform
 from vllm.v1.worker.gpu import cudagraph_utils as upstream
 
 from vllm_compile_ext.cudagraphs import capture, coverage, memory, ranks
@@ -53,7 +52,14 @@ class _OneByOne(upstream.CudaGraphManager):
         self._stream = torch.cuda.Stream(device=self.device)
         every: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
         shapes = [shape_of(desc) for descs in every.values() for desc in descs]
-        device = Device(self._capture, capture.free_memory, ranks.all_agree, ranks.from_first)
+        device = Device(
+            self._capture,
+            capture.free_memory,
+            capture.reserved_memory,
+            capture.give_back,
+            ranks.all_agree,
+            ranks.from_first,
+        )
         before = capture.free_memory()
         self._allocate_outputs()
         self.session = Session(memory.Memory(self.vllm_config, shapes), memory.layers(self.vllm_config), device)
@@ -63,9 +69,13 @@ class _OneByOne(upstream.CudaGraphManager):
 
     def _allocate_outputs(self) -> None:
         """Upstream allocates the buffer of the model's outputs at the first forward pass: run the largest size of each
-        kind, the largest of all first."""
+        kind, the largest of all first, and in the memory that graphs will use."""
         largest = [max(descs, key=lambda d: d.num_tokens) for descs in self._capture_descs.values()]
-        with capture.between_steps(upstream, self._stream), upstream.graph_capture(device=self.device):
+        with (
+            capture.between_steps(upstream, self._stream),
+            upstream.graph_capture(device=self.device),
+            capture.in_pool(self.pool, self.device),
+        ):
             for desc in sorted(largest, key=lambda d: -d.num_tokens):
                 self._create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
 
@@ -84,7 +94,11 @@ class _OneByOne(upstream.CudaGraphManager):
         if self.session is None or best.cg_mode == CUDAGraphMode.NONE:
             return best
         fits = (num_reqs, num_tokens, uniform_token_count, best.num_active_loras, max_query_len, num_ubatches)
-        chosen = self.session.graph_for(self._best_left(best, num_tokens, fits), self._captured(fits))
+        try:
+            chosen = self.session.graph_for(self._best_left(best, num_tokens, fits), self._captured(fits))
+        except Exception as error:  # the batch must run
+            self.session.stop(error)
+            chosen = shape_of(best) if shape_of(best) in self.session.policy.captured else None
         return self._no_graph(best, num_reqs, num_tokens) if chosen is None else chosen.rest
 
     def _best_left(self, best: Any, num_tokens: int, fits: tuple[Any, ...]) -> Shape:
@@ -117,14 +131,15 @@ class _OneByOne(upstream.CudaGraphManager):
         error = self._try(shape, warm_up=False)
         if ranks.all_agree(error is None):
             return None
-        # Something was loaded or allocated for the first time, which a capture forbids.
         self._forget(shape)
+        if ranks.several():  # a pass of this rank alone would wait for the others for ever
+            return error or RuntimeError("it failed on another rank")
+        # Something was set up for the first time, which a capture does not allow.
         logger.debug("capturing %s failed, trying once more after a forward pass: %s", shape.rest, error)
-        error = self._try(shape, warm_up=True)
-        if ranks.all_agree(error is None):
-            return None
-        self._forget(shape)
-        return error or RuntimeError("it failed on another rank")
+        again: Exception | None = self._try(shape, warm_up=True)
+        if again is not None:
+            self._forget(shape)
+        return again
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _try(self, shape: Shape, *, warm_up: bool) -> Exception | None:
@@ -147,14 +162,13 @@ class _OneByOne(upstream.CudaGraphManager):
         return lambda mode: None if mode == CUDAGraphMode.NONE else forward(mode)
 
     def _forget(self, shape: Shape) -> None:
-        """Drop what there is of `shape`.  A pool in which a capture broke off takes no more: there is a new one."""
+        """Drop what there is of `shape`, and leave torch's allocator as it was."""
         self.graphs.pop(shape.rest, None)
         descriptor = BatchDescriptor(num_tokens=shape.tokens, num_active_loras=shape.rest.num_active_loras)
-        self.pool = current_platform.graph_pool_handle()
-        for wrapper in list(CUDAGraphWrapper._all_instances):
-            if shape.kind == PIECEWISE:
+        if shape.kind == PIECEWISE:
+            for wrapper in list(CUDAGraphWrapper._all_instances):
                 wrapper.concrete_cudagraph_entries.pop(descriptor, None)
-            wrapper.graph_pool = self.pool
+        capture.mend(self.pool, self.device)
 
     def capture_idle(self) -> bool:
         """Capture the likeliest shape that is left, while there are no requests; False when none is left."""

@@ -23,10 +23,11 @@ DELAY = 5
 
 
 class Need(NamedTuple):
-    """size: bytes.  source: where that is from, in words."""
+    """size: bytes.  source: where that is from, in words.  kept: whether the KV cache was made that much smaller."""
 
     size: int
     source: str
+    kept: bool
 
 
 # Key and need by the configuration's id, from the profiling of memory to the start's end: between the two the KV cache
@@ -51,7 +52,7 @@ def key_of(config: Any) -> str:
 def keep_free(config: Any, activations: Callable[[], int]) -> int:
     """Bytes to keep free for graphs.  `activations()` measures a forward pass, where nothing is remembered."""
     key = key_of(config)
-    need = _need(config, key, activations)
+    need = _need(config, key, activations)._replace(kept=_applied())
     _kept_free[id(config)] = key, need
     return need.size
 
@@ -59,11 +60,19 @@ def keep_free(config: Any, activations: Callable[[], int]) -> int:
 def _need(config: Any, key: str, activations: Callable[[], int]) -> Need:
     known = _read(key)
     if known is not None:
-        return Need(known.needed, f"{known.graphs} graphs took {known.held / (1 << 30):.2f} GiB in an earlier start")
+        source = f"{known.graphs} graphs took {known.held / (1 << 30):.2f} GiB in an earlier start"
+        return Need(known.needed, source, kept=False)
     sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
     mode = config.compilation_config.cudagraph_mode
     graphs = {FULL: sizes * mode.has_full_cudagraphs(), PIECEWISE: sizes * mode.has_piecewise_cudagraphs()}
-    return Need(estimate(activations(), layers(config), graphs), "an estimate")
+    return Need(estimate(activations(), layers(config), graphs), "an estimate", kept=False)
+
+
+def _applied() -> bool:
+    """Whether vLLM keeps free what it asks for (v1/worker/gpu_worker.py, determine_available_memory)."""
+    import vllm.envs
+
+    return bool(vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS)
 
 
 def _read(key: str) -> record.Record | None:
@@ -89,14 +98,21 @@ class Memory:
         used = known.used if known else []
         self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})
         self._pending: record.Record | None = None
+        self._lock = threading.Lock()
 
     def keep(self, policy: Policy, budget: Budget) -> None:
         """Have the record written in `DELAY` seconds."""
-        waiting, self._pending = self._pending is not None, self._record(policy, budget)
-        if not waiting:
-            timer = threading.Timer(DELAY, self._write)
-            timer.daemon = True
+        made = self._record(policy, budget)
+        with self._lock:
+            waiting, self._pending = self._pending is not None, made
+        if waiting:
+            return
+        timer = threading.Timer(DELAY, self._write)
+        timer.daemon = True
+        try:
             timer.start()
+        except RuntimeError as error:  # no more threads
+            logger.debug("what graphs took is not kept: %s", error)
 
     def _record(self, policy: Policy, budget: Budget) -> record.Record:
         used = policy.asked + self.before
@@ -111,7 +127,8 @@ class Memory:
         )
 
     def _write(self) -> None:
-        made, self._pending = self._pending, None
+        with self._lock:
+            made, self._pending = self._pending, None
         try:
             if made is not None and not envs.store_off():
                 record.write(envs.store(), self.key, made)

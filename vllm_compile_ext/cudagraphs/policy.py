@@ -22,6 +22,8 @@ BATCHES = {FULL: 1, PIECEWISE: 6}
 BATCHES_PADDED = 16
 # Batches between two captures that can wait, so that running requests meet one at a time.
 BATCHES_BETWEEN = 8
+# Batches until a shape is tried again for which there was no memory.
+BATCHES_POSTPONED = 1000
 # How much larger: a decode step's time hardly depends on its size up to 64 tokens, a prompt's does.
 PAD_FREELY = 64
 PAD_FACTOR = {FULL: 2.0, PIECEWISE: 1.25}
@@ -61,6 +63,7 @@ class Policy:
         self.remembered = Counter({s: n for s, n in (remembered or {}).items() if s in set(self.shapes)})
         self._batches = 0
         self._last = -BATCHES_BETWEEN
+        self._not_before: dict[Shape, int] = {}
 
     def plan(self, best: Shape, compatible: Iterable[Shape]) -> Plan:
         """For a batch that stock runs on `best`.  compatible: the captured shapes that the batch fits in."""
@@ -75,6 +78,8 @@ class Policy:
 
     def _due(self, shape: Shape, larger: Shape | None) -> bool:
         if self.asked[shape] < (BATCHES[shape.kind] if larger is None else BATCHES_PADDED):
+            return False
+        if self._batches < self._not_before.get(shape, 0):
             return False
         urgent = shape.kind == FULL and larger is None
         return urgent or self._batches - self._last >= BATCHES_BETWEEN
@@ -96,6 +101,10 @@ class Policy:
         """`shape` is captured."""
         self._last = self._batches
         self.captured.add(shape)
+
+    def postpone(self, shape: Shape) -> None:
+        """There was no memory for `shape` at the moment."""
+        self._not_before[shape] = self._batches + BATCHES_POSTPONED
 
     def bar(self, shapes: Collection[Shape], reason: str) -> None:
         """These are not captured any more in this process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from vllm_compile_ext.cudagraphs import coverage, memory
+
+logger = logging.getLogger(__name__)
 
 
 def around(stock: Callable[[Any], int]) -> Callable[[Any], int]:
@@ -20,9 +23,12 @@ def around(stock: Callable[[Any], int]) -> Callable[[Any], int]:
         config = runner.vllm_config
         if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
             return 0
-        if not coverage.on_demand(config):
-            return stock(runner)
-        return memory.keep_free(config, lambda: _activations(runner))
+        try:
+            if coverage.on_demand(config):
+                return memory.keep_free(config, lambda: _activations(runner))
+        except Exception as error:
+            logger.warning("graphs are captured to see what they need (%s: %s)", type(error).__name__, error)
+        return stock(runner)
 
     return profile_cudagraph_memory
 
@@ -35,4 +41,6 @@ def _activations(runner: Any) -> int:
     before = torch.cuda.memory_allocated()
     runner._dummy_run(size, skip_attn=True, is_profile=True, skip_eplb=True)
     torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated() - before)
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    return int(peak - before)

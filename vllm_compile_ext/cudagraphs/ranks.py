@@ -6,6 +6,11 @@ import torch
 from vllm.distributed import parallel_state
 
 
+def several() -> bool:
+    """Whether there is more than one tensor parallel rank."""
+    return int(parallel_state.get_tp_group().world_size) > 1
+
+
 def all_agree(ok: bool) -> bool:
     """Whether `ok` holds on every tensor parallel rank."""
     group = parallel_state.get_tp_group()

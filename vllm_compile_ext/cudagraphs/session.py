@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vllm_compile_ext.cudagraphs.budget import MIB, Budget
+from vllm_compile_ext.cudagraphs.budget import MARGIN, MIB, UNKEPT_MARGIN, Budget
 from vllm_compile_ext.cudagraphs.counters import Counters
 from vllm_compile_ext.cudagraphs.memory import Memory
 from vllm_compile_ext.cudagraphs.policy import Policy, Shape
@@ -23,12 +23,15 @@ FAILURES = 3
 class Device:
     """What a session needs of the device and of the other ranks.
 
-    capture: capture a shape on every rank or on none; what went wrong, or None.  free: bytes that are free.  agree:
-    whether something holds on every rank.  from_first: the first rank's number.
+    capture: capture a shape on every rank or on none; what went wrong, or None.  free: bytes free on the device.
+    reserved: bytes that this process took of it.  give_back: give back those that are unused.  agree: whether something
+    holds on every rank.  from_first: the first rank's number.
     """
 
     capture: Callable[[Shape], Exception | None]
     free: Callable[[], int]
+    reserved: Callable[[], int]
+    give_back: Callable[[], None]
     agree: Callable[[bool], bool]
     from_first: Callable[[int], int]
 
@@ -39,15 +42,17 @@ class Session:
     def __init__(self, memory: Memory, layers: int, device: Device) -> None:
         self.memory = memory
         self.policy = Policy(memory.shapes, memory.before)
-        self.budget = Budget(memory.need.size, layers)
+        self.budget = Budget(memory.need.size, layers, margin=MARGIN if memory.need.kept else UNKEPT_MARGIN)
         self.counters = Counters()
         self._device = device
         self._failures = 0
         self._batches = 0
+        self._told = self._stopped = False
         note("graphs", shapes=len(memory.shapes), kept_free=self.budget.limit, source=memory.need.source)
         logger.info(
-            "CUDA graphs are captured on demand: %d shapes, none at start; %.2f GiB are kept free for them (%s)",
+            "CUDA graphs are captured on demand: %d shapes, none at start; %s %.2f GiB (%s)",
             len(memory.shapes),
+            "kept free for them:" if memory.need.kept else "of what the KV cache leaves they may take",
             self.budget.limit / (1 << 30),
             memory.need.source,
         )
@@ -66,15 +71,15 @@ class Session:
         """Capture `shape` if memory allows; True when it is there."""
         if not self._may(shape):
             return False
-        free, start = self._device.free(), time.perf_counter()
+        free, reserved, start = self._device.free(), self._device.reserved(), time.perf_counter()
         with span("capture graph", "graph capture", kind=shape.kind, tokens=shape.tokens):
             error = self._device.capture(shape)
         if error is not None:
             self._failed(shape, error)
             return False
-        seconds, size = time.perf_counter() - start, free - self._device.free()
+        seconds, grown = time.perf_counter() - start, self._device.reserved() - reserved
         self.policy.done(shape)
-        self.budget.took(shape.kind, size)
+        size = self.budget.took(shape.kind, free - self._device.free(), grown)
         self.counters.capture(shape, seconds, self.budget.held)
         self.memory.keep(self.policy, self.budget)
         note("graphs", captured=1, kind=shape.kind, bytes=size, seconds=seconds)
@@ -88,25 +93,49 @@ class Session:
         number = self._device.from_first(-1 if shape is None else self.memory.shapes.index(shape))
         if number < 0:
             return False
-        self.capture(self.memory.shapes[number])
-        return bool(self.policy.left)
+        chosen = self.memory.shapes[number]
+        waits = not self.capture(chosen) and chosen not in self.policy.barred  # for memory
+        return not waits and bool(self.policy.left)
 
     def _may(self, shape: Shape) -> bool:
-        reason = self.budget.refuse(shape.kind, self._device.free())
-        if self._device.agree(reason is None):
+        over = self.budget.over(shape.kind)
+        short = None if over else self._short(shape.kind)
+        if self._device.agree(not over and not short):
             return True
-        reason = reason or "another rank has no memory for them"
-        left = [s for s in self.policy.left if s.kind == shape.kind]
+        # What another rank lacks may be memory of the moment; a limit of its own it meets again the next time.
+        if over:
+            self._used_up(shape.kind, over)
+        else:
+            self.policy.postpone(shape)
+            if not self._told:
+                self._told = True
+                logger.warning("a %s CUDA graph waits: %s", shape.kind, short or "another rank has no memory for it")
+        return False
+
+    def _short(self, kind: str) -> str | None:
+        if self.budget.short(kind, self._device.free()) is None:
+            return None
+        self._device.give_back()
+        return self.budget.short(kind, self._device.free())
+
+    def _used_up(self, kind: str, reason: str) -> None:
+        left = [s for s in self.policy.left if s.kind == kind]
         self._bar(left, reason)
         logger.warning(
             "no more %s CUDA graphs are captured, %s: %d shapes have one, %d run without; "
             "the next start keeps more free",
-            shape.kind,
+            kind,
             reason,
-            self.counters.captured[shape.kind],
+            self.counters.captured[kind],
             len(left),
         )
-        return False
+
+    def stop(self, error: Exception) -> None:
+        """After a surprise: what is captured is used, nothing more is captured."""
+        if not self._stopped:
+            self._stopped = True
+            logger.warning("no more CUDA graphs are captured (%s: %s)", type(error).__name__, error, exc_info=error)
+        self.policy.bar(self.policy.left, f"{type(error).__name__}: {error}")
 
     def _failed(self, shape: Shape, error: Exception) -> None:
         self._failures += 1
