@@ -205,7 +205,8 @@ def child(side: str, names: list[str], seconds: float, out: Path) -> None:
         ended = forks.run(function)
         if ended.status:
             sys.exit(f"{side} {model} {options}: status {ended.status}\n{ended.output[-4000:]}")
-        lines = [line for line in ended.output.splitlines() if "init engine" in line or "CUDA graph" in line]
+        told = ("init engine", "CUDA graph", "stays as", "table.py")
+        lines = [line for line in ended.output.splitlines() if any(words in line for words in told)]
         print(*[line[-220:] for line in lines if "it/s" not in line], sep="\n", flush=True)
         init, compilation = INIT.findall(ended.output)[-1]
         return ended.value | {"init": float(init) - float(compilation or 0)}
@@ -217,7 +218,7 @@ def child(side: str, names: list[str], seconds: float, out: Path) -> None:
         return {"first": first, "gaps": gaps, "rates": rates, "used": (before, used()), "graphs": graphs(llm)}
 
     def brief(llm: Any) -> dict[str, Any]:
-        return {"first": first_request(llm), "gaps": [], "rates": {}, "used": (used(), 0), "graphs": {}}
+        return {"first": first_request(llm), "gaps": [], "rates": {}, "used": (used(), used()), "graphs": {}}
 
     found: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -225,7 +226,10 @@ def child(side: str, names: list[str], seconds: float, out: Path) -> None:
         if side == "ours":
             start(model, brief)
         found[f"{name} {side}"] = start(model, measure)
-        if side == "stock":
+        if side == "ours":
+            os.environ["VLLM_COMPILE_CUDAGRAPHS"] = "eager"
+            found[f"{name} at start"] = start(model, measure)
+            os.environ["VLLM_COMPILE_CUDAGRAPHS"] = "lazy"
             found[f"{name} eager"] = start(model, brief, enforce_eager=True)
         out.write_text(json.dumps(found))
 
@@ -236,7 +240,7 @@ def run(side: str, names: list[str], seconds: float, folder: Path) -> dict[str, 
     env = os.environ | {
         "VLLM_CACHE_ROOT": str(folder / f"cache-{side}"),
         "HOME": str(folder / f"home-{side}"),
-        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")),
         "VLLM_COMPILE_EXT": str(int(side == "ours")),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
@@ -250,36 +254,38 @@ def run(side: str, names: list[str], seconds: float, folder: Path) -> dict[str, 
 
 
 def table(name: str, found: dict[str, Measured]) -> Table:
-    stock, ours, eager = (found[f"{name} {side}"] for side in ("stock", "ours", "eager"))
+    """The last columns are ratios to stock, or, without it, to stock's capture at start with our compiled code."""
+    ours, eager, at_start = (found[f"{name} {side}"] for side in ("ours", "eager", "at start"))
+    stock = found.get(f"{name} stock")
+    base = stock or at_start
     shown = Table(title=name, title_justify="left")
-    for head in ("", "stock", "eager", "ours", "ours / stock", "target"):
+    for head in ("", "stock", "ours, all at start", "enforce-eager", "ours, on demand", "ratio", "target"):
         shown.add_column(head, justify="left" if not head or head == "target" else "right")
 
-    def row(what: str, a: float, b: float | None, c: float, text: str, target: str = "") -> None:
-        shown.add_row(what, text.format(a), "" if b is None else text.format(b), text.format(c), f"{c / a:.2f}", target)
+    def row(what: str, of: Callable[[Measured], float], text: str, target: str = "") -> None:
+        cells = [text.format(of(start)) if start and has(start, of) else "" for start in (stock, at_start, eager, ours)]
+        shown.add_row(what, *cells, f"{of(ours) / of(base):.2f}", target)
 
-    def p99(gaps: list[float]) -> float:
-        return statistics.quantiles(gaps, n=100)[98] * 1e3
+    def has(start: Measured, of: Callable[[Measured], float]) -> bool:
+        try:
+            of(start)
+        except (ValueError, KeyError, statistics.StatisticsError):  # not measured with --enforce-eager
+            return False
+        return True
 
-    row("init engine without torch.compile, s", stock.init, eager.init, ours.init, "{:.1f}", f"{eager.init + 0.5:.1f}")
-    row("first request, ms", stock.first * 1e3, eager.first * 1e3, ours.first * 1e3, "{:.0f}", "stock + 100")
+    row("init engine without torch.compile, s", lambda m: m.init, "{:.1f}", f"{eager.init + 0.5:.1f} s")
+    row("first request, ms", lambda m: m.first * 1e3, "{:.0f}", f"{base.first * 1e3 + 100:.0f} ms")
     for batch in map(str, BATCHES):
-        row(f"tokens/s, batch {batch}", stock.rates[batch], None, ours.rates[batch], "{:.0f}", "0.99x")
-    row(
-        "inter-token, median, ms",
-        statistics.median(stock.gaps) * 1e3,
-        None,
-        statistics.median(ours.gaps) * 1e3,
-        "{:.1f}",
-    )
-    row("inter-token, p99, ms", p99(stock.gaps), None, p99(ours.gaps), "{:.1f}")
-    row("inter-token, worst, ms", max(stock.gaps) * 1e3, None, max(ours.gaps) * 1e3, "{:.1f}", "stock + one capture")
-    row("used on the device, GiB", stock.used[1] / 2**30, None, ours.used[1] / 2**30, "{:.2f}")
+        row(f"tokens/s, batch {batch}", lambda m, batch=batch: m.rates[batch], "{:.0f}", "0.99")  # type: ignore[misc]
+    row("inter-token latency, median, ms", lambda m: statistics.median(m.gaps) * 1e3, "{:.1f}")
+    row("inter-token latency, p99, ms", lambda m: statistics.quantiles(m.gaps, n=100)[98] * 1e3, "{:.1f}")
+    row("inter-token latency, worst, ms", lambda m: max(m.gaps) * 1e3, "{:.1f}", "stock + a capture")
+    row("used on the device at the end, GiB", lambda m: m.used[1] / 2**30, "{:.2f}")
     held = ours.graphs
     shown.caption = (
-        f"ours captured {held['captured']}, longest {max(held['seconds'], default=0) * 1e3:.0f} ms, "
-        f"{held['held'] / 2**20:.0f} MiB of {held['limit'] / 2**20:.0f} MiB kept free; "
-        f"batches on a graph {held['replayed']}, without {held['missed']}"
+        f"on demand: captured {held['captured']} in {sum(held['seconds']):.1f} s, the longest "
+        f"{max(held['seconds'], default=0) * 1e3:.0f} ms; {held['held'] / 2**20:.0f} MiB of "
+        f"{held['limit'] / 2**20:.0f} MiB; batches on a graph {held['replayed']}, without one {held['missed']}"
     )
     return shown
 
@@ -288,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", choices=sorted(SHAPES))
     parser.add_argument("--seconds", type=float, default=30.0, help="of mixed traffic")
+    parser.add_argument("--no-stock", action="store_true", help="no start with VLLM_COMPILE_EXT=0, which takes longest")
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     parser.add_argument("--child", choices=("stock", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -303,7 +310,8 @@ def main() -> None:
     machine = f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, {versions}"
     with tempfile.TemporaryDirectory() as folder:
         found = run("ours", args.models, args.seconds, Path(folder))
-        found |= run("stock", args.models, args.seconds, Path(folder))
+        if not args.no_stock:
+            found |= run("stock", args.models, args.seconds, Path(folder))
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "starts": {k: asdict(v) for k, v in found.items()}}))
     console = Console(width=120)
