@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 KIB = 1 << 10
 MIB = 1 << 20
+# What all graphs of a process share beside the memory of a forward pass: outputs, cuBLAS's workspace for their stream.
+BASE = 64 * MIB
 # Never taken for graphs: what a step may need beside them.  More where nothing was kept free for graphs, since the
 # largest step may still be to come.
 MARGIN = 128 * MIB
@@ -24,22 +26,21 @@ LAYER = {"FULL": 52 * KIB, "PIECEWISE": 128 * KIB}
 UNASKED = 0.25
 
 
-def estimate(activations: int, layers: int, graphs: Mapping[str, int]) -> int:
-    """Bytes for `graphs`, number by kind, of a model with `layers` decoder layers, of which nothing was measured.
-
-    activations: peak bytes of a forward pass at the largest size; all graphs share that memory.
-    """
-    return activations + sum(count * layers * LAYER[kind] for kind, count in graphs.items())
+def estimate(layers: int, graphs: Mapping[str, int]) -> int:
+    """Bytes for `graphs`, number by kind, of a model with `layers` decoder layers, of which nothing was measured."""
+    return sum(count * layers * LAYER[kind] for kind, count in graphs.items())
 
 
 @dataclass
 class Budget:
     """limit: bytes that graphs may take together.  layers: decoder layers.  margin: bytes of the device that stay free.
-    held: bytes that graphs take.  costs: bytes of each captured graph, by kind."""
+    base: bytes that were taken for all graphs before the first.  held: bytes that graphs take.  costs: bytes of each
+    captured graph, by kind."""
 
     limit: int
     layers: int
     margin: int = MARGIN
+    base: int = 0
     held: int = 0
     costs: dict[str, list[int]] = field(default_factory=dict)
 
@@ -69,8 +70,8 @@ class Budget:
         return size
 
     def needed(self, asked: Mapping[str, int], unasked: Mapping[str, int]) -> int:
-        """What the next start keeps free: for the graphs that are held, those not captured that traffic `asked` for,
-        and a part of those it did not ask for; both are numbers by kind."""
+        """What the next start keeps free beside `base`: for the graphs that are held, those not captured that traffic
+        `asked` for, and a part of those it did not ask for; both are numbers by kind."""
         more = sum(count * self.expected(kind) for kind, count in asked.items())
         rest = sum(count * self.expected(kind) for kind, count in unasked.items())
         return self.held + more + int(UNASKED * rest)

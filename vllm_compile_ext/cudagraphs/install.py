@@ -61,7 +61,7 @@ def _runner(module: ModuleType) -> Undo:
         with patch.object(module, "freeze_gc_for_cudagraph_capture", nullcontext):
             stock(self, profile_only=profile_only)
         session = getattr(self.cudagraph_manager, "session", None)
-        return 0 if session is None else int(session.budget.limit)
+        return 0 if session is None else int(session.budget.base + session.budget.limit)
 
     runner.capture_model = capture_model
 

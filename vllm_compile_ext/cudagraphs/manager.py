@@ -20,6 +20,7 @@ from vllm.forward_context import BatchDescriptor
 from vllm.v1.worker.gpu import cudagraph_utils as upstream
 
 from vllm_compile_ext.cudagraphs import capture, coverage, memory, ranks
+from vllm_compile_ext.cudagraphs.budget import BASE
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Shape
 from vllm_compile_ext.cudagraphs.session import Device, Session
 
@@ -60,10 +61,12 @@ class _OneByOne(upstream.CudaGraphManager):
             ranks.all_agree,
             ranks.from_first,
         )
-        before = capture.free_memory()
+        free, reserved = capture.free_memory(), capture.reserved_memory()
         self._allocate_outputs()
-        self.session = Session(memory.Memory(self.vllm_config, shapes), memory.layers(self.vllm_config), device)
-        self.session.budget.held = max(0, before - capture.free_memory())
+        # At most what torch took and a workspace or two: another process may take memory of the device meanwhile.
+        base = max(0, min(free - capture.free_memory(), capture.reserved_memory() - reserved + 2 * BASE))
+        known = memory.Memory(self.vllm_config, shapes)
+        self.session = Session(known, memory.layers(self.vllm_config), device, base)
         self._graphs_captured = True  # upstream's dispatch looks for a graph from here on
         monitor.set_cudagraph_capturing_enabled(False)
 

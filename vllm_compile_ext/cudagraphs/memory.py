@@ -13,7 +13,7 @@ import torch
 from vllm_compile_ext import envs
 from vllm_compile_ext.artifacts.access import UnsafeStoreError
 from vllm_compile_ext.cudagraphs import record
-from vllm_compile_ext.cudagraphs.budget import Budget, estimate
+from vllm_compile_ext.cudagraphs.budget import BASE, Budget, estimate
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy, Shape
 
 logger = logging.getLogger(__name__)
@@ -23,9 +23,11 @@ DELAY = 5
 
 
 class Need(NamedTuple):
-    """size: bytes.  source: where that is from, in words.  kept: whether the KV cache was made that much smaller."""
+    """size: bytes.  graphs: the part of them that is for graphs alone.  source: where that is from, in words.  kept:
+    whether the KV cache was made that much smaller."""
 
     size: int
+    graphs: int
     source: str
     kept: bool
 
@@ -61,11 +63,12 @@ def _need(config: Any, key: str, activations: Callable[[], int]) -> Need:
     known = _read(key)
     if known is not None:
         source = f"{known.graphs} graphs took {known.held / (1 << 30):.2f} GiB in an earlier start"
-        return Need(known.needed, source, kept=False)
+        return Need(known.base + known.needed, known.needed, source, kept=False)
     sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
     mode = config.compilation_config.cudagraph_mode
     graphs = {FULL: sizes * mode.has_full_cudagraphs(), PIECEWISE: sizes * mode.has_piecewise_cudagraphs()}
-    return Need(estimate(activations(), layers(config), graphs), "an estimate", kept=False)
+    expected = estimate(layers(config), graphs)
+    return Need(BASE + activations() + expected, expected, "an estimate", kept=False)
 
 
 def _applied() -> bool:
@@ -118,6 +121,7 @@ class Memory:
         used = policy.asked + self.before
         without = [s for s in self.shapes if s not in policy.captured]
         return record.Record(
+            base=budget.base,
             held=budget.held,
             graphs=len(policy.captured),
             needed=budget.needed(

@@ -14,19 +14,20 @@ from typing import Any, NamedTuple
 FULL = "FULL"
 PIECEWISE = "PIECEWISE"
 
-# Batches of a shape before its graph is captured.  Capturing a whole decode step takes about as long as running it once
-# without a graph, and the next step needs it again; a graph for a prompt's length takes as long as five to ten batches
-# save with it (measured on an H100 with 80 layers: 0.05 and 0.15 s).
-BATCHES = {FULL: 1, PIECEWISE: 6}
+# Batches without a graph before one is captured, counted for sizes between two powers of two.  Capturing a whole decode
+# step takes about as long as running it once without a graph, and the next step needs it again; a graph for a prompt's
+# length takes as long as four batches save with it, and may never be needed again (H100, 80 layers: 0.06 and 0.15 s).
+BATCHES = {FULL: 1, PIECEWISE: 4}
 # Where a larger graph serves meanwhile.
 BATCHES_PADDED = 16
 # Batches between two captures that can wait, so that running requests meet one at a time.
 BATCHES_BETWEEN = 8
 # Batches until a shape is tried again for which there was no memory.
 BATCHES_POSTPONED = 1000
-# How much larger: a decode step's time hardly depends on its size up to 64 tokens, a prompt's does.
+# How much larger that may be: up to 64 tokens a step's time hardly depends on its size, and up to twice the size it is
+# still shorter than launching every kernel.
 PAD_FREELY = 64
-PAD_FACTOR = {FULL: 2.0, PIECEWISE: 1.25}
+PAD_FACTOR = 2
 
 
 class Shape(NamedTuple):
@@ -49,6 +50,11 @@ class Plan:
     otherwise: Shape | None
 
 
+def _range(shape: Shape) -> tuple[str, int]:
+    """The sizes that are counted together."""
+    return shape.kind, (shape.tokens - 1).bit_length()
+
+
 class Policy:
     """The state of every shape: captured, barred (with the reason) or neither.
 
@@ -64,6 +70,7 @@ class Policy:
         self._batches = 0
         self._last = -BATCHES_BETWEEN
         self._not_before: dict[Shape, int] = {}
+        self._without: Counter[tuple[str, int]] = Counter()
 
     def plan(self, best: Shape, compatible: Iterable[Shape]) -> Plan:
         """For a batch that stock runs on `best`.  compatible: the captured shapes that the batch fits in."""
@@ -72,12 +79,19 @@ class Policy:
         if best in self.captured:
             return Plan(None, best)
         larger = self._larger(best, compatible)
+        if larger is None:
+            self._without[_range(best)] += 1
         if best in self.barred or not self._due(best, larger):
             return Plan(None, larger)
         return Plan(best, larger)
 
     def _due(self, shape: Shape, larger: Shape | None) -> bool:
-        if self.asked[shape] < (BATCHES[shape.kind] if larger is None else BATCHES_PADDED):
+        enough = (
+            self._without[_range(shape)] >= BATCHES[shape.kind]
+            if larger is None
+            else self.asked[shape] >= BATCHES_PADDED
+        )
+        if not enough:
             return False
         if self._batches < self._not_before.get(shape, 0):
             return False
@@ -85,7 +99,7 @@ class Policy:
         return urgent or self._batches - self._last >= BATCHES_BETWEEN
 
     def _larger(self, best: Shape, compatible: Iterable[Shape]) -> Shape | None:
-        limit = max(PAD_FREELY, PAD_FACTOR[best.kind] * best.tokens)
+        limit = max(PAD_FREELY, PAD_FACTOR * best.tokens)
         near = [s for s in compatible if best.tokens <= s.tokens <= limit]
         return min(near, key=lambda s: (s.kind != FULL, s.tokens), default=None)
 
@@ -100,6 +114,7 @@ class Policy:
     def done(self, shape: Shape) -> None:
         """`shape` is captured."""
         self._last = self._batches
+        self._without[_range(shape)] = 0
         self.captured.add(shape)
 
     def postpone(self, shape: Shape) -> None:

@@ -35,9 +35,11 @@ class Used(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """held: bytes that the graphs of the last start took.  graphs: how many they were.  needed: bytes for all shapes,
-    from what those took.  used: which shapes traffic asked for, in all starts so far."""
+    """base: bytes that the last start took for all graphs before the first.  held: bytes that its graphs took.  graphs:
+    how many they were.  needed: bytes for the graphs of the next start, from what those took.  used: which shapes
+    traffic asked for, in all starts so far."""
 
+    base: _Number
     held: _Number
     graphs: _Number
     needed: _Number

@@ -39,21 +39,23 @@ class Device:
 class Session:
     """The graphs of one model on one rank."""
 
-    def __init__(self, memory: Memory, layers: int, device: Device) -> None:
+    def __init__(self, memory: Memory, layers: int, device: Device, base: int = 0) -> None:
         self.memory = memory
         self.policy = Policy(memory.shapes, memory.before)
-        self.budget = Budget(memory.need.size, layers, margin=MARGIN if memory.need.kept else UNKEPT_MARGIN)
+        self.budget = Budget(
+            memory.need.graphs, layers, base=base, margin=MARGIN if memory.need.kept else UNKEPT_MARGIN
+        )
         self.counters = Counters()
         self._device = device
         self._failures = 0
         self._batches = 0
         self._told = self._stopped = False
-        note("graphs", shapes=len(memory.shapes), kept_free=self.budget.limit, source=memory.need.source)
+        note("graphs", shapes=len(memory.shapes), kept_free=base + self.budget.limit, source=memory.need.source)
         logger.info(
             "CUDA graphs are captured on demand: %d shapes, none at start; %s %.2f GiB (%s)",
             len(memory.shapes),
             "kept free for them:" if memory.need.kept else "of what the KV cache leaves they may take",
-            self.budget.limit / (1 << 30),
+            (base + self.budget.limit) / (1 << 30),
             memory.need.source,
         )
 
@@ -80,7 +82,8 @@ class Session:
         seconds, grown = time.perf_counter() - start, self._device.reserved() - reserved
         self.policy.done(shape)
         size = self.budget.took(shape.kind, free - self._device.free(), grown)
-        self.counters.capture(shape, seconds, self.budget.held)
+        base_and_graphs = self.budget.base + self.budget.held
+        self.counters.capture(shape, seconds, base_and_graphs)
         self.memory.keep(self.policy, self.budget)
         note("graphs", captured=1, kind=shape.kind, bytes=size, seconds=seconds)
         logger.debug("captured %s in %.3f s, %.1f MiB", shape.rest, seconds, size / MIB)
