@@ -136,7 +136,9 @@ class Session:
         if not self._stopped:
             self._stopped = True
             logger.warning("no more CUDA graphs are captured (%s: %s)", type(error).__name__, error, exc_info=error)
-        self.policy.bar(self.policy.left, f"{type(error).__name__}: {error}")
+        left = self.policy.left
+        self.policy.bar(left, f"{type(error).__name__}: {error}")
+        self.counters.skip(left)
 
     def _failed(self, shape: Shape, error: Exception) -> None:
         self._failures += 1
