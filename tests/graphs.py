@@ -5,7 +5,9 @@ have captured.  Imported by processes of `tests/process.py` only: importing it c
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +21,26 @@ HIDDEN = 8
 
 
 class State:
-    """What happened.  failing: how often the capture of (kind, tokens) still breaks off."""
+    """What happened.  failing: how often the capture of (kind, tokens) still breaks off.
+
+    open: pools that torch's allocator allocates from at the moment.  uses: what keeps a pool, graphs and others.
+    """
 
     def __init__(self) -> None:
         self.capturing = False
         self.free = 1 << 34
         self.pools = 0
         self.forwards: list[Any] = []  # (kind asked for, tokens, guard open, within a capture)
+        self.pooled: list[Any] = []  # for each of them, the pool that it allocated from, or None
         self.graphs: list[Any] = []  # (pool, stream, error mode, guard open)
+        self.open: list[Any] = []
+        self.uses: Counter[Any] = Counter()
+        self.pool_calls: list[str] = []  # of what is not within a capture
+        self.streams: list[Any] = []  # the current one is the last
+        self.within: list[Any] = []  # for each forward pass
+        self.exchanges = 0  # of addresses between ranks
+        self.unused = 3 * MIB  # that torch keeps
+        self.emptied = 0  # how often it was told to give that back
         self.failing: dict[Any, int] = {}
 
 
@@ -41,9 +55,26 @@ class Stream:
         pass
 
 
+@contextmanager
+def _stream(stream: Any) -> Iterator[None]:
+    state.streams.append(stream)
+    try:
+        yield
+    finally:
+        state.streams.pop()
+
+
 class CUDAGraph:
+    """pool: that a capture ended in.  uses: of pools, at that time."""
+
     def __init__(self) -> None:
         self.replays = 0
+        self.pool: Any = None
+        self.uses = state.uses
+
+    def __del__(self) -> None:
+        if self.pool is not None:
+            self.uses[self.pool] -= 1
 
     def replay(self) -> None:
         self.replays += 1
@@ -55,15 +86,52 @@ class Capture:
     def __init__(
         self, cuda_graph: Any, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
     ) -> None:
+        self._graph = cuda_graph
+        self._pool = pool
         self._about = (pool, stream, capture_error_mode)
 
     def __enter__(self) -> None:
+        begin(0, self._pool)
         state.capturing = True
         state.graphs.append((*self._about, monitor.cudagraph_capturing_enabled))
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, kind: Any, *exc: Any) -> None:
         state.capturing = False
+        if kind is not None:  # as `capture_end` of torch 2.13, which leaves the pool open
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        end(0, self._pool)
+        self._graph.pool = self._pool
         state.free -= MIB
+
+
+def begin(device: int, pool: Any) -> None:
+    """Torch's allocator: a pool is open once, and kept by what allocated from it."""
+    assert device == 0
+    if pool in state.open:
+        raise RuntimeError("a capture into this pool has not ended")
+    state.open.append(pool)
+    state.uses[pool] += 1
+
+
+def end(device: int, pool: Any) -> None:
+    assert device == 0
+    if pool not in state.open:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+    state.open.remove(pool)
+
+
+def release(device: int, pool: Any) -> None:
+    assert device == 0
+    assert state.uses[pool] > 0
+    state.uses[pool] -= 1
+
+
+def _written(name: str, function: Any) -> Any:
+    def call(device: int, pool: Any) -> None:
+        state.pool_calls.append(name)
+        function(device, pool)
+
+    return call
 
 
 def _pool() -> tuple[int, int]:
@@ -75,10 +143,19 @@ def _pool() -> tuple[int, int]:
 torch.cuda.graph = Capture  # type: ignore[assignment,misc]
 torch.cuda.CUDAGraph = CUDAGraph  # type: ignore[assignment,misc]
 torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
+torch.cuda.stream = _stream  # type: ignore[assignment]
+torch.cuda.current_stream = lambda *args: "the step's stream"  # type: ignore[assignment,return-value]
+torch.cuda.current_device = lambda: 0
+for _name in ("beginAllocateCurrentThreadToPool", "endAllocateToPool", "releasePool"):
+    assert hasattr(torch._C, f"_cuda_{_name}")
+torch._C._cuda_beginAllocateCurrentThreadToPool = _written("begin", begin)
+torch._C._cuda_endAllocateToPool = _written("end", end)
+torch._C._cuda_releasePool = _written("release", release)
 torch.cuda.synchronize = lambda *args: None
-torch.cuda.empty_cache = lambda: None
+torch.cuda.empty_cache = lambda: setattr(state, "emptied", state.emptied + 1)
 torch.cuda.mem_get_info = lambda *args: (state.free, 1 << 35)
-torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda *args: 0
+torch.cuda.memory_reserved = lambda *args: 7 * MIB + state.unused
+torch.cuda.memory_allocated = lambda *args: 7 * MIB
 torch.cuda.get_device_name = lambda *args: "NVIDIA H100"
 torch._C._host_emptyCache = getattr(torch._C, "_host_emptyCache", lambda: None)
 torch.set_grad_enabled(False)
@@ -95,9 +172,14 @@ from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.worker.gpu import cudagraph_utils as upstream  # noqa: E402
 
-_GROUP = SimpleNamespace(
-    world_size=1, is_first_rank=True, is_last_rank=True, graph_capture=lambda context: nullcontext()
-)
+
+@contextmanager
+def _exchange(context: Any) -> Iterator[None]:
+    state.exchanges += 1
+    yield
+
+
+_GROUP = SimpleNamespace(world_size=1, is_first_rank=True, is_last_rank=True, graph_capture=_exchange)
 for _name in ("get_tp_group", "get_pp_group", "get_dp_group"):
     setattr(parallel_state, _name, lambda: _GROUP)
 upstream.get_pp_group = parallel_state.get_pp_group
@@ -143,6 +225,10 @@ class Model(nn.Module):
     def forward(self, input_ids: Any, positions: Any, intermediate_tensors: Any) -> Any:
         mode = get_forward_context().cudagraph_runtime_mode
         state.forwards.append((mode.name, len(input_ids), monitor.cudagraph_capturing_enabled, state.capturing))
+        state.pooled.append(state.open[-1] if state.open else None)
+        state.within.append(list(state.streams))
+        if state.open and not state.capturing:
+            state.free -= MIB
         x = input_ids[:, None].float().expand(-1, HIDDEN)
         for piece in self.pieces:
             x = piece(x)

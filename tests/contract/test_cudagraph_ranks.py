@@ -15,9 +15,10 @@ CODE = """
     plugin.register()
     from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
-    from tests.unit.cudagraphs.fakes import Gpu, Remembered
+    from tests.unit.cudagraphs.fakes import GRAPH, Gpu, Remembered
     from tests.unit.cudagraphs.shapes import ALL, decode, fits, mixed
     from vllm_compile_ext.cudagraphs import ranks
+    from vllm_compile_ext.cudagraphs.budget import MARGIN
     from vllm_compile_ext.cudagraphs.session import Device, Session
 
     rank = int(sys.argv[1])
@@ -25,16 +26,17 @@ CODE = """
         parallel_state.init_distributed_environment(2, rank, f"file://{sys.argv[2]}", rank, "gloo")
         parallel_state.initialize_model_parallel(2, backend="gloo")
 
-    out = {"size": parallel_state.get_tp_group().world_size}
+    out = {"size": parallel_state.get_tp_group().world_size, "several": ranks.several()}
     out["agree"] = [ranks.all_agree(ok) for ok in (True, False, rank == 0, rank == 1)]
     out["first"] = [ranks.from_first(10 + rank), ranks.from_first(-1 - rank), ranks.from_first((1 << 40) + rank)]
 
-    def session(limit=1 << 40, failing=(), before={}):
-        gpu = Gpu(failing=failing)
+    def session(limit=1 << 40, failing=(), before={}, free=1 << 40):
+        gpu = Gpu(free, failing=failing)
         def capture(shape):
             error = gpu.capture(shape)
             return None if ranks.all_agree(error is None) else error or RuntimeError("it failed on another rank")
-        device = Device(capture, lambda: gpu.memory, ranks.all_agree, ranks.from_first)
+        device = Device(capture, lambda: gpu.memory, lambda: gpu.reserved, gpu.give_back, ranks.all_agree,
+            ranks.from_first)
         return Session(Remembered(limit, before), 1, device), gpu
 
     def names(shapes):
@@ -48,6 +50,8 @@ CODE = """
 
     out["alike"] = serve(*session())
     out["budget"] = serve(*session(limit=0 if rank else 1 << 40))
+    out["later"] = serve(*session(limit=2 * GRAPH if rank else 1 << 40))
+    out["short"] = serve(*session(free=MARGIN if rank else 1 << 40))
     out["failure"] = serve(*session(failing=[] if rank else [decode(8), mixed(64)]))
     out["stopped"] = serve(*session(failing=[decode(8), decode(16), decode(32)] if rank else []))
     made, gpu = session(before={mixed(64): 3} if rank == 0 else {decode(32): 3})
@@ -84,7 +88,7 @@ def both(ranks: list[dict[str, Any]], name: str) -> Any:
 
 def test_votes_and_numbers_are_the_same_on_both_ranks(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert rank["size"] == 2
+        assert (rank["size"], rank["several"]) == (2, True)
         assert rank["agree"] == [True, False, False, False]
         assert rank["first"] == [10, -1, 1 << 40]
 
@@ -100,7 +104,20 @@ def test_what_one_ranks_budget_refuses_no_rank_captures(ranks: list[dict[str, An
     assert (found["tried"], found["captured"]) == ([], [])
     assert set(found["ran"]) == {None}
     assert ranks[0]["budget"]["reasons"] == ["another rank has no memory for them"]
-    assert ranks[1]["budget"]["reasons"] == ["the 0 MiB kept free for CUDA graphs are used up"]
+    assert ranks[1]["budget"]["reasons"] == ["the 0 MiB for CUDA graphs are used up"]
+
+
+def test_where_one_ranks_budget_is_used_up_later_both_end_there(ranks: list[dict[str, Any]]) -> None:
+    found = both(ranks, "later")
+    assert len(found["tried"]) == 2
+    assert found["tried"] == sorted(found["captured"], key=found["tried"].index)
+    assert len(found["barred"]) == 16
+
+
+def test_where_one_rank_has_no_memory_at_the_moment_all_wait(ranks: list[dict[str, Any]]) -> None:
+    found = both(ranks, "short")
+    assert (found["tried"], found["captured"], found["barred"]) == ([], [], [])
+    assert set(found["ran"]) == {None}
 
 
 def test_what_fails_on_one_rank_no_rank_has(ranks: list[dict[str, Any]]) -> None:

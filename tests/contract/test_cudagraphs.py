@@ -18,7 +18,7 @@ MANAGER = """
     from tests import graphs
     from tests.graphs import decode, mixed, state, text
     from vllm.compilation import monitor
-    from vllm_compile_ext.cudagraphs import coverage, manager, profile
+    from vllm_compile_ext.cudagraphs import capture, coverage, manager, memory, profile, ranks
     os.environ["VLLM_COMPILE_STORE"] = str(Path("store").absolute())
     config = graphs.config(sys.argv[1])
     out = {"mro": [c.__name__ for c in manager.OnDemandManager.__mro__]}
@@ -33,18 +33,28 @@ MANAGER = """
 
     def look(made):
         return {"full": sorted(d.num_tokens for d in made.graphs), "pieces": entries(made),
-            "guard": monitor.cudagraph_capturing_enabled, "captures": len(state.graphs)}
+            "guard": monitor.cudagraph_capturing_enabled, "captures": len(state.graphs), "open": len(state.open),
+            "exchanges": state.exchanges,
+            # What keeps the graphs' pool, beside the graphs that are there.
+            "uses": state.uses[made.pool] - len(made.graphs) - sum(map(len, entries(made)))}
 
     # The start, and what it leaves to upstream.
     made = started()
-    out["start"] = look(made) | {"forwards": list(state.forwards), "buffer": list(made.hidden_states.shape)}
+    out["start"] = look(made) | {"forwards": list(state.forwards), "buffer": list(made.hidden_states.shape),
+        "pooled": [pool == made.pool for pool in state.pooled], "pool calls": list(state.pool_calls),
+        "stream": [within == [made._stream] for within in state.within]}
+    out["start"]["held"] = made.session.budget.held
+    out["memory"] = [capture.free_memory() == state.free, capture.reserved_memory() == 10 * graphs.MIB, state.emptied]
+    capture.give_back()
+    out["memory"].append(state.emptied)
     out["shapes"] = sorted(f"{s.kind} {s.tokens}" for s in made.session.policy.shapes)
 
     # A decode step: captured and returned.
     buffer, descs = made.hidden_states, made._capture_descs
     best = decode(made, 3)
     out["hit"] = look(made) | {"desc": text(best), "same": [best == decode(made, 3), made.hidden_states is buffer,
-        made._capture_descs is descs], "graph": state.graphs[0], "forwards": state.forwards[2:]}
+        made._capture_descs is descs], "graph": state.graphs[0], "forwards": state.forwards[2:],
+        "stream": state.within[-1] == [made._stream], "pool": state.graphs[0][0] == made.pool}
     made.run_fullgraph(best)
     out["replays"] = made.graphs[best].replays
     try:
@@ -73,6 +83,7 @@ MANAGER = """
     made = started()
     state.failing[("NONE", 4)] = 1
     out["again"] = [text(decode(made, 4)), look(made), state.forwards[2:], dict(made.session.counters.skipped)]
+    out["again"].append(state.pool_calls[2:])
 
     made = started()
     state.failing[("PIECEWISE", 24)] = 1
@@ -89,12 +100,35 @@ MANAGER = """
         after = [made.pool, *(piece.graph_pool for piece in made.model.pieces)]
         about = look(made) | {"seen": sorted(seen), "barred": [f"{s.kind} {s.tokens}" for s in
             made.session.policy.barred], "reasons": list(made.session.policy.barred.values()),
-            "new pool": len(set(after)) == 1 and after[0] not in pools, "forwards": len(state.forwards)}
+            "same pool": {*after} == pools == {made.pool}, "forwards": len(state.forwards)}
         made.run_fullgraph(good)
         about["others"] = [text(decode(made, 2)), sorted(d.num_tokens for d in made.graphs)]
         return about
     out["failed FULL"] = fail("NONE", 16, lambda made: decode(made, 16))
     out["failed PIECEWISE"] = fail("PIECEWISE", 24, lambda made: mixed(made, 3, 20))
+
+    # With more ranks than one there is no second try: a pass of one rank alone would wait for the others.
+    made, several, agree = started(), ranks.several, ranks.all_agree
+    ranks.several = lambda: True
+    state.failing[("NONE", 4)] = 1
+    out["ranks"] = {"failed here": [text(decode(made, 4)), look(made), state.forwards[2:],
+        list(made.session.policy.barred.values())]}
+    made = started()
+    ranks.all_agree = lambda ok: False  # after the capture: the session took the votes on memory with it
+    out["ranks"]["failed there"] = [text(decode(made, 4)), look(made), state.forwards[2:],
+        list(made.session.policy.barred.values())]
+    ranks.several, ranks.all_agree = several, agree
+    made.session.policy.barred.clear()
+    out["ranks"]["after"] = [text(decode(made, 8)), look(made)]
+
+    # A surprise: the batch runs.
+    made = started()
+    kept = decode(made, 8)
+    graph_for = made.session.graph_for
+    made.session.graph_for = lambda *args: {}["what"]
+    out["surprise"] = [[text(decode(made, n)) for n in (3, 8, 16, 8)], len(state.graphs)]
+    made.session.graph_for = graph_for
+    out["surprise"] += [[text(decode(made, n)) for n in (3, 8, 16)], len(state.graphs)]
 
     # While idle.
     made = started()
@@ -127,13 +161,30 @@ MANAGER = """
     runner = SimpleNamespace(vllm_config=config, compilation_config=config.compilation_config,
         _dummy_run=lambda *args, **kwargs: calls.append([list(args), kwargs]))
     torch.cuda.reset_peak_memory_stats = lambda: None
-    torch.cuda.max_memory_allocated = lambda: 5 << 20
+    torch.cuda.max_memory_allocated = lambda: 9 << 20
+    import vllm.envs
+    out["applied"] = [memory._applied()]
+    os.environ["VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"] = "0"
+    out["applied"].append(memory._applied())
+    del os.environ["VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"]
+    state.emptied = 0
+    out["activations"] = [profile._activations(runner), state.emptied]
+    calls.clear()
     stock = lambda runner: calls.append("stock") or 77
     profiled = profile.around(stock)
     out["profile"] = {"not covered": [profiled(runner), list(calls)]}
     coverage.stock_because = coverage_reason
     calls.clear()
     out["profile"]["first"] = [profiled(runner), list(calls)]
+
+    # A surprise there: all is stock's.
+    keep_free, memory.keep_free = memory.keep_free, lambda *args: {}["figure"]
+    calls.clear()
+    out["profile"]["surprise"] = [profiled(runner), list(calls)]
+    memory.keep_free = keep_free
+    made = graphs.start(manager.OnDemandManager, config)
+    out["profile"]["start after it"] = [look(made), made.session is None]
+
     config.compilation_config.cudagraph_mode = graphs.CUDAGraphMode.NONE
     calls.clear()
     out["profile"]["none"] = [profiled(runner), list(calls)]
@@ -179,6 +230,31 @@ def test_the_start_runs_the_largest_size_of_each_kind_and_allocates_the_outputs_
     assert seen["start"]["buffer"] == [32, 8]
 
 
+def test_the_start_allocates_in_the_graphs_pool_which_is_kept(seen: dict[str, Any]) -> None:
+    start = seen["start"]
+    assert start["pooled"] == start["stream"] == [True, True]
+    assert start["pool calls"] == ["begin", "end"]
+    assert (start["open"], start["uses"]) == (0, 1)
+
+
+def test_what_the_start_takes_of_the_device_counts(seen: dict[str, Any]) -> None:
+    assert seen["start"]["held"] == 2 << 20
+
+
+def test_free_is_what_the_device_says_and_unused_memory_is_given_back_when_asked_for(seen: dict[str, Any]) -> None:
+    free, reserved, before, after = seen["memory"]
+    assert free is reserved is True
+    assert (before, after) == (0, 1)  # not by the start
+
+
+def test_whether_vllm_keeps_memory_free_is_its_variable(seen: dict[str, Any]) -> None:
+    assert seen["applied"] == [True, False]
+
+
+def test_ranks_exchange_no_addresses(seen: dict[str, Any]) -> None:
+    assert [seen[name]["exchanges"] for name in ("start", "hit", "prompt")] == [0, 0, 0]
+
+
 def test_a_decode_step_is_captured_and_runs_on_its_graph(seen: dict[str, Any]) -> None:
     hit = seen["hit"]
     assert hit["desc"] == "FULL 4"
@@ -193,8 +269,9 @@ def test_a_capture_is_one_forward_pass_with_the_guard_open_that_other_threads_do
 ) -> None:
     assert seen["hit"]["forwards"] == [["NONE", 4, OPEN, True]]
     pool, stream, mode, guard = seen["hit"]["graph"]
-    assert (stream, mode, guard) == ("current stream", "thread_local", OPEN)
+    assert (stream, mode, guard) == ("current stream", "relaxed", OPEN)
     assert pool is not None
+    assert seen["hit"]["pool"] is seen["hit"]["stream"] is True
     assert seen["hit"]["guard"] is False
 
 
@@ -229,8 +306,10 @@ def test_where_the_best_shape_is_barred_the_next_choice_is_asked_for_and_capture
 
 
 def test_a_capture_that_breaks_off_is_tried_once_more_after_a_forward_pass(seen: dict[str, Any]) -> None:
-    name, state, forwards, skipped = seen["again"]
+    name, state, forwards, skipped, pool_calls = seen["again"]
     assert name == "FULL 4"
+    assert pool_calls == ["end", "release"]
+    assert (state["open"], state["uses"]) == (0, 1)
     assert (state["full"], state["captures"], state["guard"]) == ([4], 2, False)
     assert forwards == [["NONE", 4, OPEN, True], ["NONE", 4, OPEN, False], ["NONE", 4, OPEN, True]]
     assert skipped == {}
@@ -238,6 +317,7 @@ def test_a_capture_that_breaks_off_is_tried_once_more_after_a_forward_pass(seen:
 
 def test_so_is_one_of_a_prompts_shape_larger_than_any_decode_step(seen: dict[str, Any]) -> None:
     names, state, forwards, skipped = seen["prompt again"]
+    assert (state["open"], state["uses"]) == (0, 1)
     assert names == ["NONE 20", "PIECEWISE 24"]
     assert (state["full"], state["pieces"]) == ([], [[24], [24]])
     assert [forward[:2] for forward in forwards] == [["PIECEWISE", 24], ["NONE", 24], ["PIECEWISE", 24]]
@@ -250,14 +330,41 @@ def test_a_shape_that_fails_twice_has_no_graph_and_leaves_nothing(
 ) -> None:
     failed = seen[f"failed {kind}"]
     assert failed["barred"] == [name]
-    assert failed["reasons"] == ["RuntimeError: CUDA error: operation not permitted when stream is capturing"]
+    assert failed["reasons"] == ["RuntimeError: CUDA error: operation failed due to a previous error during capture"]
     assert failed["full"] == full
     assert name not in failed["seen"]
     assert all(24 not in piece for piece in failed["pieces"])
-    assert failed["new pool"] is True
+    assert failed["same pool"] is True
+    assert (failed["open"], failed["uses"]) == (0, 1)
     assert failed["guard"] is False
     # Graphs that were there are replayed, and others are captured.
     assert failed["others"][0] == "FULL 8"
+
+
+def test_with_more_ranks_than_one_a_capture_that_breaks_off_is_not_tried_again(seen: dict[str, Any]) -> None:
+    name, state, forwards, reasons = seen["ranks"]["failed here"]
+    assert (name, state["full"], state["captures"]) == ("NONE 4", [], 1)
+    assert forwards == [["NONE", 4, OPEN, True]]
+    assert reasons == ["RuntimeError: CUDA error: operation failed due to a previous error during capture"]
+    assert (state["open"], state["uses"]) == (0, 1)
+
+
+def test_what_broke_off_on_another_rank_is_dropped_and_the_pool_is_as_before(seen: dict[str, Any]) -> None:
+    name, state, forwards, reasons = seen["ranks"]["failed there"]
+    assert (name, state["full"], state["captures"]) == ("NONE 4", [], 1)
+    assert forwards == [["NONE", 4, OPEN, True]]
+    assert reasons == ["RuntimeError: it failed on another rank"]
+    assert (state["open"], state["uses"]) == (0, 1)
+    name, state = seen["ranks"]["after"]
+    assert (name, state["full"], state["open"], state["uses"]) == ("FULL 8", [8], 0, 1)
+
+
+def test_after_a_surprise_batches_run_and_graphs_that_are_there_are_used(seen: dict[str, Any], done: Outcome) -> None:
+    meanwhile, captures, after, captures_after = seen["surprise"]
+    assert meanwhile == ["NONE 3", "FULL 8", "NONE 16", "FULL 8"]
+    assert after == ["FULL 8", "FULL 8", "NONE 16"]
+    assert captures == captures_after == 1
+    assert len(done.lines("no more CUDA graphs are captured (KeyError: 'what')")) == 1
 
 
 def test_a_failure_is_said_once_for_each_shape(done: Outcome) -> None:
@@ -294,6 +401,7 @@ def test_where_it_is_not_covered_all_is_captured_at_start_and_a_line_says_why(
 def test_profiling_memory_measures_one_forward_pass_at_the_largest_size(seen: dict[str, Any]) -> None:
     size, calls = seen["profile"]["first"]
     assert size > 0
+    assert seen["activations"] == [2 << 20, 1]  # what the pass left is given back before the KV cache is sized
     # Starts of this process were remembered by then only if 5 seconds had passed: both are right.
     assert calls in ([], [[[32], {"skip_attn": True, "is_profile": True, "skip_eplb": True}]])
 
@@ -301,6 +409,13 @@ def test_profiling_memory_measures_one_forward_pass_at_the_largest_size(seen: di
 def test_profiling_memory_is_stocks_where_capture_is_and_nothing_without_graphs(seen: dict[str, Any]) -> None:
     assert seen["profile"]["not covered"] == [77, ["stock"]]
     assert seen["profile"]["none"] == [0, []]
+
+
+def test_after_a_surprise_while_memory_is_profiled_the_start_is_stocks(seen: dict[str, Any], done: Outcome) -> None:
+    assert seen["profile"]["surprise"] == [77, ["stock"]]
+    state, no_session = seen["profile"]["start after it"]
+    assert (state["full"], state["pieces"], no_session) == (EVERY_FULL, [EVERY_PIECEWISE] * 2, True)
+    assert len(done.lines("CUDA graphs are captured at start, as in stock vLLM (KeyError: 'figure')")) == 1
 
 
 # --- on a CPU nothing changes
@@ -356,21 +471,52 @@ def test_with_cuda_all_four_names_are_changed_and_changed_back() -> None:
     assert outcome.value["path"] is True
 
 
+PAUSES = """
+    import importlib.util
+    from pathlib import Path
+    from vllm.v1.engine.core import EngineCoreProc
+    worker = Path(importlib.util.find_spec("vllm.v1.worker.gpu_worker").origin).read_text()
+    report([callable(EngineCoreProc.is_scheduler_paused), callable(EngineCoreProc.is_running),
+        "self._weight_update_active = True" in worker])
+"""
+
+
+def test_what_idle_captures_wait_for_is_there() -> None:
+    outcome = run(PAUSES)
+    assert outcome.code == 0, outcome.output[-5000:]
+    assert outcome.value == [True, True, True]
+
+
 # --- what is not covered: every line of the table, with vLLM's own configuration
 
 COVERAGE = """
-    import json, os
+    import inspect, json, os
+    from types import SimpleNamespace
     from vllm.plugins import load_general_plugins
     load_general_plugins()
     from vllm.config import CUDAGraphMode
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators.cuda_communicator import CudaCommunicator
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm_compile_ext.cudagraphs import coverage
 
-    def look(options={}, later={}, env={}, cuda=False):
+    def layer(name):
+        backend = SimpleNamespace(get_name=lambda: AttentionBackendEnum[name].name)
+        return SimpleNamespace(get_attn_backend=lambda: backend)
+
+    def look(options={}, later={}, env={}, cuda=False, mode="FULL_AND_PIECEWISE", backends=(), communicator=()):
         options = dict(dtype="float32", max_num_batched_tokens=256, max_model_len=256) | options
         config = EngineArgs(model=sys.argv[1], **options).create_engine_config()
-        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        config.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+        layers = config.compilation_config.static_forward_context
+        layers |= {"no attention": object()} | {name: layer(name) for name in backends}
+        names = inspect.getsource(CudaCommunicator)
+        assert all(f"self.{name} = " in names or f"self.{name}: " in names for name in communicator)
+        about = SimpleNamespace(**dict.fromkeys(["ca_comm", *communicator], object()))
+        parallel_state.get_tp_group = lambda: SimpleNamespace(device_communicator=about)
         for path, value in later.items():  # what CPU refuses or does not leave as it was asked for
             *owners, name = path.split(".")
             owner = config
@@ -392,6 +538,7 @@ COVERAGE = """
             os.environ.update(before)
             type(current_platform).is_cuda_alike = kept
 
+    assert AttentionLayerBase.get_attn_backend  # what the layers of a model have
     report({name: look(**case) for name, case in json.loads(sys.argv[2]).items()})
 """
 
@@ -442,11 +589,27 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"options": {"compilation_config": {"use_inductor_graph_partition": True}}}
     ],
     "fast prefill with shared KV (`kv_sharing_fast_prefill`)": [{"options": {"kv_sharing_fast_prefill": True}}],
+    "attention backends other than FLASH_ATTN and TRITON_ATTN": [
+        {"backends": ["FLASHINFER"]},
+        {"backends": ["FLASH_ATTN", "TRITON_MLA"]},
+    ],
+    "prompts in graphs of whole steps (`cudagraph_mode=FULL`)": [{"mode": "FULL"}],
+    "all-reduce kernels of FlashInfer (PCIe) and AITER": [
+        {"options": {"tensor_parallel_size": 2}, "communicator": ["fi_pcie_ipc_ar_comm"]},
+        {"options": {"tensor_parallel_size": 2}, "communicator": ["aiter_ar_comm"]},
+    ],
+    "HiSparse": [{"later": {"attention_config.hisparse_config": {}}}],
+    "the Proton profiler": [{"later": {"profiler_config.profiler": "proton"}}],
     "`--jit-monitor-mode error`": [{"options": {"jit_monitor_mode": "error"}}],
 }
 PLAIN = {
     "plain": {},
     "tensor parallelism": {"options": {"tensor_parallel_size": 2}},
+    "one rank": {"communicator": ["fi_pcie_ipc_ar_comm"]},
+    "FLASH_ATTN and TRITON_ATTN": {"backends": ["FLASH_ATTN", "TRITON_ATTN"]},
+    "decode steps alone": {"mode": "FULL_DECODE_ONLY"},
+    "no whole steps": {"mode": "PIECEWISE"},
+    "another profiler": {"later": {"profiler_config.profiler": "cuda"}},
     "sleep mode alone": {"later": {"model_config.enable_sleep_mode": True}, "cuda": True},
 }
 

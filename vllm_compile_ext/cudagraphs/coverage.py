@@ -135,6 +135,10 @@ STOCK = (
 )
 
 
+# Ids of configurations for which profiling memory met a surprise: their start goes on as in stock vLLM.
+_given_up: set[int] = set()
+
+
 def stock_because(config: Any) -> str | None:
     """The first row that holds for `config`, as a phrase; None where graphs are captured on demand."""
     row = next((row for row in STOCK if row.holds(config)), None)
@@ -143,11 +147,20 @@ def stock_because(config: Any) -> str | None:
 
 def on_demand(config: Any) -> bool:
     """Whether graphs are captured on demand: asked for, and covered."""
+    if id(config) in _given_up:
+        return False
     return envs.load().VLLM_COMPILE_CUDAGRAPHS != "eager" and stock_because(config) is None
+
+
+def give_up(config: Any) -> None:
+    """From here on graphs of `config` are captured as in stock vLLM."""
+    _given_up.add(id(config))
 
 
 def say(config: Any) -> None:
     """Log why graphs are captured at start, where that was not asked for."""
+    if id(config) in _given_up:
+        return  # said before
     reason = stock_because(config)
     if reason is not None and envs.load().VLLM_COMPILE_CUDAGRAPHS != "eager":
         logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)

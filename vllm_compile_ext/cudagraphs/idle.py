@@ -39,8 +39,9 @@ def capture_while_idle(core: Any) -> None:
         if envs.load().VLLM_COMPILE_CUDAGRAPHS != "idle" or not getattr(core, "_graphs_left", True):
             return
         while core.input_queue.empty() and _may_capture(core):
-            if not any(core.model_executor.collective_rpc(capture_in_worker)):
-                core._graphs_left = False
+            left = core.model_executor.collective_rpc(capture_in_worker)
+            if not any(left):
+                core._graphs_left = None in left
                 return
     except Exception:
         core._graphs_left = False
@@ -52,10 +53,10 @@ def _may_capture(core: Any) -> bool:
     return core.is_running() and not core.is_scheduler_paused() and not core.model_executor.is_sleeping
 
 
-def capture_in_worker(worker: Any) -> bool:
-    """One capture in a worker; False when there is nothing left."""
+def capture_in_worker(worker: Any) -> bool | None:
+    """One capture in a worker; False when there is nothing left, None when it is not the time."""
     if getattr(worker, "_weight_update_active", False):
-        return False
+        return None
     manager = getattr(getattr(worker, "model_runner", None), "cudagraph_manager", None)
     capture_idle = getattr(manager, "capture_idle", None)
     return bool(capture_idle and capture_idle())

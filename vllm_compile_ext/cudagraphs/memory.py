@@ -114,8 +114,10 @@ class Memory:
         timer.daemon = True
         try:
             timer.start()
-        except RuntimeError as error:  # no more threads
+        except RuntimeError as error:  # no more threads: the next state may find one
             logger.debug("what graphs took is not kept: %s", error)
+            with self._lock:
+                self._pending = None
 
     def _record(self, policy: Policy, budget: Budget) -> record.Record:
         used = policy.asked + self.before

@@ -27,7 +27,9 @@ def around(stock: Callable[[Any], int]) -> Callable[[Any], int]:
             if coverage.on_demand(config):
                 return memory.keep_free(config, lambda: _activations(runner))
         except Exception as error:
-            logger.warning("graphs are captured to see what they need (%s: %s)", type(error).__name__, error)
+            coverage.give_up(config)
+            logger.warning("CUDA graphs are captured at start, as in stock vLLM (%s: %s)", type(error).__name__, error)
+            logger.debug("no figure for CUDA graphs", exc_info=True)
         return stock(runner)
 
     return profile_cudagraph_memory

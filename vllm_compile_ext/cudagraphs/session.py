@@ -101,18 +101,19 @@ class Session:
         return not waits and bool(self.policy.left)
 
     def _may(self, shape: Shape) -> bool:
+        # Two votes, so that every rank bars the same or postpones the same, and none captures what others do not ask
+        # for any more.
         over = self.budget.over(shape.kind)
-        short = None if over else self._short(shape.kind)
-        if self._device.agree(not over and not short):
+        if not self._device.agree(over is None):
+            self._used_up(shape.kind, over or "another rank has no memory for them")
+            return False
+        short = self._short(shape.kind)
+        if self._device.agree(short is None):
             return True
-        # What another rank lacks may be memory of the moment; a limit of its own it meets again the next time.
-        if over:
-            self._used_up(shape.kind, over)
-        else:
-            self.policy.postpone(shape)
-            if not self._told:
-                self._told = True
-                logger.warning("a %s CUDA graph waits: %s", shape.kind, short or "another rank has no memory for it")
+        self.policy.postpone(shape)
+        if not self._told:
+            self._told = True
+            logger.warning("a %s CUDA graph waits: %s", shape.kind, short or "another rank has no memory for it")
         return False
 
     def _short(self, kind: str) -> str | None:
@@ -138,7 +139,9 @@ class Session:
         if not self._stopped:
             self._stopped = True
             logger.warning("no more CUDA graphs are captured (%s: %s)", type(error).__name__, error, exc_info=error)
-        self.policy.bar(self.policy.left, f"{type(error).__name__}: {error}")
+        left = self.policy.left
+        self.policy.bar(left, f"{type(error).__name__}: {error}")
+        self.counters.skip(left)
 
     def _failed(self, shape: Shape, error: Exception) -> None:
         self._failures += 1

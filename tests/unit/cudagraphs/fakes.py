@@ -17,10 +17,10 @@ GRAPH = 4 * MIB
 class Remembered:
     """In the place of `Memory`.  kept: how often there was something to remember."""
 
-    def __init__(self, limit: int, before: dict[Shape, int] | None = None) -> None:
+    def __init__(self, limit: int, before: dict[Shape, int] | None = None, kept: bool = True) -> None:
         self.shapes = ALL
         self.before = Counter(before or {})
-        self.need = Need(limit, "an estimate")
+        self.need = Need(limit, "an estimate", kept)
         self.kept = 0
 
     def keep(self, policy: Policy, budget: Budget) -> None:
@@ -28,10 +28,18 @@ class Remembered:
 
 
 class Gpu:
-    """Memory that graphs take, and the shapes that fail, with what they raise."""
+    """Memory that graphs take, and the shapes that fail, with what they raise.
 
-    def __init__(self, free: int = 1 << 40, failing: Iterable[Shape] = ()) -> None:
+    unused: what this process has taken of the device and does not use.  others: what other processes take during each
+    capture.
+    """
+
+    def __init__(self, free: int = 1 << 40, failing: Iterable[Shape] = (), unused: int = 0, others: int = 0) -> None:
         self.memory = free
+        self.unused = unused
+        self.others = others
+        self.reserved = unused
+        self.given_back = 0
         self.failing = set(failing)
         self.tried: list[Shape] = []
 
@@ -39,12 +47,19 @@ class Gpu:
         self.tried.append(shape)
         if shape in self.failing:
             return RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
-        self.memory -= GRAPH
+        self.memory -= GRAPH + self.others
+        self.reserved += GRAPH
         return None
+
+    def give_back(self) -> None:
+        self.given_back += 1
+        self.memory += self.unused
+        self.reserved -= self.unused
+        self.unused = 0
 
     def device(
         self,
         agree: Callable[[bool], bool] = lambda ok: ok,
         from_first: Callable[[int], int] = lambda number: number,
     ) -> Device:
-        return Device(self.capture, lambda: self.memory, agree, from_first)
+        return Device(self.capture, lambda: self.memory, lambda: self.reserved, self.give_back, agree, from_first)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_compile_ext.cudagraphs.budget import LAYER, MARGIN, MIB, UNASKED, Budget, estimate
+from vllm_compile_ext.cudagraphs.budget import ABSURD, LAYER, MARGIN, MIB, UNASKED, Budget, estimate
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE
 
 MUCH = 1 << 40
+
+
+def take(budget: Budget, kind: str, size: int) -> int:
+    """A graph that took `size` bytes, all of them through this process's allocator."""
+    return budget.took(kind, size, size)
 
 
 def test_the_estimate_is_the_activations_and_a_part_for_each_layer_in_each_graph() -> None:
@@ -26,8 +31,8 @@ def test_the_estimate_of_the_measured_model_is_between_what_its_graphs_took_and_
 def test_a_first_graph_is_expected_to_take_the_estimate_and_the_next_the_mean() -> None:
     budget = Budget(limit=MUCH, layers=80)
     assert budget.expected(FULL) == 80 * LAYER[FULL]
-    budget.took(FULL, 10 * MIB)
-    budget.took(FULL, 2 * MIB)
+    assert take(budget, FULL, 10 * MIB) == 10 * MIB
+    take(budget, FULL, 2 * MIB)
     assert budget.expected(FULL) == 6 * MIB
     assert budget.expected(PIECEWISE) == 80 * LAYER[PIECEWISE]
     assert budget.held == 12 * MIB
@@ -35,37 +40,60 @@ def test_a_first_graph_is_expected_to_take_the_estimate_and_the_next_the_mean() 
 
 def test_memory_that_grew_counts_as_a_graph_of_nothing() -> None:
     budget = Budget(limit=MUCH, layers=1)
-    budget.took(FULL, -5)
+    assert take(budget, FULL, -5) == 0
     assert (budget.held, budget.expected(FULL)) == (0, 0)
+
+
+def test_what_another_process_took_during_a_capture_does_not_count() -> None:
+    budget = Budget(limit=MUCH, layers=80)
+    most = ABSURD * 80 * LAYER[FULL]  # of the driver's memory, which torch does not know
+    assert budget.took(FULL, 3 * MIB + most + 1, 3 * MIB) == 3 * MIB + most
+    assert budget.took(FULL, 1 << 36, 0) == most
+    assert budget.took(FULL, 1 << 36, -MIB) == most  # torch gave memory back meanwhile
+    assert budget.held == 3 * MIB + 3 * most
+
+
+def test_what_the_device_says_counts_and_not_what_torch_says() -> None:
+    budget = Budget(limit=MUCH, layers=80)
+    assert budget.took(FULL, MIB, 0) == MIB  # the driver's memory alone
+    assert budget.took(FULL, 0, 20 * MIB) == 0  # torch had it before
+    assert budget.held == MIB
 
 
 def test_a_graph_is_refused_when_the_limit_would_be_passed() -> None:
     budget = Budget(limit=10 * MIB, layers=1)
-    budget.took(FULL, 5 * MIB)
-    assert budget.refuse(FULL, MUCH) is None  # 5 more are expected, just what is left
-    budget.took(FULL, 4 * MIB)
-    assert budget.refuse(FULL, MUCH) == "the 10 MiB kept free for CUDA graphs are used up"
+    take(budget, FULL, 5 * MIB)
+    assert budget.over(FULL) is None  # 5 more are expected, just what is left
+    take(budget, FULL, 4 * MIB)
+    assert budget.over(FULL) == "the 10 MiB for CUDA graphs are used up"
     # The other kind is smaller here, and there is room for it.
-    assert budget.refuse(PIECEWISE, MUCH) is None
+    assert budget.over(PIECEWISE) is None
 
 
 def test_a_graph_is_refused_when_the_device_is_full() -> None:
-    budget = Budget(limit=MUCH, layers=80)
+    budget = Budget(limit=0, layers=80)  # which is another question
     needed = budget.expected(FULL) + MARGIN
-    assert budget.refuse(FULL, needed) is None
-    assert budget.refuse(FULL, needed - 1) == f"only {(needed - 1) / MIB:.0f} MiB are free on the device"
+    assert budget.short(FULL, needed) is None
+    assert budget.short(FULL, needed - 1) == f"only {(needed - 1) / MIB:.0f} MiB are free on the device"
+
+
+def test_the_margin_is_what_stays_free() -> None:
+    budget = Budget(limit=MUCH, layers=80, margin=7 * MIB)
+    needed = budget.expected(PIECEWISE) + 7 * MIB
+    assert budget.short(PIECEWISE, needed) is None
+    assert budget.short(PIECEWISE, needed - 1) is not None
 
 
 @pytest.mark.parametrize("kind", [FULL, PIECEWISE])
 def test_with_nothing_kept_free_nothing_is_captured(kind: str) -> None:
-    assert Budget(limit=0, layers=1).refuse(kind, MUCH) is not None
+    assert Budget(limit=0, layers=1).over(kind) is not None
 
 
 def test_the_next_start_keeps_free_what_is_held_what_was_asked_for_and_a_part_of_the_rest() -> None:
     budget = Budget(limit=MUCH, layers=1)
     assert budget.needed({}, {}) == 0
-    budget.took(FULL, 4 * MIB)
-    budget.took(PIECEWISE, 8 * MIB)
+    take(budget, FULL, 4 * MIB)
+    take(budget, PIECEWISE, 8 * MIB)
     assert budget.needed({}, {}) == 12 * MIB
     assert budget.needed({FULL: 2, PIECEWISE: 1}, {}) == (12 + 8 + 8) * MIB
     assert budget.needed({}, {FULL: 10, PIECEWISE: 10}) == 12 * MIB + int(UNASKED * 120 * MIB)
@@ -75,9 +103,9 @@ def test_the_next_start_keeps_free_what_is_held_what_was_asked_for_and_a_part_of
 def test_a_start_may_capture_what_the_one_before_it_needed() -> None:
     budget = Budget(limit=100 * MIB, layers=1)
     for _ in range(5):
-        budget.took(FULL, 4 * MIB)
+        take(budget, FULL, 4 * MIB)
     after = Budget(limit=budget.needed({FULL: 3}, {FULL: 20}), layers=1)
     for _ in range(5 + 3 + int(UNASKED * 20)):
-        assert after.refuse(FULL, MUCH) is None
-        after.took(FULL, 4 * MIB)
-    assert after.refuse(FULL, MUCH) is not None
+        assert after.over(FULL) is None
+        take(after, FULL, 4 * MIB)
+    assert after.over(FULL) is not None

@@ -33,8 +33,16 @@ def config(**changes: Any) -> Any:
             decode_context_parallel_size=1,
             enable_eplb=False,
             enable_elastic_ep=False,
+            tensor_parallel_size=1,
         ),
-        compilation_config=SimpleNamespace(cudagraph_mm_encoder=False, use_inductor_graph_partition=False),
+        compilation_config=SimpleNamespace(
+            cudagraph_mm_encoder=False,
+            use_inductor_graph_partition=False,
+            static_forward_context={},
+            cudagraph_mode=SimpleNamespace(mixed_mode=lambda: SimpleNamespace(name="PIECEWISE")),
+        ),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        profiler_config=SimpleNamespace(profiler=None),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
@@ -60,6 +68,35 @@ def test_the_first_line_that_holds_is_the_reason() -> None:
     assert reason is not None
     assert reason.startswith("speculative decoding: ")
     assert coverage.on_demand(config(lora_config=object())) is False
+
+
+def layer(backend: str) -> Any:
+    return SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: backend))
+
+
+@pytest.mark.parametrize(
+    ("backends", "covered"),
+    [(["FLASH_ATTN"], True), (["TRITON_ATTN", "FLASH_ATTN"], True), (["FLASH_ATTN", "FLASHINFER"], False)],
+)
+def test_the_backends_of_all_layers_count(backends: list[str], covered: bool) -> None:
+    made = config()
+    layers = {str(n): layer(name) for n, name in enumerate(backends)}
+    made.compilation_config.static_forward_context |= layers | {"experts": object()}
+    assert coverage.on_demand(made) is covered
+
+
+def test_a_configuration_that_was_given_up_is_stocks_without_another_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(coverage, "_given_up", set())
+    made, other = config(), config()
+    coverage.give_up(made)
+    del made.parallel_config  # a surprise again, if it were asked for
+    assert coverage.on_demand(made) is False
+    caplog.set_level("INFO")
+    coverage.say(made)
+    assert caplog.records == []
+    assert coverage.on_demand(other) is True
 
 
 @pytest.mark.parametrize(("value", "expected"), [("lazy", True), ("idle", True), ("eager", False)])
@@ -106,6 +143,8 @@ def test_the_docs_page_has_the_thresholds() -> None:
         f"| batches between this capture and the one before | 0, or {policy.BATCHES_BETWEEN} where a larger graph "
         f"serves | {policy.BATCHES_BETWEEN} |",
         f"less than {budget.MARGIN // budget.MIB} MiB free",
+        f"{budget.UNKEPT_MARGIN >> 30} GiB stays free",
+        f"{policy.BATCHES_POSTPONED} batches later",
         f"The {record.KEPT} newest are kept",
     ):
         assert line in PAGE

@@ -18,6 +18,7 @@ class Core:
     def __init__(self, left: int = 5, workers: int = 1) -> None:
         self.input_queue: Queue[str] = Queue()
         self.running = True
+        self.paused = False
         self.notified = 0
         self.captures: list[int] = []
         self.arrives_at: int | None = None  # a request arrives during this capture
@@ -27,6 +28,9 @@ class Core:
 
     def is_running(self) -> bool:
         return self.running
+
+    def is_scheduler_paused(self) -> bool:
+        return self.paused
 
     def _notify_idle_state_callbacks(self) -> None:
         """Tell who waits for the engine to be idle."""
@@ -76,6 +80,27 @@ def test_nothing_is_captured_while_the_engine_sleeps_but_afterwards() -> None:
     idle.capture_while_idle(core)
     assert core.captures == []
     core.model_executor.is_sleeping = False
+    idle.capture_while_idle(core)
+    assert core.captures == [1, 0]
+
+
+def test_nothing_is_captured_while_the_scheduler_is_paused_but_afterwards() -> None:
+    core = Core(left=2)
+    core.paused = True
+    idle.capture_while_idle(core)
+    assert core.captures == []
+    core.paused = False
+    idle.capture_while_idle(core)
+    assert core.captures == [1, 0]
+
+
+def test_nothing_is_captured_while_weights_are_updated_but_afterwards() -> None:
+    core = Core(left=2)
+    (worker,) = core.workers
+    worker._weight_update_active = True
+    idle.capture_while_idle(core)
+    assert core.captures == []
+    worker._weight_update_active = False
     idle.capture_while_idle(core)
     assert core.captures == [1, 0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ class Timer:
     """In the place of `threading.Timer`; `run` lets its time pass."""
 
     made: list[Timer]
+    threads = True  # whether the process may have more
 
     def __init__(self, seconds: float, function: Callable[[], None]) -> None:
         assert seconds == memory.DELAY
@@ -34,18 +36,21 @@ class Timer:
 
     def start(self) -> None:
         assert self.daemon, "the process would wait for it at its end"
+        if not Timer.threads:
+            raise RuntimeError("can't start new thread")
         Timer.made.append(self)
 
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The store's folder, not made yet, on a device with a name."""
-    Timer.made = []
+    Timer.made, Timer.threads = [], True
     monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
     monkeypatch.delenv("VLLM_DISABLE_COMPILE_CACHE", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(memory.threading, "Timer", Timer)
     monkeypatch.setattr(memory, "_kept_free", {})
+    monkeypatch.setattr(memory, "_applied", lambda: True)  # asks vLLM
     return tmp_path / "store"
 
 
@@ -99,7 +104,7 @@ def start(made: Any = None) -> tuple[Memory, Policy, Budget]:
 def test_a_first_start_keeps_an_estimate_free() -> None:
     made = config()
     assert keep_free(made, lambda: 5 * MIB) == 5 * MIB + ESTIMATE
-    assert Memory(made, ALL).need == Need(5 * MIB + ESTIMATE, "an estimate")
+    assert Memory(made, ALL).need == Need(5 * MIB + ESTIMATE, "an estimate", kept=True)
 
 
 @pytest.mark.parametrize(("full", "piecewise"), [(True, False), (False, True), (False, False)])
@@ -111,14 +116,14 @@ def test_only_the_kinds_that_there_are_count(full: bool, piecewise: bool) -> Non
 def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing() -> None:
     known, policy, budget = start()
     policy.done(decode(8))
-    budget.took(FULL, 4 * MIB)
+    budget.took(FULL, 4 * MIB, 4 * MIB)
     known.keep(policy, budget)
     Timer.made[0].run()
 
     needed = budget.needed({}, {FULL: len(DECODE) - 1, PIECEWISE: len(MIXED)})
     made = config()
     assert keep_free(made, never) == needed
-    assert Memory(made, ALL).need == Need(needed, "1 graphs took 0.00 GiB in an earlier start")
+    assert Memory(made, ALL).need == Need(needed, "1 graphs took 0.00 GiB in an earlier start", kept=True)
 
 
 def test_what_was_measured_belongs_to_one_start() -> None:
@@ -126,7 +131,7 @@ def test_what_was_measured_belongs_to_one_start() -> None:
     keep_free(made, lambda: 5 * MIB)
     assert Memory(made, ALL).need.size == 5 * MIB + ESTIMATE
     # Another engine in this process, whose memory is not profiled.
-    assert Memory(config(), ALL).need == Need(ESTIMATE, "an estimate")
+    assert Memory(config(), ALL).need == Need(ESTIMATE, "an estimate", kept=False)
 
 
 def test_a_configuration_that_changes_after_profiling_is_the_same_start(store: Path) -> None:
@@ -135,14 +140,27 @@ def test_a_configuration_that_changes_after_profiling_is_the_same_start(store: P
         size = keep_free(made, lambda: 5 * MIB)
         made.compute_hash = lambda: "with the length that fits"  # --max-model-len auto
         known = Memory(made, ALL)
-        assert known.need == Need(size, source)
+        assert known.need == Need(size, source, kept=True)
         known.keep(Policy(ALL), Budget(size, LAYERS))
         Timer.made[-1].run()
 
 
 def test_where_memory_is_not_profiled_what_is_remembered_counts(store: Path) -> None:
     record.write(store, memory.key_of(config()), Record(held=1 << 30, graphs=7, needed=2 << 30, used=[]))
-    assert Memory(config(), ALL).need == Need(2 << 30, "7 graphs took 1.00 GiB in an earlier start")
+    assert Memory(config(), ALL).need == Need(2 << 30, "7 graphs took 1.00 GiB in an earlier start", kept=False)
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+@pytest.mark.parametrize("applied", [False, True])
+def test_whether_it_is_kept_free_is_vllms_choice(
+    monkeypatch: pytest.MonkeyPatch, store: Path, applied: bool, remembered: bool
+) -> None:
+    if remembered:
+        record.write(store, memory.key_of(config()), Record(held=1 << 30, graphs=7, needed=2 << 30, used=[]))
+    monkeypatch.setattr(memory, "_applied", lambda: applied)
+    made = config()
+    keep_free(made, lambda: 0)
+    assert Memory(made, ALL).need.kept is applied
 
 
 OTHERS = {
@@ -173,7 +191,7 @@ def test_a_run_of_captures_is_one_write_with_the_last_state(store: Path) -> None
     for shape in DECODE:
         policy.plan(shape, [])
         policy.done(shape)
-        budget.took(FULL, MIB)
+        budget.took(FULL, MIB, MIB)
         known.keep(policy, budget)
     assert len(Timer.made) == 1
     assert record.read(store, known.key) is None
@@ -187,6 +205,54 @@ def test_a_run_of_captures_is_one_write_with_the_last_state(store: Path) -> None
     assert len(Timer.made) == 2
     Timer.made[1].run()
     assert len(Timer.made) == 2
+
+
+def test_without_more_threads_nothing_is_kept_until_there_are_some(store: Path) -> None:
+    known, policy, budget = start()
+    Timer.threads = False
+    known.keep(policy, budget)
+    known.keep(policy, budget)
+    assert Timer.made == []
+    Timer.threads = True
+    policy.done(decode(8))
+    known.keep(policy, budget)
+    (timer,) = Timer.made
+    timer.run()
+    found = record.read(store, known.key)
+    assert found is not None
+    assert found.graphs == 1
+
+
+def test_what_changes_during_a_write_is_a_write_of_its_own(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known, policy, budget = start()
+    write = record.write
+
+    def meanwhile(*args: Any) -> None:
+        write(*args)
+        if not policy.captured:
+            policy.done(decode(8))
+            known.keep(policy, budget)
+
+    monkeypatch.setattr(record, "write", meanwhile)
+    known.keep(policy, budget)
+    Timer.made[0].run()
+    assert len(Timer.made) == 2
+    Timer.made[1].run()
+    found = record.read(store, known.key)
+    assert found is not None
+    assert found.graphs == 1
+
+
+def test_states_are_handed_over_under_a_lock() -> None:
+    known, policy, budget = start()
+    with known._lock:
+        thread = threading.Thread(target=known.keep, args=(policy, budget), daemon=True)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert known._pending is None
+    thread.join(20)
+    assert len(Timer.made) == 1
 
 
 def test_shapes_are_remembered_by_how_often_traffic_asked_for_them_in_all_starts() -> None:
@@ -241,7 +307,7 @@ def test_a_damaged_record_is_an_estimate_again(store: Path) -> None:
     Timer.made[0].run()
     (path,) = Layout(store).graphs.iterdir()
     path.write_bytes(path.read_bytes().replace(b'"needed":', b'"needed":9'))
-    assert start()[0].need == Need(5 * MIB + ESTIMATE, "an estimate")
+    assert start()[0].need == Need(5 * MIB + ESTIMATE, "an estimate", kept=True)
 
 
 def test_a_store_that_others_can_write_costs_nothing(store: Path) -> None:

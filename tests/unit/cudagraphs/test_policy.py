@@ -14,6 +14,7 @@ from vllm_compile_ext.cudagraphs.policy import (
     BATCHES,
     BATCHES_BETWEEN,
     BATCHES_PADDED,
+    BATCHES_POSTPONED,
     FULL,
     PAD_FACTOR,
     PAD_FREELY,
@@ -141,6 +142,36 @@ def test_what_is_left_is_neither_captured_nor_barred() -> None:
     ask(policy, decode(1))
     policy.bar([decode(2), decode(4)], "no")
     assert policy.left == DECODE[3:]
+
+
+# --- postponed
+
+
+def test_a_postponed_shape_is_planned_again_after_many_batches_and_others_do_not_wait() -> None:
+    policy = Policy(ALL)
+    policy.plan(decode(8), [])
+    policy.postpone(decode(8))
+    # Not as after a capture: the next shape is captured at once.
+    assert ask(policy, decode(1)).capture == decode(1)
+    plans = [policy.plan(decode(8), []) for _ in range(BATCHES_POSTPONED - 1)]
+    assert [plan.capture for plan in plans] == [None] * (BATCHES_POSTPONED - 2) + [decode(8)]
+    assert decode(8) in policy.left
+    assert policy.barred == {}
+
+
+def test_a_postponed_shape_runs_on_a_larger_one_meanwhile() -> None:
+    policy = Policy(ALL)
+    ask(policy, decode(16))
+    policy.postpone(decode(8))
+    assert {ask(policy, decode(8)) for _ in range(50)} == {Plan(None, decode(16))}
+
+
+def test_other_captures_need_not_be_apart_from_one_that_was_postponed() -> None:
+    policy = Policy(ALL)
+    for _ in range(BATCHES[PIECEWISE] - 1):
+        policy.plan(mixed(128), [])
+        policy.postpone(mixed(256))
+    assert policy.plan(mixed(128), []).capture == mixed(128)
 
 
 # --- while idle

@@ -10,13 +10,15 @@ import pytest
 
 from tests.unit.cudagraphs.fakes import GRAPH, Gpu, Remembered
 from tests.unit.cudagraphs.shapes import ALL, DECODE, MIXED, decode, fits, mixed
-from vllm_compile_ext.cudagraphs.budget import MARGIN, MIB
-from vllm_compile_ext.cudagraphs.policy import BATCHES, FULL, PIECEWISE, Shape
+from vllm_compile_ext.cudagraphs.budget import ABSURD, LAYER, MARGIN, MIB, UNKEPT_MARGIN
+from vllm_compile_ext.cudagraphs.policy import BATCHES, BATCHES_POSTPONED, FULL, PIECEWISE, Shape
 from vllm_compile_ext.cudagraphs.session import FAILURES, Device, Session
 
 
-def session(gpu: Gpu, limit: int = 1 << 40, before: dict[Shape, int] | None = None, layers: int = 1) -> Session:
-    return Session(Remembered(limit, before), layers, gpu.device())  # type: ignore[arg-type]
+def session(
+    gpu: Gpu, limit: int = 1 << 40, before: dict[Shape, int] | None = None, layers: int = 1, kept: bool = True
+) -> Session:
+    return Session(Remembered(limit, before, kept), layers, gpu.device())  # type: ignore[arg-type]
 
 
 def ask(made: Session, best: Shape) -> Shape | None:
@@ -44,8 +46,24 @@ def test_the_start_says_how_many_shapes_and_how_much_is_kept_free(caplog: pytest
     (line,) = [r.getMessage() for r in caplog.records]
     assert line == (
         f"CUDA graphs are captured on demand: {len(ALL)} shapes, none at start; "
-        "0.75 GiB are kept free for them (an estimate)"
+        "kept free for them: 0.75 GiB (an estimate)"
     )
+
+
+def test_where_nothing_was_kept_free_the_start_says_so_and_more_of_the_device_stays_free(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    gpu = Gpu(free=UNKEPT_MARGIN + 2 * GRAPH)
+    made = session(gpu, limit=3 << 28, kept=False)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"CUDA graphs are captured on demand: {len(ALL)} shapes, none at start; "
+        "of what the KV cache leaves they may take 0.75 GiB (an estimate)"
+    ]
+    for size in (16, 32, 64, 128, 256):
+        ask(made, decode(size))
+    assert gpu.tried == [decode(16), decode(32)]
+    assert gpu.memory == UNKEPT_MARGIN
 
 
 def test_the_batch_that_a_graph_is_captured_for_runs_on_it() -> None:
@@ -76,6 +94,13 @@ def test_what_the_session_held_before_counts() -> None:
     made.budget.held = 7 * MIB
     ask(made, decode(8))
     assert made.counters.size == 7 * MIB + GRAPH
+
+
+def test_what_the_device_says_counts_but_not_what_another_process_took() -> None:
+    gpu = Gpu(others=1 << 34)
+    made = session(gpu)
+    ask(made, decode(8))
+    assert made.counters.size == made.budget.held == GRAPH + ABSURD * LAYER[FULL]
 
 
 def test_each_capture_is_remembered_and_batches_ever_more_rarely() -> None:
@@ -143,7 +168,7 @@ def test_the_budget_stops_one_kind_once_and_leaves_the_other_alone(caplog: pytes
         ask(made, shape)
     assert gpu.tried == [decode(1), decode(8)]
     assert warnings(caplog) == [
-        "no more FULL CUDA graphs are captured, the 9 MiB kept free for CUDA graphs are used up: "
+        "no more FULL CUDA graphs are captured, the 9 MiB for CUDA graphs are used up: "
         f"2 shapes have one, {len(DECODE) - 2} run without; the next start keeps more free"
     ]
     assert made.counters.skipped == {FULL: len(DECODE) - 2}
@@ -158,8 +183,42 @@ def test_a_full_device_stops_captures_though_the_budget_is_not_used_up(caplog: p
     for size in (16, 32, 64, 128, 256):
         ask(made, decode(size))
     assert gpu.tried == [decode(16), decode(32)]
-    assert "only 128 MiB are free on the device" in warnings(caplog)[0]
+    assert warnings(caplog) == ["a FULL CUDA graph waits: only 128 MiB are free on the device"]
     assert gpu.memory == MARGIN
+    # What torch kept unused was given back before.
+    assert gpu.given_back == 3
+    assert made.policy.barred == {}
+    assert made.counters.skipped == {}
+
+
+def test_a_momentary_lack_of_memory_postpones_one_shape() -> None:
+    gpu = Gpu(free=MARGIN)
+    made = session(gpu)
+    assert ask(made, decode(256)) is None
+    gpu.memory = 1 << 40
+    assert ask(made, decode(16)) == decode(16)  # others do not wait
+    ran = [ask(made, decode(256)) for _ in range(BATCHES_POSTPONED)]
+    assert ran[: BATCHES_POSTPONED - 2] == [None] * (BATCHES_POSTPONED - 2)
+    assert ran[-1] == decode(256)
+    assert gpu.tried == [decode(16), decode(256)]
+
+
+def test_what_torch_keeps_unused_is_given_back_where_memory_is_short_and_only_there() -> None:
+    gpu = Gpu(free=MARGIN + 2 * GRAPH, unused=3 * GRAPH)
+    made = session(gpu)
+    for size in (16, 32):
+        ask(made, decode(size))
+    assert (gpu.given_back, gpu.unused) == (0, 3 * GRAPH)
+    ask(made, decode(64))
+    assert (gpu.given_back, gpu.unused) == (1, 0)
+    assert gpu.tried == [decode(16), decode(32), decode(64)]
+    assert made.budget.held == 3 * GRAPH
+
+
+def test_where_the_budget_is_used_up_nothing_is_given_back() -> None:
+    gpu = Gpu(free=MARGIN, unused=3 * GRAPH)
+    ask(session(gpu, limit=0), decode(16))
+    assert gpu.given_back == 0
 
 
 def test_with_nothing_kept_free_nothing_is_captured_and_nothing_fails(caplog: pytest.LogCaptureFixture) -> None:
@@ -168,6 +227,26 @@ def test_with_nothing_kept_free_nothing_is_captured_and_nothing_fails(caplog: py
     assert {ask(made, shape) for shape in ALL * 20} == {None}
     assert gpu.tried == []
     assert len(warnings(caplog)) == 2  # one for each kind
+
+
+# --- surprises
+
+
+def test_after_a_surprise_what_is_captured_is_used_and_nothing_more_is_captured(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu = Gpu()
+    made = session(gpu)
+    ask(made, decode(16))
+    made.stop(KeyError("what"))
+    made.stop(KeyError("what"))
+    assert warnings(caplog) == ["no more CUDA graphs are captured (KeyError: 'what')"]
+    assert {ask(made, decode(16)) for _ in range(20)} == {decode(16)}
+    assert {ask(made, mixed(256)) for _ in range(20)} == {None}
+    assert made.capture_idle() is False
+    assert gpu.tried == [decode(16)]
+    assert made.policy.barred == dict.fromkeys(set(ALL) - {decode(16)}, "KeyError: 'what'")
+    assert made.counters.skipped == {FULL: len(DECODE) - 1, PIECEWISE: len(MIXED)}
 
 
 # --- while idle
@@ -193,6 +272,14 @@ def test_idle_captures_end_when_the_budget_is_used_up() -> None:
     assert gpu.tried == DECODE[:2]
 
 
+def test_idle_captures_end_where_memory_is_short_and_bar_nothing() -> None:
+    gpu = Gpu(free=MARGIN + 2 * GRAPH)
+    made = session(gpu)
+    assert [made.capture_idle() for _ in range(3)] == [True, True, False]
+    assert gpu.tried == DECODE[:2]
+    assert made.policy.barred == {}
+
+
 def test_idle_captures_end_after_failures() -> None:
     gpu = Gpu(failing=ALL)
     made = session(gpu)
@@ -216,6 +303,8 @@ class Ranks:
                 Device(
                     lambda shape, rank=rank: self._capture(rank, shape),
                     lambda rank=rank: gpus[rank].memory,
+                    lambda rank=rank: gpus[rank].reserved,
+                    gpus[rank].give_back,
                     lambda ok, rank=rank: all(self._meet(rank, ok)),
                     lambda number, rank=rank: self._meet(rank, number)[0],
                 ),
@@ -269,7 +358,7 @@ def test_ranks_that_agree_capture_the_same() -> None:
 
 
 @pytest.mark.parametrize("full", [0, 1])
-def test_where_one_rank_has_no_memory_none_captures(full: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_one_ranks_budget_is_used_up_none_captures(full: int, caplog: pytest.LogCaptureFixture) -> None:
     limits = (0, 1 << 40) if full == 0 else (1 << 40, 0)
     ranks = Ranks(Gpu(), Gpu(), limits=limits)
     one, other = ranks.run(all_batches)
@@ -279,6 +368,34 @@ def test_where_one_rank_has_no_memory_none_captures(full: int, caplog: pytest.Lo
     said = "\n".join(warnings(caplog))
     assert said.count("another rank has no memory for them") == 2
     assert said.count("are used up") == 2
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_where_one_ranks_budget_is_used_up_later_both_end_there(full: int) -> None:
+    limits = (2 * GRAPH, 1 << 40) if full == 0 else (1 << 40, 2 * GRAPH)
+    ranks = Ranks(Gpu(), Gpu(), limits=limits)
+    one, other = ranks.run(all_batches)
+    assert one == other
+    assert ranks.gpus[0].tried == ranks.gpus[1].tried
+    assert len(ranks.gpus[0].tried) == 2
+    assert ranks.agree()
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_where_one_rank_has_no_memory_at_the_moment_all_postpone(full: int, caplog: pytest.LogCaptureFixture) -> None:
+    gpus = [Gpu(), Gpu()]
+    gpus[full].memory = MARGIN
+    ranks = Ranks(*gpus)
+    one, other = ranks.run(all_batches)
+    assert one == other == [None] * len(one)  # type: ignore[arg-type]
+    assert [gpu.tried for gpu in gpus] == [[], []]
+    assert [made.policy.barred for made in ranks.sessions] == [{}, {}]
+    assert len(warnings(caplog)) == 2
+    assert sum("another rank has no memory for it" in line for line in warnings(caplog)) == 1
+    gpus[full].memory = 1 << 40
+    one, other = ranks.run(lambda made: [ask(made, decode(8)) for _ in range(BATCHES_POSTPONED)])
+    assert one == other
+    assert gpus[0].tried == gpus[1].tried == [decode(8)]
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -297,3 +414,17 @@ def test_ranks_that_remember_different_traffic_capture_what_the_first_one_choose
     ranks = Ranks(Gpu(), Gpu(), before=({mixed(64): 3}, {decode(32): 3}))
     ranks.run(lambda made: [made.capture_idle() for _ in range(5)])
     assert ranks.gpus[0].tried == ranks.gpus[1].tried == [mixed(64), *DECODE[:4]]
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_idle_captures_end_on_all_ranks_where_one_ranks_budget_is_used_up(full: int) -> None:
+    limits = (2 * GRAPH, 1 << 40) if full == 0 else (1 << 40, 2 * GRAPH)
+    ranks = Ranks(Gpu(), Gpu(), limits=limits)
+
+    def idle(made: Session) -> list[bool]:
+        return [made.capture_idle() for _ in range(6)]
+
+    one, other = ranks.run(idle)
+    assert one == other
+    assert one[-1] is False  # type: ignore[index]
+    assert ranks.gpus[0].tried == ranks.gpus[1].tried == DECODE[:2]
