@@ -44,6 +44,7 @@ MANAGER = """
         "pooled": [pool == made.pool for pool in state.pooled], "pool calls": list(state.pool_calls),
         "stream": [within == [made._stream] for within in state.within]}
     out["start"]["held"] = made.session.budget.held
+    out["start"]["base"] = made.session.budget.base
     out["memory"] = [capture.free_memory() == state.free, capture.reserved_memory() == 10 * graphs.MIB, state.emptied]
     capture.give_back()
     out["memory"].append(state.emptied)
@@ -238,7 +239,8 @@ def test_the_start_allocates_in_the_graphs_pool_which_is_kept(seen: dict[str, An
 
 
 def test_what_the_start_takes_of_the_device_counts(seen: dict[str, Any]) -> None:
-    assert seen["start"]["held"] == 2 << 20
+    assert seen["start"]["base"] == 2 << 20
+    assert seen["start"]["held"] == 0
 
 
 def test_free_is_what_the_device_says_and_unused_memory_is_given_back_when_asked_for(seen: dict[str, Any]) -> None:

@@ -100,6 +100,8 @@ class _OneByOne(upstream.CudaGraphManager):
         try:
             chosen = self.session.graph_for(self._best_left(best, num_tokens, fits), self._captured(fits))
         except Exception as error:  # the batch must run
+            if ranks.several():  # but this rank would wait alone for the others' next vote
+                raise
             self.session.stop(error)
             chosen = shape_of(best) if shape_of(best) in self.session.policy.captured else None
         return self._no_graph(best, num_reqs, num_tokens) if chosen is None else chosen.rest

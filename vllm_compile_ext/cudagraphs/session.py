@@ -50,7 +50,13 @@ class Session:
         self._failures = 0
         self._batches = 0
         self._told = self._stopped = False
-        note("graphs", shapes=len(memory.shapes), kept_free=base + self.budget.limit, source=memory.need.source)
+        note(
+            "graphs",
+            shapes=len(memory.shapes),
+            kept_free=base + self.budget.limit,
+            source=memory.need.source,
+            kept=memory.need.kept,
+        )
         logger.info(
             "CUDA graphs are captured on demand: %d shapes, none at start; %s %.2f GiB (%s)",
             len(memory.shapes),

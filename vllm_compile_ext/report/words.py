@@ -152,7 +152,8 @@ def _on_demand(attrs: dict[str, Any]) -> str:
     shapes, kept = _number(attrs, "shapes"), _number(attrs, "kept_free")
     if shapes is None or kept is None:
         return ""
-    return f"{count(shapes, 'CUDA graph')} on demand, {size(int(kept))} kept free for them ({attrs.get('source')})"
+    room = f"{size(int(kept))} kept free for them" if attrs.get("kept", True) else f"at most {size(int(kept))}"
+    return f"{count(shapes, 'CUDA graph')} on demand, {room} ({attrs.get('source')})"
 
 
 def _fallback(attrs: dict[str, Any]) -> str:

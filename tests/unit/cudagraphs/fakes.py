@@ -20,7 +20,7 @@ class Remembered:
     def __init__(self, limit: int, before: dict[Shape, int] | None = None, kept: bool = True) -> None:
         self.shapes = ALL
         self.before = Counter(before or {})
-        self.need = Need(limit, "an estimate", kept)
+        self.need = Need(limit, limit, "an estimate", kept)
         self.kept = 0
 
     def keep(self, policy: Policy, budget: Budget) -> None:

@@ -135,11 +135,11 @@ def ordinal(number: int) -> str:
 def test_the_docs_page_has_the_thresholds() -> None:
     full, piecewise = (ordinal(policy.BATCHES[kind]) for kind in (FULL, PIECEWISE))
     padded = ordinal(policy.BATCHES_PADDED)
-    factors = [f"up to {policy.PAD_FREELY} tokens, or {policy.PAD_FACTOR[kind]:g} times" for kind in (FULL, PIECEWISE)]
+    larger = f"up to {policy.PAD_FREELY} tokens, or {policy.PAD_FACTOR} times"
     for line in (
-        f"| captured for which batch of its size | the {full} | the {piecewise} |",
-        f"| the same, where a larger graph serves meanwhile | the {padded} | the {padded} |",
-        f"| how much larger that may be | {factors[0]} | {factors[1]} |",
+        f"| captured for which batch without a graph | the {full} | the {piecewise} |",
+        f"| for which batch of its size, where a larger graph serves meanwhile | the {padded} | the {padded} |",
+        f"| how much larger that may be | {larger} | {larger} |",
         f"| batches between this capture and the one before | 0, or {policy.BATCHES_BETWEEN} where a larger graph "
         f"serves | {policy.BATCHES_BETWEEN} |",
         f"less than {budget.MARGIN // budget.MIB} MiB free",

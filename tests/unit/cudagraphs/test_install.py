@@ -44,7 +44,7 @@ def runner() -> Iterator[type[GPUModelRunner]]:
 
 
 def test_capture_model_says_what_is_kept_free(runner: type[GPUModelRunner]) -> None:
-    made = runner(SimpleNamespace(budget=SimpleNamespace(limit=5)), on_demand=True)
+    made = runner(SimpleNamespace(budget=SimpleNamespace(base=2, limit=3)), on_demand=True)
     assert made.capture_model() == 5
     assert runner(None, on_demand=True).capture_model() == 0
 

@@ -14,7 +14,7 @@ import torch
 from tests.unit.cudagraphs.shapes import ALL, DECODE, MIXED, SIZES, decode, mixed
 from vllm_compile_ext.artifacts.layout import Layout
 from vllm_compile_ext.cudagraphs import memory, record
-from vllm_compile_ext.cudagraphs.budget import LAYER, MIB, UNASKED, Budget
+from vllm_compile_ext.cudagraphs.budget import BASE, LAYER, MIB, UNASKED, Budget
 from vllm_compile_ext.cudagraphs.memory import Memory, Need, keep_free
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy
 from vllm_compile_ext.cudagraphs.record import Record, Used
@@ -95,7 +95,7 @@ def start(made: Any = None) -> tuple[Memory, Policy, Budget]:
     made = made or config()
     keep_free(made, lambda: 5 * MIB)
     known = Memory(made, ALL)
-    return known, Policy(ALL, known.before), Budget(known.need.size, LAYERS)
+    return known, Policy(ALL, known.before), Budget(known.need.graphs, LAYERS, base=3 * MIB)
 
 
 # --- what is kept free
@@ -103,14 +103,14 @@ def start(made: Any = None) -> tuple[Memory, Policy, Budget]:
 
 def test_a_first_start_keeps_an_estimate_free() -> None:
     made = config()
-    assert keep_free(made, lambda: 5 * MIB) == 5 * MIB + ESTIMATE
-    assert Memory(made, ALL).need == Need(5 * MIB + ESTIMATE, "an estimate", kept=True)
+    assert keep_free(made, lambda: 5 * MIB) == BASE + 5 * MIB + ESTIMATE
+    assert Memory(made, ALL).need == Need(BASE + 5 * MIB + ESTIMATE, ESTIMATE, "an estimate", kept=True)
 
 
 @pytest.mark.parametrize(("full", "piecewise"), [(True, False), (False, True), (False, False)])
 def test_only_the_kinds_that_there_are_count(full: bool, piecewise: bool) -> None:
     per_size = LAYERS * (full * LAYER[FULL] + piecewise * LAYER[PIECEWISE])
-    assert keep_free(config(full=full, piecewise=piecewise), lambda: 0) == len(SIZES) * per_size
+    assert keep_free(config(full=full, piecewise=piecewise), lambda: 0) == BASE + len(SIZES) * per_size
 
 
 def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing() -> None:
@@ -122,16 +122,17 @@ def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing(
 
     needed = budget.needed({}, {FULL: len(DECODE) - 1, PIECEWISE: len(MIXED)})
     made = config()
-    assert keep_free(made, never) == needed
-    assert Memory(made, ALL).need == Need(needed, "1 graphs took 0.00 GiB in an earlier start", kept=True)
+    assert keep_free(made, never) == budget.base + needed
+    source = "1 graphs took 0.00 GiB in an earlier start"
+    assert Memory(made, ALL).need == Need(budget.base + needed, needed, source, kept=True)
 
 
 def test_what_was_measured_belongs_to_one_start() -> None:
     made = config()
     keep_free(made, lambda: 5 * MIB)
-    assert Memory(made, ALL).need.size == 5 * MIB + ESTIMATE
+    assert Memory(made, ALL).need.size == BASE + 5 * MIB + ESTIMATE
     # Another engine in this process, whose memory is not profiled.
-    assert Memory(config(), ALL).need == Need(ESTIMATE, "an estimate", kept=False)
+    assert Memory(config(), ALL).need == Need(BASE + ESTIMATE, ESTIMATE, "an estimate", kept=False)
 
 
 def test_a_configuration_that_changes_after_profiling_is_the_same_start(store: Path) -> None:
@@ -140,14 +141,15 @@ def test_a_configuration_that_changes_after_profiling_is_the_same_start(store: P
         size = keep_free(made, lambda: 5 * MIB)
         made.compute_hash = lambda: "with the length that fits"  # --max-model-len auto
         known = Memory(made, ALL)
-        assert known.need == Need(size, source, kept=True)
+        assert (known.need.size, known.need.source, known.need.kept) == (size, source, True)
         known.keep(Policy(ALL), Budget(size, LAYERS))
         Timer.made[-1].run()
 
 
 def test_where_memory_is_not_profiled_what_is_remembered_counts(store: Path) -> None:
-    record.write(store, memory.key_of(config()), Record(held=1 << 30, graphs=7, needed=2 << 30, used=[]))
-    assert Memory(config(), ALL).need == Need(2 << 30, "7 graphs took 1.00 GiB in an earlier start", kept=False)
+    record.write(store, memory.key_of(config()), Record(base=5, held=1 << 30, graphs=7, needed=2 << 30, used=[]))
+    source = "7 graphs took 1.00 GiB in an earlier start"
+    assert Memory(config(), ALL).need == Need((2 << 30) + 5, 2 << 30, source, kept=False)
 
 
 @pytest.mark.parametrize("remembered", [False, True])
@@ -156,7 +158,7 @@ def test_whether_it_is_kept_free_is_vllms_choice(
     monkeypatch: pytest.MonkeyPatch, store: Path, applied: bool, remembered: bool
 ) -> None:
     if remembered:
-        record.write(store, memory.key_of(config()), Record(held=1 << 30, graphs=7, needed=2 << 30, used=[]))
+        record.write(store, memory.key_of(config()), Record(base=0, held=1 << 30, graphs=7, needed=2 << 30, used=[]))
     monkeypatch.setattr(memory, "_applied", lambda: applied)
     made = config()
     keep_free(made, lambda: 0)
@@ -279,6 +281,7 @@ def test_shapes_that_traffic_asked_for_have_memory_in_the_next_start_though_none
     one, other = LAYERS * LAYER[FULL], LAYERS * LAYER[PIECEWISE]
     rest = (len(DECODE) - 1) * one + (len(MIXED) - 1) * other
     assert found == Record(
+        base=3 * MIB,
         held=0,
         graphs=0,
         needed=one + other + int(UNASKED * rest),
@@ -288,7 +291,7 @@ def test_shapes_that_traffic_asked_for_have_memory_in_the_next_start_though_none
 
 def test_shapes_that_there_are_no_more_are_forgotten(store: Path) -> None:
     used = [Used(0, 5), Used(len(ALL), 7), Used(len(ALL) + 1, 7)]
-    record.write(store, memory.key_of(config()), Record(held=0, graphs=0, needed=0, used=used))
+    record.write(store, memory.key_of(config()), Record(base=0, held=0, graphs=0, needed=0, used=used))
     assert Memory(config(), ALL).before == {ALL[0]: 5}
 
 
@@ -307,7 +310,7 @@ def test_a_damaged_record_is_an_estimate_again(store: Path) -> None:
     Timer.made[0].run()
     (path,) = Layout(store).graphs.iterdir()
     path.write_bytes(path.read_bytes().replace(b'"needed":', b'"needed":9'))
-    assert start()[0].need == Need(5 * MIB + ESTIMATE, "an estimate", kept=True)
+    assert start()[0].need == Need(BASE + 5 * MIB + ESTIMATE, ESTIMATE, "an estimate", kept=True)
 
 
 def test_a_store_that_others_can_write_costs_nothing(store: Path) -> None:
@@ -322,7 +325,7 @@ def test_a_store_that_others_can_write_costs_nothing(store: Path) -> None:
 def test_where_the_user_wants_nothing_kept_the_store_is_neither_read_nor_written(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Record(held=1, graphs=1, needed=1, used=[Used(0, 5)])
+    made = Record(base=0, held=1, graphs=1, needed=1, used=[Used(0, 5)])
     record.write(store, memory.key_of(config()), made)
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     known, policy, budget = start()

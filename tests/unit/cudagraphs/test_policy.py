@@ -111,7 +111,7 @@ def test_small_batches_are_padded_freely(best: Shape) -> None:
 
 @pytest.mark.parametrize("kind", [FULL, PIECEWISE])
 def test_large_batches_are_padded_by_a_factor(kind: str) -> None:
-    best, most = Shape(kind, 1000), int(PAD_FACTOR[kind] * 1000)
+    best, most = Shape(kind, 1000), PAD_FACTOR * 1000
     policy = Policy([best])
     assert policy.plan(best, [Shape(kind, most)]).otherwise == Shape(kind, most)
     assert policy.plan(best, [Shape(kind, most + 1)]).otherwise is None
@@ -252,7 +252,7 @@ def test_each_plan_can_be_carried_out(batches: list[tuple[Shape, str]]) -> None:
         (plan,) = serve(policy, [batch], 1)
         if plan.otherwise is not None:
             assert plan.otherwise in captured
-            limit = max(PAD_FREELY, PAD_FACTOR[best.kind] * best.tokens)
+            limit = max(PAD_FREELY, PAD_FACTOR * best.tokens)
             assert best.tokens <= plan.otherwise.tokens <= limit
         if best in captured:
             assert plan == Plan(None, best)
@@ -273,3 +273,24 @@ def test_what_is_asked_for_again_and_again_is_captured(before: list[Shape], shap
     for _ in range(max(BATCHES_PADDED, BATCHES_BETWEEN)):
         ask(policy, shape)
     assert shape in policy.captured
+
+
+def test_misses_of_neighbouring_sizes_count_together_and_their_graph_serves_them() -> None:
+    sizes = [Shape(PIECEWISE, tokens) for tokens in (136, 144, 192, 248, 200)]
+    policy = Policy(sizes)
+    for number, best in enumerate(sizes[:4], 1):
+        plan = policy.plan(best, policy.captured)
+        assert plan.capture == (best if number == BATCHES[PIECEWISE] else None)
+    policy.done(sizes[3])
+    assert policy.plan(sizes[4], policy.captured) == Plan(None, sizes[3])
+
+
+def test_the_count_starts_again_after_a_capture() -> None:
+    small, large = Shape(PIECEWISE, 136), Shape(PIECEWISE, 248)
+    policy = Policy([small, large])
+    for _ in range(BATCHES[PIECEWISE]):
+        plan = policy.plan(small, [])
+    assert plan.capture == small
+    policy.done(small)
+    for _ in range(BATCHES[PIECEWISE] - 1):
+        assert policy.plan(large, []).capture is None  # the small one does not fit it
