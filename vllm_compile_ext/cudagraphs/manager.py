@@ -9,6 +9,7 @@ writes to.
 from __future__ import annotations
 
 import logging
+from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,14 @@ from vllm_compile_ext.cudagraphs.session import Device, Session
 logger = logging.getLogger(__name__)
 
 _KINDS = {CUDAGraphMode.FULL: FULL, CUDAGraphMode.PIECEWISE: PIECEWISE}
+
+
+# What upstream's `dispatch` is asked with, in the order in which its `_is_compatible` takes it.
+_Batch = namedtuple(
+    "_Batch",
+    "num_reqs num_tokens uniform_token_count num_active_loras max_query_len num_ubatches",
+    defaults=(None, 1),
+)
 
 
 def shape_of(desc: Any) -> Shape:
@@ -82,54 +91,41 @@ class _OneByOne(upstream.CudaGraphManager):
             for desc in sorted(largest, key=lambda d: -d.num_tokens):
                 self._create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
 
-    def dispatch(
-        self,
-        num_reqs: int,
-        num_tokens: int,
-        uniform_token_count: int | None,
-        num_active_loras: int,
-        max_query_len: int | None = None,
-        num_ubatches: int = 1,
-    ) -> Any:
+    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's choice where its graph is there or is captured now, else a captured larger one, else none."""
-        batch = (num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches)
-        best = super().dispatch(*batch)
+        batch, best = _Batch(*args, **kwargs), super().dispatch(*args, **kwargs)
         if self.session is None or best.cg_mode == CUDAGraphMode.NONE:
             return best
-        fits = (num_reqs, num_tokens, uniform_token_count, best.num_active_loras, max_query_len, num_ubatches)
+        fits = batch._replace(num_active_loras=best.num_active_loras)
         try:
-            chosen = self.session.graph_for(self._best_left(best, num_tokens, fits), self._captured(fits))
+            chosen = self.session.graph_for(self._best_left(best, fits), self._captured(fits))
         except Exception as error:  # the batch must run
             if ranks.several():  # but this rank would wait alone for the others' next vote
                 raise
             self.session.stop(error)
             chosen = shape_of(best) if shape_of(best) in self.session.policy.captured else None
-        return self._no_graph(best, num_reqs, num_tokens) if chosen is None else chosen.rest
+        return self._no_graph(best, batch) if chosen is None else chosen.rest
 
-    def _best_left(self, best: Any, num_tokens: int, fits: tuple[Any, ...]) -> Shape:
+    def _best_left(self, best: Any, fits: _Batch) -> Shape:
         """`best`, or upstream's next choice when that can have no graph."""
         assert self.session is not None
         barred = self.session.policy.barred
         shape = shape_of(best)
         if shape not in barred:
             return shape
-        others = self._candidates.get((num_tokens, best.num_active_loras), [])
+        others = self._candidates.get((fits.num_tokens, best.num_active_loras), [])
         shapes = [shape_of(d) for d in others if upstream._is_compatible(d, *fits)]
         return next((s for s in shapes if s not in barred), shape)
 
-    def _captured(self, fits: tuple[Any, ...]) -> Iterator[Shape]:
+    def _captured(self, fits: _Batch) -> Iterator[Shape]:
         assert self.session is not None
         return (s for s in self.session.policy.captured if upstream._is_compatible(s.rest, *fits))
 
     @staticmethod
-    def _no_graph(best: Any, num_reqs: int, num_tokens: int) -> Any:
-        return upstream.BatchExecutionDescriptor(
-            cg_mode=CUDAGraphMode.NONE,
-            num_tokens=num_tokens,
-            num_reqs=num_reqs,
-            num_active_loras=best.num_active_loras,
-            num_ubatches=best.num_ubatches,
-        )
+    def _no_graph(best: Any, batch: _Batch) -> Any:
+        size = {"num_tokens": batch.num_tokens, "num_reqs": batch.num_reqs}  # not padded
+        rest = {"num_active_loras": best.num_active_loras, "num_ubatches": best.num_ubatches}
+        return upstream.BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, **size, **rest)
 
     def _capture(self, shape: Shape) -> Exception | None:
         """Capture `shape` on every rank or on none; the error of this rank, if it had one."""
