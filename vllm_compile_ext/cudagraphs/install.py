@@ -44,6 +44,13 @@ def _utils(module: ModuleType) -> Undo:
     return undo
 
 
+def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> Undo:
+    """Put ``around(stock)`` in the place of the attribute `name` of `owner`."""
+    stock = getattr(owner, name)
+    setattr(owner, name, functools.wraps(stock)(around(stock)))
+    return lambda: setattr(owner, name, stock)
+
+
 def _runner(module: ModuleType) -> Undo:
     """`capture_model` says what is kept free instead of what was captured, which the worker's log lines compare, and
     does not collect garbage for captures that come later."""
@@ -51,24 +58,18 @@ def _runner(module: ModuleType) -> Undo:
         return lambda: None
     from vllm_compile_ext.cudagraphs import coverage
 
-    runner = module.GPUModelRunner
-    stock = runner.capture_model
+    def around(stock: Callable[..., int]) -> Callable[..., int]:
+        def capture_model(self: Any, *, profile_only: bool = False) -> int:
+            if not coverage.on_demand(self.vllm_config):
+                return stock(self, profile_only=profile_only)
+            with patch.object(module, "freeze_gc_for_cudagraph_capture", nullcontext):
+                stock(self, profile_only=profile_only)
+            session = getattr(self.cudagraph_manager, "session", None)
+            return 0 if session is None else session.budget.base + session.budget.limit
 
-    @functools.wraps(stock)
-    def capture_model(self: Any, *, profile_only: bool = False) -> int:
-        if not coverage.on_demand(self.vllm_config):
-            return int(stock(self, profile_only=profile_only))
-        with patch.object(module, "freeze_gc_for_cudagraph_capture", nullcontext):
-            stock(self, profile_only=profile_only)
-        session = getattr(self.cudagraph_manager, "session", None)
-        return 0 if session is None else int(session.budget.base + session.budget.limit)
+        return capture_model
 
-    runner.capture_model = capture_model
-
-    def undo() -> None:
-        runner.capture_model = stock
-
-    return undo
+    return _replace(module.GPUModelRunner, "capture_model", around)
 
 
 def _v1(module: ModuleType) -> Undo:
@@ -77,20 +78,14 @@ def _v1(module: ModuleType) -> Undo:
         return lambda: None
     from vllm_compile_ext.cudagraphs import coverage
 
-    runner = module.GPUModelRunner
-    stock = runner.capture_model
+    def around(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+            coverage.say(self.vllm_config)
+            return stock(self, *args, **kwargs)
 
-    @functools.wraps(stock)
-    def capture_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        coverage.say(self.vllm_config)
-        return stock(self, *args, **kwargs)
+        return capture_model
 
-    runner.capture_model = capture_model
-
-    def undo() -> None:
-        runner.capture_model = stock
-
-    return undo
+    return _replace(module.GPUModelRunner, "capture_model", around)
 
 
 def _core(module: ModuleType) -> Undo:
