@@ -172,6 +172,7 @@ def test_what_was_compiled_and_loaded_is_noted(cold: Served, warm: Served) -> No
     assert notes(cold)["compiled"]["distinct"] == 3
     assert notes(warm).keys() == {"key", "loaded"}
     assert notes(warm)["loaded"]["key"] == notes(cold)["kept"]["key"]
+    assert notes(warm)["loaded"]["seconds"] > 0
     assert (cold.start.temperature, warm.start.temperature) == ("cold", "warm")
 
 

@@ -127,12 +127,10 @@ def _load_it(entry: Entry, model: Any, path: Path) -> Any | None:
     logger.info("%sloaded compiled code %s of %s (%.1f ms)", entry.tag, entry.key[:12], entry.store.root, spent * 1000)
     metrics.inc("store_hits_total")
     metrics.inc("store_load_seconds_total", spent)
-    metrics.inc("store_loaded_bytes_total", total(manifest.members.values()))
     _tell(entry, "found")
-    members = manifest.members
-    size = sum(blob.size for blob in {blob.digest: blob for blob in members.values()}.values())
-    count = sum(name.startswith("piece/") for name in members)
-    note("loaded", model=entry.model, key=entry.key, pieces=count, bytes=size, ms=round(spent, 1))
+    size, count = total(manifest.members.values()), sum(name.startswith("piece/") for name in manifest.members)
+    metrics.inc("store_loaded_bytes_total", size)
+    note("loaded", model=entry.model, key=entry.key, pieces=count, bytes=size, seconds=round(spent, 4))
     return loaded
 
 
