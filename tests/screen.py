@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
@@ -90,6 +91,11 @@ class Screen:
             assert what in "mhl", f"unknown: {given}{what}"
 
 
+def listen() -> None:
+    """In a process to be: Ctrl-C is heard, also where the tests run in the background and it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(
     command: Sequence[str],
     screen: Screen,
@@ -102,6 +108,7 @@ def run(
     process, terminal = pty.fork()
     if process == 0:
         try:
+            listen()
             os.execvpe(command[0], list(command), {**os.environ, "TERM": "xterm-256color", **(env or {})})
         finally:
             os._exit(127)

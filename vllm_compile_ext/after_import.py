@@ -58,17 +58,21 @@ class _Finder(MetaPathFinder):
     """Finds one module, once, and lets its loader call `then` at the end."""
 
     def __init__(self, name: str, then: Callable[[Any], None]) -> None:
-        self.name, self.then = name, then
+        self.name, self.then, self.asking = name, then, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.asking:
             return None
         # By the finders behind this one: another may wait for the same module.
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
         specs = (finder.find_spec(fullname, path, target) for finder in behind)
-        found = next((spec for spec in specs if spec is not None), None)
+        self.asking = True  # one of them may ask all finders in turn (startup/imports.py)
+        try:
+            found = next((spec for spec in specs if spec is not None), None)
+        finally:
+            self.asking = False
         if found is None or found.loader is None:
             return None
         found.loader = _Loader(found.loader, self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from vllm_compile_ext.startup.read import Start
 pytestmark = pytest.mark.engine
 
 PTH = process.ROOT / "vllm_compile_ext.pth"
+# Where the environment has it, every process does.
+INSTALLED = (Path(sysconfig.get_paths()["purelib"]) / PTH.name).exists()
 ARGS = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 QUICK = {"OTEL_BSP_SCHEDULE_DELAY": "200"}
@@ -134,14 +137,14 @@ def test_every_phase_of_a_server_is_there(cold: Served, warm: Served) -> None:
     for served, more in ((cold, {"interpreter", "compile"}), (warm, {"load compiled code"})):
         found = {span.phase for span in served.start.spans}
         assert common | more | {"first request", "distributed", "warm-up", "memory profiling"} <= found
-    assert "interpreter" not in {span.phase for span in warm.start.spans}
+    assert ("interpreter" in {span.phase for span in warm.start.spans}) == INSTALLED
 
 
 def test_heavy_imports_are_told_apart_where_the_pth_file_is_installed(cold: Served, warm: Served) -> None:
     for pid in {one.pid for one in cold.start.processes}:
         names = {span.name for span in cold.start.spans if span.pid == pid}
         assert {"import vllm", "import torch", "import transformers"} <= names
-    assert "import torch" not in {span.name for span in warm.start.spans}
+    assert ("import torch" in {span.name for span in warm.start.spans}) == INSTALLED
     assert [span.name for span in warm.start.spans].count("imports") >= 3
 
 

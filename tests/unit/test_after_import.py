@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,30 @@ def test_a_failure_is_a_line_and_the_import_goes_on(caplog: pytest.LogCaptureFix
     after_import(NAME, fail)
     assert importlib.import_module(NAME).value() == 1
     assert "stays as vLLM has it: ZeroDivisionError: surprise" in caplog.text
+
+
+def test_it_is_done_once_where_another_finder_asks_all_of_them() -> None:
+    class Asking:
+        """Finds nothing itself, as the one that times imports."""
+
+        busy = False
+
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+            if self.busy:
+                return None
+            self.busy = True
+            try:
+                others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+                return next((spec for spec in others if spec is not None), None)
+            finally:
+                self.busy = False
+
+    calls: list[str] = []
+    for place in (0, 1):
+        sys.meta_path.insert(0, Asking())
+        after_import(NAME, lambda module: calls.append(module.__name__))
+        sys.meta_path.insert(place, Asking())
+        importlib.import_module(NAME)
+        assert calls == [NAME]
+        calls.clear()
+        del sys.modules[NAME]

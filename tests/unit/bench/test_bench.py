@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests import screen
 from vllm_compile_ext.bench import chart, figures, server, starts
 from vllm_compile_ext.bench.figures import Summary
 from vllm_compile_ext.bench.starts import Start, order
@@ -126,7 +127,14 @@ def test_interrupted_it_takes_everything_along(tmp_path: Path, number: int, stat
     place = tmp_path / "its"
     place.mkdir()
     env = {**os.environ, "FAKE": "hang", "FAKE_LOG": str(tmp_path / "told"), "TMPDIR": str(place)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=screen.listen,
+    )
     while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
         time.sleep(0.05)
     process.send_signal(number)
