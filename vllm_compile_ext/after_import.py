@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,13 @@ def install(changes: Mapping[str, Callable[[ModuleType], Undo]]) -> Undo:
             undos.pop()()
 
     return undo
+
+
+def replace(owner: Any, name: str, around: Callable[[Any], Any]) -> Undo:
+    """Put ``around(stock)`` in the place of the function `name` of `owner`."""
+    stock = getattr(owner, name)
+    setattr(owner, name, functools.wraps(stock)(around(stock)))
+    return lambda: setattr(owner, name, stock)
 
 
 def after_import(name: str, then: Callable[[Any], None]) -> Undo:

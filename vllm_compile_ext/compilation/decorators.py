@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,14 @@ def _load_it(entry: Entry, model: Any, path: Path) -> Any | None:
     metrics.inc("store_hits_total")
     metrics.inc("store_load_seconds_total", spent)
     _tell(entry, "found")
-    size, count = total(manifest.members.values()), sum(name.startswith("piece/") for name in manifest.members)
+    size, count = total(manifest.members.values()), _pieces(manifest.members)
     metrics.inc("store_loaded_bytes_total", size)
     note("loaded", model=entry.model, key=entry.key, pieces=count, bytes=size, seconds=round(spent, 4))
     return loaded
+
+
+def _pieces(members: Iterable[str]) -> int:
+    return sum(name.startswith("piece/") for name in members)
 
 
 def _native(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
@@ -140,7 +145,7 @@ def _native(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
     function, code = program.load_native(entry.store, manifest, model)
     model.vllm_config.compilation_config.traced_files.update(entries.source_files(manifest.sources))
     compilation_counter.num_aot_artifacts_loaded += 1
-    pieces = sum(name.startswith("piece/") for name in manifest.members)
+    pieces = _pieces(manifest.members)
     compilation_counter.num_compiled_artifacts_loaded += pieces
     metrics.inc("pieces_loaded_total", pieces)
     inspect_bytecode(model, code, path)
@@ -174,12 +179,12 @@ def _save(model: Any) -> None:
             form, members = program.keep(entry.store, compiled)
             entry.commit(members, entries.sources_of(compiled), {"form": form})
         compilation_counter.num_aot_artifacts_saved += 1
-        compilation_counter.num_compiled_artifacts_saved += sum(name.startswith("piece/") for name in members)
+        compilation_counter.num_compiled_artifacts_saved += _pieces(members)
         size = total(members.values())
         metrics.inc("store_kept_bytes_total", size)
         logger.info("%skept as %s in %s (%.1f MB)", entry.tag, entry.key[:12], entry.store.root, size / 1e6)
         _tell(entry, "kept")
-        count = sum(name.startswith("piece/") for name in members)
+        count = _pieces(members)
         note("kept", model=entry.model, key=entry.key, pieces=count, bytes=size)
     except Exception as error:
         why = str(error) if isinstance(error, NotSaved | OSError) else f"{type(error).__name__}: {error}"

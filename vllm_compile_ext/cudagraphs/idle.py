@@ -6,31 +6,26 @@ work, just before it waits for the next request.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from vllm_compile_ext import envs
+from vllm_compile_ext import after_import, envs
 
 logger = logging.getLogger(__name__)
 
 
 def install(core: type) -> Callable[[], None]:
     """Capture in `core` (`EngineCoreProc`) whenever it is idle, until all shapes are captured."""
-    stock = core._notify_idle_state_callbacks  # type: ignore[attr-defined]
 
-    @functools.wraps(stock)
-    def notify(self: Any) -> None:
-        stock(self)
-        capture_while_idle(self)
+    def around(stock: Callable[[Any], None]) -> Callable[[Any], None]:
+        def notify(self: Any) -> None:
+            stock(self)
+            capture_while_idle(self)
 
-    core._notify_idle_state_callbacks = notify  # type: ignore[attr-defined]
+        return notify
 
-    def undo() -> None:
-        core._notify_idle_state_callbacks = stock  # type: ignore[attr-defined]
-
-    return undo
+    return after_import.replace(core, "_notify_idle_state_callbacks", around)
 
 
 def capture_while_idle(core: Any) -> None:

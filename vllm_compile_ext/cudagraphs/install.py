@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -44,13 +43,6 @@ def _utils(module: ModuleType) -> Undo:
     return undo
 
 
-def _replace(owner: Any, name: str, around: Callable[[Any], Any]) -> Undo:
-    """Put ``around(stock)`` in the place of the attribute `name` of `owner`."""
-    stock = getattr(owner, name)
-    setattr(owner, name, functools.wraps(stock)(around(stock)))
-    return lambda: setattr(owner, name, stock)
-
-
 def _runner(module: ModuleType) -> Undo:
     """`capture_model` says what is kept free instead of what was captured, which the worker's log lines compare, and
     does not collect garbage for captures that come later."""
@@ -69,7 +61,7 @@ def _runner(module: ModuleType) -> Undo:
 
         return capture_model
 
-    return _replace(module.GPUModelRunner, "capture_model", around)
+    return after_import.replace(module.GPUModelRunner, "capture_model", around)
 
 
 def _v1(module: ModuleType) -> Undo:
@@ -85,7 +77,7 @@ def _v1(module: ModuleType) -> Undo:
 
         return capture_model
 
-    return _replace(module.GPUModelRunner, "capture_model", around)
+    return after_import.replace(module.GPUModelRunner, "capture_model", around)
 
 
 def _core(module: ModuleType) -> Undo:

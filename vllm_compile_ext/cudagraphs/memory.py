@@ -32,9 +32,9 @@ class Need(NamedTuple):
     kept: bool
 
 
-# Key and need by the configuration's id, from the profiling of memory to the start's end: between the two the KV cache
-# takes all that is not kept free, and with `--max-model-len auto` the configuration changes.
-_kept_free: dict[int, tuple[str, Need]] = {}
+# Key, what is remembered and need by the configuration's id, from the profiling of memory to the start's end: between
+# the two the KV cache takes all that is not kept free, and with `--max-model-len auto` the configuration changes.
+_kept_free: dict[int, tuple[str, record.Record | None, Need]] = {}
 
 
 def key_of(config: Any) -> str:
@@ -53,14 +53,19 @@ def key_of(config: Any) -> str:
 
 def keep_free(config: Any, activations: Callable[[], int]) -> int:
     """Bytes to keep free for graphs.  `activations()` measures a forward pass, where nothing is remembered."""
-    key = key_of(config)
-    need = _need(config, key, activations)._replace(kept=_applied())
-    _kept_free[id(config)] = key, need
+    key, known, need = _find(config, activations)
+    need = need._replace(kept=_applied())
+    _kept_free[id(config)] = key, known, need
     return need.size
 
 
-def _need(config: Any, key: str, activations: Callable[[], int]) -> Need:
-    known = _read(key)
+def _find(config: Any, activations: Callable[[], int]) -> tuple[str, record.Record | None, Need]:
+    key = key_of(config)
+    known = None if envs.store_off() else record.read(envs.store(), key)
+    return key, known, _need(config, known, activations)
+
+
+def _need(config: Any, known: record.Record | None, activations: Callable[[], int]) -> Need:
     if known is not None:
         source = f"{known.graphs} graphs took {known.held / (1 << 30):.2f} GiB in an earlier start"
         return Need(known.base + known.needed, known.needed, source, kept=False)
@@ -78,10 +83,6 @@ def _applied() -> bool:
     return bool(vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS)
 
 
-def _read(key: str) -> record.Record | None:
-    return None if envs.store_off() else record.read(envs.store(), key)
-
-
 def layers(config: Any) -> int:
     """Decoder layers of the model."""
     return int(config.model_config.get_total_num_hidden_layers())
@@ -92,12 +93,9 @@ class Memory:
 
     def __init__(self, config: Any, shapes: Sequence[Shape]) -> None:
         self.shapes = list(shapes)
+        # Where memory was not profiled (kv_cache_memory_bytes), nothing was kept free.
         kept = _kept_free.pop(id(config), None)
-        if kept is None:  # memory was not profiled (kv_cache_memory_bytes), and nothing was kept free
-            key = key_of(config)
-            kept = key, _need(config, key, lambda: 0)
-        self.key, self.need = kept
-        known = _read(self.key)
+        self.key, known, self.need = kept or _find(config, lambda: 0)
         used = known.used if known else []
         self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})
         self._pending: record.Record | None = None

@@ -66,7 +66,8 @@ class Policy:
         self.captured: set[Shape] = set()
         self.barred: dict[Shape, str] = {}
         self.asked: Counter[Shape] = Counter()
-        self.remembered = Counter({s: n for s, n in (remembered or {}).items() if s in set(self.shapes)})
+        known = set(self.shapes)
+        self.remembered = Counter({s: n for s, n in (remembered or {}).items() if s in known})
         self._batches = 0
         self._last = -BATCHES_BETWEEN
         self._not_before: dict[Shape, int] = {}

@@ -7,7 +7,6 @@ number in it, a server could have too little memory left to start.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,8 +17,6 @@ import msgspec
 from vllm_compile_ext.artifacts import access, files
 from vllm_compile_ext.artifacts.access import UnsafeStoreError
 from vllm_compile_ext.artifacts.layout import Layout
-
-logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT = 200
