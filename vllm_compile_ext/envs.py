@@ -82,8 +82,8 @@ class Settings:
         "lazy",
         "idle",
         "eager",
-        meaning="When CUDA graphs are captured: lazy, each when traffic first asks for its shape; idle, also while "
-        "there are no requests; eager, all while starting, as in stock vLLM.",
+        meaning="When CUDA graphs are captured: lazy, each when traffic first asks for its shape, and before the "
+        "first request those that earlier starts used; idle, also the others while there are no requests; eager, all while starting, as in stock vLLM.",
     )
     VLLM_COMPILE_WAIT: int = _count(
         default=200,

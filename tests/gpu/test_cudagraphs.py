@@ -56,7 +56,7 @@ CODE = """
             "skipped": dict(counters.skipped), "shapes": len(session.policy.shapes), "left": len(session.policy.left),
             "held": session.budget.held, "limit": session.budget.limit, "source": session.memory.need.source,
             "seconds": max(counters.seconds, default=0), "guard": monitor.cudagraph_capturing_enabled,
-            "reasons": sorted(set(session.policy.barred.values())),
+            "asked": sum(session.policy.asked.values()), "reasons": sorted(set(session.policy.barred.values())),
         }
 
     def start(then, policy="lazy", **options):
@@ -113,6 +113,16 @@ CODE = """
             "given back": given_back, "full": full, "tokens of all": traffic(llm),
         }
 
+    def again(llm):
+        '''What a server does between its start and the first request.'''
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        policy = manager(llm).session.policy
+        before = {s for s in policy.shapes if policy.remembered[s] >= (1 if s.kind == "FULL" else 4)}
+        while manager(llm).capture_idle(remembered=True):
+            pass
+        known = policy.captured == before
+        return {"known": known, "before": about(worker), "tokens": traffic(llm), "after": about(worker)}
+
     def poor(llm):
         manager(llm).session.budget.limit = 0
         tokens, info = traffic(llm), about(llm.llm_engine.model_executor.driver_worker.worker)
@@ -132,7 +142,8 @@ CODE = """
     made = forks.run(lambda: str(models.llama(Path("model"), "n8", dtype="bfloat16")))
     assert made.status == 0, made.output
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    out = {"lazy": start(lazy), "eager": start(plain, "eager"), "broken": start(broken), "poor": start(poor)}
+    out = {"lazy": start(lazy), "again": start(again), "broken": start(broken), "poor": start(poor)}
+    out["eager"] = start(plain, "eager")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for collective_rpc of a function
     report(out | {"idle": start(idle, "idle")})
@@ -151,7 +162,7 @@ def _tokens(ran: dict[str, Any], name: str, kind: str = "tokens") -> list[list[i
     return tokens
 
 
-@pytest.mark.parametrize("name", ["lazy", "broken", "poor", "idle"])  # "poor" has no graph at all
+@pytest.mark.parametrize("name", ["lazy", "again", "broken", "poor", "idle"])  # "poor" has no graph at all
 def test_the_tokens_are_those_of_stock_capture(ran: dict[str, Any], name: str) -> None:
     expected = _tokens(ran, "eager")
     assert len(expected) == 200
@@ -173,6 +184,7 @@ def test_sampled_tokens_too(ran: dict[str, Any]) -> None:
 def test_nothing_is_captured_at_start_and_only_what_is_asked_for_later(ran: dict[str, Any]) -> None:
     before, after = ran["lazy"]["value"]["before"], ran["lazy"]["value"]["after"]
     assert before["captured"] == {}
+    assert before["asked"] == 0
     assert 0 < sum(after["captured"].values()) < after["shapes"] / 2
     assert after["replayed"]["FULL"] > after["missed"].get("FULL", 0)
     assert after["held"] <= after["limit"]
@@ -191,6 +203,14 @@ def test_the_next_start_remembers(ran: dict[str, Any]) -> None:
     assert ran["lazy"]["value"]["after"]["source"] == "an estimate"
     assert "in an earlier start" in ran["broken"]["value"]["source"]
     assert ran["broken"]["value"]["first"]
+
+
+def test_before_the_first_request_what_earlier_traffic_used_is_captured(ran: dict[str, Any]) -> None:
+    again = ran["again"]["value"]
+    assert again["known"]
+    assert again["before"]["captured"]["FULL"] >= 3
+    missed, first = (sum(value["missed"].values()) for value in (again["after"], ran["lazy"]["value"]["after"]))
+    assert missed < first / 2
 
 
 def test_a_capture_that_fails_costs_its_shape_only(ran: dict[str, Any]) -> None:

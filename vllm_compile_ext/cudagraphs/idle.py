@@ -1,4 +1,5 @@
-"""Capturing while there are no requests, one graph at a time.
+"""Capturing while there are no requests, one graph at a time: all of them, or, before the first request, those that
+earlier starts used.
 
 vllm/v1/engine/core.py, vLLM 0.32.0: the engine core's loop calls `_notify_idle_state_callbacks` whenever it has no
 work, just before it waits for the next request.
@@ -31,10 +32,11 @@ def install(core: type) -> Callable[[], None]:
 def capture_while_idle(core: Any) -> None:
     """Capture until a request arrives or nothing is left.  Never raises: idle capture is then over."""
     try:
-        if envs.load().VLLM_COMPILE_CUDAGRAPHS != "idle" or not getattr(core, "_graphs_left", True):
+        policy = envs.load().VLLM_COMPILE_CUDAGRAPHS
+        if policy == "eager" or not getattr(core, "_graphs_left", True):
             return
         while core.input_queue.empty() and _may_capture(core):
-            left = core.model_executor.collective_rpc(capture_in_worker)
+            left = core.model_executor.collective_rpc(capture_in_worker, args=(policy == "lazy",))
             if not any(left):
                 core._graphs_left = None in left
                 return
@@ -48,10 +50,10 @@ def _may_capture(core: Any) -> bool:
     return core.is_running() and not core.is_scheduler_paused() and not core.model_executor.is_sleeping
 
 
-def capture_in_worker(worker: Any) -> bool | None:
+def capture_in_worker(worker: Any, remembered: bool) -> bool | None:
     """One capture in a worker; False when there is nothing left, None when it is not the time."""
     if getattr(worker, "_weight_update_active", False):
         return None
     manager = getattr(getattr(worker, "model_runner", None), "cudagraph_manager", None)
     capture_idle = getattr(manager, "capture_idle", None)
-    return bool(capture_idle and capture_idle())
+    return bool(capture_idle and capture_idle(remembered=remembered))

@@ -171,9 +171,10 @@ class _OneByOne(upstream.CudaGraphManager):
                 wrapper.concrete_cudagraph_entries.pop(descriptor, None)
         capture.mend(self.pool, self.device)
 
-    def capture_idle(self) -> bool:
-        """Capture the likeliest shape that is left, while there are no requests; False when none is left."""
-        return self.session is not None and self.session.capture_idle()
+    def capture_idle(self, *, remembered: bool = False) -> bool:
+        """Capture the likeliest shape that is left, while there are no requests; False when there is none.  With
+        `remembered`, only before the first request, and of those that earlier starts used."""
+        return self.session is not None and self.session.capture_idle(remembered=remembered)
 
 
 class OnDemandManager(upstream.ModelCudaGraphManager, _OneByOne):

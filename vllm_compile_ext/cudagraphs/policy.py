@@ -109,6 +109,13 @@ class Policy:
         from small to large."""
         return min(self.left, key=self._unlikely, default=None)
 
+    def next_remembered(self) -> Shape | None:
+        """What to capture before the first batch: what earlier starts had a graph captured for, the most used first."""
+        if self._batches:
+            return None
+        known = [s for s in self.left if self.remembered[s] >= BATCHES[s.kind]]
+        return min(known, key=self._unlikely, default=None)
+
     def _unlikely(self, shape: Shape) -> tuple[int, bool, int]:
         return (-self.remembered[shape] - self.asked[shape], shape.kind != FULL, shape.tokens)
 

@@ -95,10 +95,10 @@ class Session:
         logger.debug("captured %s in %.3f s, %.1f MiB", shape.rest, seconds, size / MIB)
         return True
 
-    def capture_idle(self) -> bool:
-        """Capture the likeliest shape that is left; False when none is.  Ranks may remember different traffic: the
-        first one's choice counts."""
-        shape = self.policy.next_idle()
+    def capture_idle(self, *, remembered: bool = False) -> bool:
+        """Capture the likeliest shape that is left, of those `remembered` or of all; False when there is none.  Ranks
+        may remember different traffic: the first one's choice counts."""
+        shape = self.policy.next_remembered() if remembered else self.policy.next_idle()
         number = self._device.from_first(-1 if shape is None else self.memory.shapes.index(shape))
         if number < 0:
             return False

@@ -21,6 +21,7 @@ class Core:
         self.paused = False
         self.notified = 0
         self.captures: list[int] = []
+        self.remembered: bool | None = None
         self.arrives_at: int | None = None  # a request arrives during this capture
         self.workers = [SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=self)) for _ in range(workers)]
         self.left = left
@@ -36,10 +37,11 @@ class Core:
         """Tell who waits for the engine to be idle."""
         self.notified += 1
 
-    def _call(self, method: Any) -> list[bool]:
-        return [method(worker) for worker in self.workers]
+    def _call(self, method: Any, args: tuple[Any, ...] = ()) -> list[bool]:
+        return [method(worker, *args) for worker in self.workers]
 
-    def capture_idle(self) -> bool:
+    def capture_idle(self, *, remembered: bool) -> bool:
+        self.remembered = remembered
         if not self.left:
             return False
         self.left -= 1
@@ -112,14 +114,19 @@ def test_nothing_is_captured_while_the_engine_shuts_down() -> None:
     assert core.captures == []
 
 
-@pytest.mark.parametrize("value", [None, "lazy", "eager"])
-def test_it_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
-    monkeypatch.delenv("VLLM_COMPILE_CUDAGRAPHS")
-    if value is not None:
-        monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", value)
+def test_it_is_off_where_all_is_captured_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", "eager")
     core = Core()
     idle.capture_while_idle(core)
     assert core.captures == []
+
+
+@pytest.mark.parametrize(("value", "remembered"), [("lazy", True), ("idle", False)])
+def test_lazy_captures_only_what_is_remembered(monkeypatch: pytest.MonkeyPatch, value: str, remembered: bool) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", value)
+    core = Core()
+    idle.capture_while_idle(core)
+    assert core.remembered is remembered
 
 
 @pytest.mark.parametrize("where", ["collective_rpc", "is_sleeping", "input_queue"])
@@ -161,14 +168,14 @@ def test_workers_of_which_one_has_shapes_left_go_on() -> None:
     ],
 )
 def test_a_worker_without_graphs_on_demand_has_nothing_left(worker: Any) -> None:
-    assert idle.capture_in_worker(worker) is False
+    assert idle.capture_in_worker(worker, remembered=False) is False
 
 
 def test_the_change_runs_after_stock_and_is_undone() -> None:
     class Changed(Core):
-        def capture_idle(self) -> bool:
+        def capture_idle(self, *, remembered: bool) -> bool:
             assert self.notified
-            return super().capture_idle()
+            return super().capture_idle(remembered=remembered)
 
     stock = Changed._notify_idle_state_callbacks
     undo = idle.install(Changed)

@@ -201,6 +201,23 @@ def test_idle_captures_count_what_this_start_used() -> None:
     assert list(idle(policy))[:3] == [mixed(8), mixed(64), decode(1)]
 
 
+def test_before_the_first_batch_only_what_earlier_starts_had_captured_is_left() -> None:
+    often = {mixed(64): BATCHES[PIECEWISE], mixed(8): BATCHES[PIECEWISE] - 1, decode(2): BATCHES[FULL], decode(4): 9}
+    policy = Policy(ALL, often)
+    found = []
+    while (shape := policy.next_remembered()) is not None:
+        found.append(shape)
+        policy.done(shape)
+    assert found == [decode(4), mixed(64), decode(2)]
+
+
+def test_after_the_first_batch_nothing_is_captured_for_earlier_starts() -> None:
+    policy = Policy(ALL, {decode(4): 9})
+    assert policy.next_remembered() == decode(4)
+    ask(policy, decode(1))
+    assert policy.next_remembered() is None
+
+
 def test_idle_captures_leave_out_what_is_barred() -> None:
     policy = Policy(DECODE, {decode(1): 5})
     policy.bar([decode(1)], "no")

@@ -262,6 +262,15 @@ def test_idle_captures_all_shapes_then_says_that_none_is_left() -> None:
     assert made.counters.replayed == made.counters.missed == {}
 
 
+def test_until_the_first_batch_what_is_remembered_is_captured() -> None:
+    gpu = Gpu()
+    made = session(gpu, before={decode(8): 3, decode(1): 2})
+    assert [made.capture_idle(remembered=True) for _ in range(3)] == [True, True, False]
+    assert gpu.tried == [decode(8), decode(1)]
+    assert ask(made, decode(8)) == decode(8)
+    assert gpu.tried == [decode(8), decode(1)]
+
+
 def test_idle_captures_end_when_the_budget_is_used_up() -> None:
     gpu = Gpu()
     made = session(gpu, limit=2 * GRAPH)
