@@ -83,7 +83,8 @@ class Settings:
         "idle",
         "eager",
         meaning="When CUDA graphs are captured: lazy, each when traffic first asks for its shape, and before the "
-        "first request those that earlier starts used; idle, also the others while there are no requests; eager, all while starting, as in stock vLLM.",
+        "first request those that earlier starts used; idle, also the others while there are no requests; eager, all "
+        "while starting, as in stock vLLM.",
     )
     VLLM_COMPILE_WAIT: int = _count(
         default=200,
