@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_compile_ext import envs, jit_caches, metrics, platforms, run_folder, swap
+from vllm_compile_ext.compilation import late_patterns
 from vllm_compile_ext.cudagraphs import install as cudagraphs
 
 Undo = Callable[[], None]
@@ -210,6 +211,12 @@ ACTIVE = (
         "CUDA graphs are captured on demand; made when these modules are imported, and only with CUDA "
         "(cudagraphs/install.py)",
         cudagraphs.install,
+    ),
+    Change(
+        "vllm.compilation.compiler_interface.trigger_inductor_lazy_init",
+        "Inductor's patterns are made by the first compilation, which a start that loads its code does not have; with "
+        "VLLM_GPU_SYNC_CHECK at the start, as in stock vLLM",
+        late_patterns.install,
     ),
     Change(
         "torch._inductor.cpu_vec_isa.valid_vec_isa_list",

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -98,14 +99,15 @@ class Memory:
         self.key, known, self.need = kept or _find(config, lambda: 0)
         used = known.used if known else []
         self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})
-        self._pending: record.Record | None = None
+        self._pending: tuple[Counter[Shape], set[Shape], Budget] | None = None
         self._lock = threading.Lock()
 
     def keep(self, policy: Policy, budget: Budget) -> None:
-        """Have the record written in `DELAY` seconds."""
-        made = self._record(policy, budget)
+        """Have the record written in `DELAY` seconds.  A step only waits for copies to be made."""
+        costs = {kind: list(sizes) for kind, sizes in budget.costs.items()}
+        state = policy.asked.copy(), policy.captured.copy(), replace(budget, costs=costs)
         with self._lock:
-            waiting, self._pending = self._pending is not None, made
+            waiting, self._pending = self._pending is not None, state
         if waiting:
             return
         timer = threading.Timer(DELAY, self._write)
@@ -117,13 +119,13 @@ class Memory:
             with self._lock:
                 self._pending = None
 
-    def _record(self, policy: Policy, budget: Budget) -> record.Record:
-        used = policy.asked + self.before
-        without = [s for s in self.shapes if s not in policy.captured]
+    def _record(self, asked: Counter[Shape], captured: set[Shape], budget: Budget) -> record.Record:
+        used = asked + self.before
+        without = [s for s in self.shapes if s not in captured]
         return record.Record(
             base=budget.base,
             held=budget.held,
-            graphs=len(policy.captured),
+            graphs=len(captured),
             needed=budget.needed(
                 Counter(s.kind for s in without if used[s]), Counter(s.kind for s in without if not used[s])
             ),
@@ -132,9 +134,9 @@ class Memory:
 
     def _write(self) -> None:
         with self._lock:
-            made, self._pending = self._pending, None
+            state, self._pending = self._pending, None
         try:
-            if made is not None and not envs.store_off():
-                record.write(envs.store(), self.key, made)
+            if state is not None and not envs.store_off():
+                record.write(envs.store(), self.key, self._record(*state))
         except (OSError, UnsafeStoreError) as error:
             logger.debug("what graphs took was not kept: %s", error)
