@@ -2,7 +2,7 @@
 
 Engines without a server, so that one import of vLLM serves many starts: one process for stock (VLLM_COMPILE_EXT=0) and
 one for ours, each start a fork of it; eager is --enforce-eager.  Kernels that Triton compiles are shared by all starts,
-and the seconds of torch.compile are left out: of ours a second start is measured, stock's is the same without them.
+and the seconds of torch.compile are left out.  "ours first" is the first start of all, when nothing is remembered.
 Weights are vLLM's dummy ones; tests/gpu/test_cudagraphs.py compares tokens.
 """
 
@@ -38,7 +38,7 @@ INTERMEDIATE = {"8b": 14336}
 BATCHES = (1, 8, 64)
 TOKENS = 256  # decoded at each of them
 REPEATS = 3
-SIDES = ("stock", "stock eager", "at start", "ours eager", "ours")  # as in the table
+SIDES = ("stock", "stock eager", "at start", "ours eager", "ours first", "ours")  # as in the table
 INIT = re.compile(
     r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s(?: \(compilation: ([\d.]+) s\))?"
 )
@@ -148,15 +148,16 @@ def rate(llm: Any, batch: int) -> float:
     return statistics.median(rates)
 
 
-def used() -> int:
+def used(worker: Any) -> int:
+    """Bytes used on a worker's device."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
     return int(total - free)
 
 
-def graphs(llm: Any) -> dict[str, Any]:
-    worker = llm.llm_engine.model_executor.driver_worker.worker
+def graphs(worker: Any) -> dict[str, Any]:
+    """What a worker has captured on demand."""
     session = getattr(worker.model_runner.cudagraph_manager, "session", None)
     if session is None:
         return {}
@@ -173,8 +174,8 @@ def graphs(llm: Any) -> dict[str, Any]:
     }
 
 
-def child(side: str, names: list[str], seconds: float, out: Path, at_start: bool) -> None:
-    """All starts of one side; `at_start`: with stock's capture and our compiled code too."""
+def child(side: str, names: list[str], seconds: float, out: Path, at_start: bool, ranks: int) -> None:
+    """All starts of one side; `at_start`: with stock's capture and our compiled code too; `ranks`: tensor parallel."""
     if side == "ours":
         from vllm_compile_ext import plugin
 
@@ -199,6 +200,7 @@ def child(side: str, names: list[str], seconds: float, out: Path, at_start: bool
                 gpu_memory_utilization=0.7,
                 disable_log_stats=True,
                 enable_prefix_caching=False,
+                tensor_parallel_size=ranks,
                 **options,
             )
             return then(llm)
@@ -212,26 +214,37 @@ def child(side: str, names: list[str], seconds: float, out: Path, at_start: bool
         init, compilation = INIT.findall(ended.output)[-1]
         return ended.value | {"init": float(init) - float(compilation or 0)}
 
+    def of_first_rank(llm: Any, what: Callable[[Any], Any]) -> Any:
+        return llm.collective_rpc(what)[0]
+
     def measure(llm: Any) -> dict[str, Any]:
-        before, first = used(), first_request(llm)
+        before, first = of_first_rank(llm, used), first_request(llm)
         gaps = traffic(llm, seconds)
         rates = {str(batch): rate(llm, batch) for batch in BATCHES}
-        return {"first": first, "gaps": gaps, "rates": rates, "used": (before, used()), "graphs": graphs(llm)}
+        after = of_first_rank(llm, used)
+        made = of_first_rank(llm, graphs)
+        return {"first": first, "gaps": gaps, "rates": rates, "used": (before, after), "graphs": made}
 
-    def brief(llm: Any) -> dict[str, Any]:
-        return {"first": first_request(llm), "gaps": [], "rates": {}, "used": (used(), used()), "graphs": {}}
+    def shortly(llm: Any) -> dict[str, Any]:
+        first, now = first_request(llm), of_first_rank(llm, used)
+        return {"first": first, "gaps": [], "rates": {}, "used": (now, now), "graphs": {}}
+
+    def first_ever(llm: Any) -> dict[str, Any]:
+        measured = measure(llm)
+        time.sleep(6)  # until what graphs took is kept
+        return measured
 
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         model = make(Path.cwd(), name)
         if side == "ours":
-            start(model, brief)
+            found[f"{name} ours first"] = start(model, first_ever)
         found[f"{name} {side}"] = start(model, measure)
         if at_start:
             os.environ["VLLM_COMPILE_CUDAGRAPHS"] = "eager"
             found[f"{name} at start"] = start(model, measure)
             os.environ["VLLM_COMPILE_CUDAGRAPHS"] = "lazy"
-        found[f"{name} {side} eager"] = start(model, brief, enforce_eager=True)
+        found[f"{name} {side} eager"] = start(model, shortly, enforce_eager=True)
         out.write_text(json.dumps(found))
 
 
@@ -294,6 +307,13 @@ def table(name: str, found: dict[str, Measured]) -> Table:
     return shown
 
 
+def brief(start: Measured) -> dict[str, Any]:
+    """A start for a file: of the gaps their number, some percentiles and the longest."""
+    cuts = statistics.quantiles(start.gaps, n=1000) if start.gaps else []
+    gaps = {f"p{p}": cuts[round(p * 10) - 1] for p in (50, 90, 99, 99.9)} | {"max": max(start.gaps)} if cuts else {}
+    return asdict(start) | {"gaps": {"count": len(start.gaps)} | gaps}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", choices=sorted(SHAPES))
@@ -301,26 +321,29 @@ def main() -> None:
     parser.add_argument(
         "--no-stock", action="store_true", help="stock's capture with our compiled code instead of stock"
     )
+    parser.add_argument("--ranks", type=int, default=1, help="tensor parallel, each on a GPU of its own")
     parser.add_argument("--at-start", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     parser.add_argument("--child", choices=("stock", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.models, args.seconds, args.out, args.at_start)
+        child(args.child, args.models, args.seconds, args.out, args.at_start, args.ranks)
         return
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("no CUDA GPU here: this benchmark captures CUDA graphs")
     versions = {name: metadata.version(name) for name in ("vllm", "torch", "vllm-compile-ext")}
-    machine = f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, {versions}"
+    machine = f"{args.ranks} x {torch.cuda.get_device_name()}, {os.cpu_count()} cores, {versions}"
     with tempfile.TemporaryDirectory() as folder:
-        found = run("ours", args.models, args.seconds, Path(folder), *["--at-start"] * args.no_stock)
+        ranks = ("--ranks", str(args.ranks))
+        found = run("ours", args.models, args.seconds, Path(folder), *ranks, *["--at-start"] * args.no_stock)
         if not args.no_stock:
-            found |= run("stock", args.models, args.seconds, Path(folder))
+            found |= run("stock", args.models, args.seconds, Path(folder), *ranks)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "starts": {k: asdict(v) for k, v in found.items()}}))
+        starts = {name: brief(start) for name, start in found.items()}
+        args.json.write_text(json.dumps({"machine": machine, "starts": starts}, indent=1))
     console = Console(width=120)
     console.print(machine)
     for name in args.models:

@@ -38,6 +38,7 @@ class State:
         self.pool_calls: list[str] = []  # of what is not within a capture
         self.streams: list[Any] = []  # the current one is the last
         self.within: list[Any] = []  # for each forward pass
+        self.splits: list[Any] = []  # for each of them, what attention was told
         self.exchanges = 0  # of addresses between ranks
         self.unused = 3 * MIB  # that torch keeps
         self.emptied = 0  # how often it was told to give that back
@@ -185,7 +186,9 @@ for _name in ("get_tp_group", "get_pp_group", "get_dp_group"):
 upstream.get_pp_group = parallel_state.get_pp_group
 upstream.is_global_first_rank = lambda: True
 upstream.has_compiled_submodule = lambda model: True
-upstream.prepare_inputs_to_capture = lambda *args, **kwargs: upstream.AttentionState(None, {})
+upstream.prepare_inputs_to_capture = lambda *args, **kwargs: upstream.AttentionState(
+    {"split": SimpleNamespace(max_num_splits=32, scheduler_metadata="for 32"), "other": SimpleNamespace()}, {}
+)
 upstream.current_stream = cuda_graph.current_stream = lambda: "current stream"
 cuda_graph.weak_ref_tensors = lambda tensors: tensors
 type(current_platform).graph_pool_handle = staticmethod(_pool)
@@ -227,6 +230,7 @@ class Model(nn.Module):
         state.forwards.append((mode.name, len(input_ids), monitor.cudagraph_capturing_enabled, state.capturing))
         state.pooled.append(state.open[-1] if state.open else None)
         state.within.append(list(state.streams))
+        state.splits.append([vars(layer) for layer in get_forward_context().attn_metadata.values()])
         if state.open and not state.capturing:
             state.free -= MIB
         x = input_ids[:, None].float().expand(-1, HIDDEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ MANAGER = """
     best = decode(made, 3)
     out["hit"] = look(made) | {"desc": text(best), "same": [best == decode(made, 3), made.hidden_states is buffer,
         made._capture_descs is descs], "graph": state.graphs[0], "forwards": state.forwards[2:],
-        "stream": state.within[-1] == [made._stream], "pool": state.graphs[0][0] == made.pool}
+        "stream": state.within[-1] == [made._stream], "pool": state.graphs[0][0] == made.pool,
+        "splits": state.splits[-1]}
     made.run_fullgraph(best)
     out["replays"] = made.graphs[best].replays
     try:
@@ -70,7 +72,7 @@ MANAGER = """
         missed)(cg_mode=missed.cg_mode, num_tokens=20, num_reqs=3)]
     seen = [text(mixed(made, 3, 20)) for _ in range(30)]
     out["prompts"] = [sorted(set(seen)), seen.index("PIECEWISE 24")]
-    out["prompt"] = look(made)
+    out["prompt"] = look(made) | {"splits": state.splits[-1]}
     out["outside"] = [text(mixed(made, 3, 33)), text(mixed(made, 1, 0)), dict(made.session.counters.missed)]
 
     # Upstream's next choice where its first can have no graph.
@@ -291,6 +293,17 @@ def test_a_prompts_shape_is_captured_in_all_pieces_after_some_batches(seen: dict
     assert 1 <= first <= BATCHES[PIECEWISE] + BATCHES_BETWEEN
     assert (seen["prompt"]["full"], seen["prompt"]["pieces"]) == ([4], [[24], [24]])
     assert seen["prompt"]["guard"] is False
+
+
+def test_attention_beside_a_prompts_graph_takes_no_memory_for_partial_results(seen: dict[str, Any]) -> None:
+    assert seen["hit"]["splits"] == [{"max_num_splits": 32, "scheduler_metadata": "for 32"}, {}]
+    assert seen["prompt"]["splits"] == [{"max_num_splits": 1, "scheduler_metadata": None}, {}]
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    flash = (Path(spec.origin).parent / "v1/attention/backends/flash_attn.py").read_text()
+    assert "scheduler_metadata: torch.Tensor | None = None" in flash
+    assert "max_num_splits: int = 0" in flash
 
 
 def test_what_stock_has_no_graph_for_is_no_miss(seen: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ profile_cudagraph_memory, 0.32.0).  Here that is what they took in an earlier st
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -22,7 +23,8 @@ ABSURD = 4
 # The driver's memory for each decoder layer in a graph, H100, driver 580: a graph of a whole step is one graph, the
 # other kind is one for each piece of the model.
 LAYER = {"FULL": 52 * KIB, "PIECEWISE": 128 * KIB}
-# Of the shapes that traffic never asked for, the part that memory is kept free for once traffic is known.
+# Of the shapes that traffic never asked for, the part that memory is kept free for once traffic is known, or, of decode
+# steps, while graphs of the other kind are captured.
 UNASKED = 0.25
 
 
@@ -45,15 +47,19 @@ class Budget:
     costs: dict[str, list[int]] = field(default_factory=dict)
 
     def expected(self, kind: str) -> int:
-        """Bytes that the next graph of `kind` will take: the mean of those before, or the estimate."""
+        """Bytes that the next graph of `kind` will take: the median of those before, of which one may have made room
+        for others; or the estimate."""
         known = self.costs.get(kind)
-        return sum(known) // len(known) if known else self.layers * LAYER[kind]
+        return int(statistics.median(known)) if known else self.layers * LAYER[kind]
 
-    def over(self, kind: str) -> str | None:
-        """Why a graph of `kind` is more than graphs may take together; None when it is not."""
-        if self.held + self.expected(kind) <= self.limit:
+    def over(self, kind: str, later: int = 0) -> str | None:
+        """Why a graph of `kind` is more than graphs may take together; None when it is not.  later: decode steps that
+        may still ask for a graph, for a part of which room is left."""
+        reserve = int(UNASKED * later * self.expected("FULL"))
+        if self.held + self.expected(kind) + reserve <= self.limit:
             return None
-        return f"the {self.limit / MIB:.0f} MiB for CUDA graphs are used up"
+        used_up = f"the {self.limit / MIB:.0f} MiB for CUDA graphs are used up"
+        return used_up + (f" but for {reserve / MIB:.0f} MiB for decode steps" if reserve else "")
 
     def short(self, kind: str, free: int) -> str | None:
         """Why `free` bytes on the device are too few for a graph of `kind`; None when they are enough."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,10 @@ def between_steps(upstream: ModuleType, stream: torch.cuda.Stream) -> Iterator[N
     vLLM's custom all-reduce is left as it is in a step without a graph, copying into buffers that all ranks know.  In
     upstream's way (parallel_state.graph_capture) ranks exchange the addresses in their graphs after each capture, and a
     rank whose capture broke off would bring the others down.
+
+    Attention runs beside a PIECEWISE graph's pieces, and FLASH_ATTN would take memory for up to 32 partial results of
+    each token (flash_attn.py: max_num_splits; 0.5 MiB a token for Llama 8B), which torch then keeps for `stream` alone.
+    What it computes there is not used, so one has to do.
     """
 
     @contextmanager
@@ -41,11 +45,20 @@ def between_steps(upstream: ModuleType, stream: torch.cuda.Stream) -> Iterator[N
         with torch.cuda.stream(stream):
             yield
 
+    prepare = upstream.prepare_inputs_to_capture
+
+    def prepare_inputs_to_capture(*args: Any, **kwargs: Any) -> Any:
+        state = prepare(*args, **kwargs)
+        if not kwargs["full_cudagraph"]:
+            _one_split(state.attn_metadata)
+        return state
+
     with ExitStack() as stack:
         stack.enter_context(gpu_sync_debug.gpu_sync_allowed())
         torch.cuda.synchronize()
         stack.enter_context(_allowed())
         stack.enter_context(patch.object(upstream, "graph_capture", graph_capture))
+        stack.enter_context(patch.object(upstream, "prepare_inputs_to_capture", prepare_inputs_to_capture))
         stack.enter_context(patch.object(upstream, "tqdm", lambda items, **_: items))
         stack.enter_context(patch.object(torch.cuda, "graph", _RelaxedGraph))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", _nothing))
@@ -55,6 +68,13 @@ def between_steps(upstream: ModuleType, stream: torch.cuda.Stream) -> Iterator[N
             yield
         finally:
             torch.cuda.synchronize()
+
+
+def _one_split(metadata: Mapping[str, Any] | None) -> None:
+    for layer in (metadata or {}).values():
+        if hasattr(layer, "max_num_splits"):
+            layer.max_num_splits = 1
+            layer.scheduler_metadata = None  # made for more
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vllm_compile_ext.cudagraphs.budget import MARGIN, MIB, UNKEPT_MARGIN, Budget
 from vllm_compile_ext.cudagraphs.counters import Counters
 from vllm_compile_ext.cudagraphs.memory import Memory
-from vllm_compile_ext.cudagraphs.policy import Policy, Shape
+from vllm_compile_ext.cudagraphs.policy import FULL, Policy, Shape
 from vllm_compile_ext.startup.spans import note, span
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,9 @@ class Session:
     def _may(self, shape: Shape) -> bool:
         # Two votes, so that every rank bars the same or postpones the same, and none captures what others do not ask
         # for any more.
-        over = self.budget.over(shape.kind)
+        # A decode step without a graph costs more than a prompt without one, and there are more of them.
+        later = sum(s.kind == FULL for s in self.policy.left) if shape.kind != FULL else 0
+        over = self.budget.over(shape.kind, later)
         if not self._device.agree(over is None):
             self._used_up(shape.kind, over or "another rank has no memory for them")
             return False

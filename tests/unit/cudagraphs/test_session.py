@@ -11,7 +11,7 @@ import pytest
 from tests.unit.cudagraphs.fakes import GRAPH, Gpu, Remembered
 from tests.unit.cudagraphs.shapes import ALL, DECODE, MIXED, decode, fits, mixed
 from vllm_compile_ext.cudagraphs.budget import ABSURD, LAYER, MARGIN, MIB, UNKEPT_MARGIN
-from vllm_compile_ext.cudagraphs.policy import BATCHES, BATCHES_POSTPONED, FULL, PIECEWISE, Shape
+from vllm_compile_ext.cudagraphs.policy import BATCHES, BATCHES_PADDED, BATCHES_POSTPONED, FULL, PIECEWISE, Shape
 from vllm_compile_ext.cudagraphs.session import FAILURES, Device, Session
 
 
@@ -247,6 +247,18 @@ def test_after_a_surprise_what_is_captured_is_used_and_nothing_more_is_captured(
     assert gpu.tried == [decode(16)]
     assert made.policy.barred == dict.fromkeys(set(ALL) - {decode(16)}, "KeyError: 'what'")
     assert made.counters.skipped == {FULL: len(DECODE) - 1, PIECEWISE: len(MIXED)}
+
+
+def test_prompts_do_not_use_up_what_decode_steps_need(caplog: pytest.LogCaptureFixture) -> None:
+    made = session(Gpu(), limit=6 * GRAPH)
+    ask(made, decode(1))  # 8 sizes are left, and room is kept for two of them
+    for shape in MIXED:
+        for _ in range(2 * BATCHES_PADDED):
+            ask(made, shape)
+    assert made.counters.captured == {FULL: 1, PIECEWISE: 3}
+    (line,) = warnings(caplog)
+    assert line.startswith("no more PIECEWISE CUDA graphs are captured")
+    assert ask(made, decode(256)) == decode(256)
 
 
 # --- while idle
