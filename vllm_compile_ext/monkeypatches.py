@@ -253,8 +253,8 @@ WHILE_CAPTURING = (
     (
         "torch.cuda.graph, torch.cuda.empty_cache, torch._C._host_emptyCache; graph_capture, prepare_inputs_to_capture "
         "and tqdm of vllm.v1.worker.gpu.cudagraph_utils; vllm.compilation.monitor.cudagraph_capturing_enabled",
-        "other threads may go on, caches of memory stay, one stream serves all captures, attention beside a graph takes "
-        "less memory; vLLM's guard against captures is open only then",
+        "other threads may go on, caches of memory stay, one stream serves all captures, attention beside a graph "
+        "takes less memory; vLLM's guard against captures is open only then",
     ),
 )
 # What is changed while a start is recorded, by the module that does it.
