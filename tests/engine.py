@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,14 @@ class Run:
 
 
 def begin(
-    model: Path, cache: Path, folder: Path, options: dict[str, Any] | None = None, **env: str | None
-) -> subprocess.Popen[bytes]:
+    model: Path,
+    cache: Path,
+    folder: Path,
+    options: dict[str, Any] | None = None,
+    *,
+    fork: bool = False,
+    **env: str | None,
+) -> process.Started:
     """Start an engine for `model` on the cache root `cache`; `options` go to `vllm.LLM`.
 
     Two options are the test's own: ``upstream`` sends the model through upstream's path of compilation, piece by piece
@@ -87,17 +92,19 @@ def begin(
     # "auto" would turn a float32 model into bfloat16; see benchmarks/models.py on what float32 is for.
     arguments = json.dumps({"model": str(model), "dtype": "float32"} | (options or {}))
     code = ENGINE.replace("PROMPTS", repr(list(PROMPTS)))
-    return process.start(code, folder, arguments, VLLM_CACHE_ROOT=str(cache), **env)
+    return process.start(code, folder, arguments, fork=fork, VLLM_CACHE_ROOT=str(cache), **env)
 
 
-def end(started: subprocess.Popen[bytes], folder: Path) -> Run:
+def end(started: process.Started, folder: Path) -> Run:
     """Wait for an engine of `begin`; it must have ended well."""
     outcome = process.finish(started, folder)
     assert outcome.code == 0, outcome.output[-5000:]
     return Run(**outcome.value, output=outcome)
 
 
-def run(model: Path, cache: Path, options: dict[str, Any] | None = None, **env: str | None) -> Run:
+def run(
+    model: Path, cache: Path, options: dict[str, Any] | None = None, *, fork: bool = False, **env: str | None
+) -> Run:
     """`begin` and `end`."""
     folder = cache.parent / f"{cache.name}.run"
-    return end(begin(model, cache, folder, options, **env), folder)
+    return end(begin(model, cache, folder, options, fork=fork, **env), folder)

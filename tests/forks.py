@@ -1,6 +1,7 @@
 """Many starts from one process: vLLM is imported once, and each start is a fork of it.
 
-Imported by processes of `tests/process.py` only.  No thread pool may have run before the first fork.
+Imported by processes of `tests/process.py` only, after the plugin is loaded.  No thread pool may have run before the
+first fork.
 """
 
 from __future__ import annotations
@@ -15,6 +16,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+def prepare() -> None:
+    """Import what an engine of a Llama needs, and let forks inherit what would take each of them seconds."""
+    import torch._inductor.compile_fx  # noqa: F401
+    import vllm.entrypoints.llm
+    import vllm.model_executor.models.llama
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from vllm.model_executor.models import registry
+    from vllm.v1.sample import sampler
+
+    # Inductor compiles and loads a library for each set of instructions, and keeps what it found.
+    pick_vec_isa()
+    # vLLM has the model's class looked at in a Python of its own where its cache knows nothing of it.
+    registry._run_in_subprocess = lambda function: function()
+    # Compiled by the first request for logprobs.
+    sampler.batched_count_greater_than = sampler.batched_count_greater_than._torchdynamo_orig_callable
 
 
 @dataclass(frozen=True)
@@ -36,7 +56,7 @@ class Fork:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         Fork._count += 1
-        self.result, self.output = Path(f"fork{Fork._count}.json"), Path(f"fork{Fork._count}.txt")
+        self.result, self.output = (Path(f"fork{Fork._count}.{kind}").absolute() for kind in ("json", "txt"))
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid:

@@ -1,13 +1,20 @@
-"""Run Python in a fresh process: what the plugin does to a process can only be seen from its beginning."""
+"""Run Python in a fresh process: what the plugin does to a process can only be seen from its beginning.
+
+Where the beginning does not matter, a fork of a process that has imported vLLM (`tests/parent.py`) saves its imports.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +50,54 @@ def environment(**env: str | None) -> dict[str, str]:
     return {k: v for k, v in merged.items() if v is not None}
 
 
-def start(code: str, folder: Path, *args: str, **env: str | None) -> subprocess.Popen[bytes]:
+class Parent:
+    """The process of `tests/parent.py`, which ends with this one."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        command, pipe = [sys.executable, "-m", "tests.parent"], subprocess.PIPE
+        env = environment(VLLM_CACHE_ROOT=self._folder.name)
+        self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True)
+
+    def ask(self, request: dict[str, Any] | int) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+
+parent = functools.cache(Parent)
+
+
+class Fork:
+    """A program in a fork of `Parent`'s process; what tests use of `subprocess.Popen`."""
+
+    def __init__(self, folder: Path, args: tuple[str, ...], env: dict[str, str]) -> None:
+        self.pid = parent().ask({"folder": str(folder), "args": args, "env": env})
+        self._ended = os.pidfd_open(self.pid)
+        self._code: int | None = None
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self._code is None:
+            if not select.select([self._ended], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("a fork", timeout or 0)
+            os.close(self._ended)
+            self._code = parent().ask(self.pid)
+        return self._code
+
+
+Started = subprocess.Popen[bytes] | Fork
+
+
+def start(code: str, folder: Path, *args: str, fork: bool = False, **env: str | None) -> Started:
     """Start `code` in `folder`; it calls ``report(value)`` with something that JSON can hold."""
     prelude = "import json, sys\ndef report(value):\n    json.dump(value, open('report.json', 'w'))\n"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").unlink(missing_ok=True)
     (folder / "main.py").write_text(prelude + textwrap.dedent(code))
     with (folder / "output.txt").open("w") as output:
+        if fork:
+            return Fork(folder, args, environment(**env))
         return subprocess.Popen(
             [sys.executable, "main.py", *args],
             cwd=folder,
@@ -59,7 +107,7 @@ def start(code: str, folder: Path, *args: str, **env: str | None) -> subprocess.
         )
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path, timeout: float = 870) -> Outcome:
+def finish(process: Started, folder: Path, timeout: float = 870) -> Outcome:
     """Wait for a process of `start`, at most `timeout` seconds."""
     code = process.wait(timeout)
     report = folder / "report.json"
@@ -67,9 +115,15 @@ def finish(process: subprocess.Popen[bytes], folder: Path, timeout: float = 870)
     return Outcome(code, (folder / "output.txt").read_text(), value)
 
 
-def run(code: str, *args: str, folder: Path | None = None, **env: str | None) -> Outcome:
+def run(code: str, *args: str, folder: Path | None = None, fork: bool = False, **env: str | None) -> Outcome:
     """`start` and `finish`, in a temporary folder unless `folder` is given."""
     if folder is not None:
-        return finish(start(code, folder, *args, **env), folder)
+        return finish(start(code, folder, *args, fork=fork, **env), folder)
     with tempfile.TemporaryDirectory() as name:
-        return finish(start(code, Path(name), *args, **env), Path(name))
+        return finish(start(code, Path(name), *args, fork=fork, **env), Path(name))
+
+
+def together(*runs: Callable[[], Outcome]) -> list[Outcome]:
+    """Fresh processes, two at a time: each has one thread for most of its life."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda run: run(), runs))

@@ -24,7 +24,7 @@ LOOK = """
 
 @pytest.fixture(scope="module")
 def outcome() -> Outcome:
-    found = run(LOOK)
+    found = run(LOOK, fork=True)
     assert found.code == 0, found.output
     return found
 

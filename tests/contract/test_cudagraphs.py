@@ -197,7 +197,7 @@ MANAGER = """
 
 @pytest.fixture(scope="module")
 def done(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    outcome = run(MANAGER, str(llama2), folder=tmp_path_factory.mktemp("manager"))
+    outcome = run(MANAGER, str(llama2), fork=True, folder=tmp_path_factory.mktemp("manager"))
     assert outcome.code == 0, outcome.output[-5000:]
     return outcome
 
@@ -497,7 +497,7 @@ PAUSES = """
 
 
 def test_what_idle_captures_wait_for_is_there() -> None:
-    outcome = run(PAUSES)
+    outcome = run(PAUSES, fork=True)
     assert outcome.code == 0, outcome.output[-5000:]
     assert outcome.value == [True, True, True]
 
@@ -632,7 +632,7 @@ PLAIN = {
 @pytest.fixture(scope="module")
 def reasons(llama2: Path) -> dict[str, Any]:
     cases = {f"{what}/{n}": case for what, listed in CASES.items() for n, case in enumerate(listed)}
-    outcome = run(COVERAGE, str(llama2), json.dumps(cases | PLAIN))
+    outcome = run(COVERAGE, str(llama2), json.dumps(cases | PLAIN), fork=True)
     assert outcome.code == 0, outcome.output[-5000:]
     return outcome.value  # type: ignore[no-any-return]
 

@@ -134,7 +134,7 @@ MUTATE = (
 
 @pytest.fixture(scope="module")
 def mutated(llama2: Path) -> dict[str, Any]:
-    outcome = run(MUTATE, str(llama2))
+    outcome = run(MUTATE, str(llama2), fork=True)
     assert outcome.value, outcome.output[-3000:]
     return outcome.value
 
@@ -242,7 +242,7 @@ UNKNOWN = (
 
 @pytest.fixture(scope="module")
 def unknown(llama2: Path) -> dict[str, Any]:
-    outcome = run(UNKNOWN, str(llama2))
+    outcome = run(UNKNOWN, str(llama2), fork=True)
     assert outcome.value, outcome.output[-3000:]
     return outcome.value
 
@@ -345,7 +345,7 @@ WHOLE = (
 
 @pytest.fixture(scope="module")
 def whole(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    outcome = run(WHOLE, str(llama2), str(tmp_path_factory.mktemp("elsewhere") / "a copy"))
+    outcome = run(WHOLE, str(llama2), str(tmp_path_factory.mktemp("elsewhere") / "a copy"), fork=True)
     assert outcome.value, outcome.output[-3000:]
     return outcome.value
 
@@ -423,7 +423,7 @@ VARIABLES = (
 
 
 def test_every_variable_that_vllm_counts_counts_but_for_the_listed_ones(llama2: Path) -> None:
-    outcome = run(VARIABLES, str(llama2))
+    outcome = run(VARIABLES, str(llama2), fork=True)
     assert outcome.value, outcome.output[-3000:]
     assert sorted(outcome.value["missed"]) == sorted(outcome.value["dropped"])
     assert outcome.value["settings"] == [], "settings that torch does not have"
@@ -458,7 +458,7 @@ GPU = (
 
 
 def test_a_gpu_is_its_architecture_and_name_and_needs_no_compiler(llama2: Path) -> None:
-    outcome = run(GPU, str(llama2))
+    outcome = run(GPU, str(llama2), fork=True)
     assert outcome.value, outcome.output[-3000:]
     cuda, rocm = outcome.value
     assert cuda["platform"].endswith(" cuda sm_90 NVIDIA H100, 132 SMs")

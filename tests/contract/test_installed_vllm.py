@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.process import Outcome, run
+from tests.process import Outcome, run, together
 
 LOOK = """
     import sys, time, pickle, inspect, traceback, logging
@@ -49,21 +50,30 @@ LOOK = """
 """
 
 
-@pytest.fixture(scope="module")
-def active() -> Outcome:
-    return run(LOOK)
+FACTORS = "import vllm.envs, vllm.plugins; vllm.plugins.load_general_plugins(); report(vllm.envs.compile_factors())"
 
 
 @pytest.fixture(scope="module")
-def off() -> Outcome:
-    return run(LOOK, VLLM_COMPILE_EXT="0")
+def looks() -> list[Outcome]:
+    return together(
+        partial(run, LOOK), partial(run, LOOK, VLLM_COMPILE_EXT="0"), partial(run, FACTORS, VLLM_PLUGINS="")
+    )
 
 
 @pytest.fixture(scope="module")
-def absent() -> Any:
+def active(looks: list[Outcome]) -> Outcome:
+    return looks[0]
+
+
+@pytest.fixture(scope="module")
+def off(looks: list[Outcome]) -> Outcome:
+    return looks[1]
+
+
+@pytest.fixture(scope="module")
+def absent(looks: list[Outcome]) -> Any:
     """vLLM's cache key factors where the plugin is kept out altogether."""
-    code = "import vllm.envs, vllm.plugins; vllm.plugins.load_general_plugins(); report(vllm.envs.compile_factors())"
-    return run(code, VLLM_PLUGINS="").value
+    return looks[2].value
 
 
 def test_active_and_says_so(active: Outcome) -> None:
@@ -115,7 +125,8 @@ def test_kill_switch_is_stock(off: Outcome, absent: Any) -> None:
 
 
 def test_everything_vllm_imports_of_the_package_is_served() -> None:
-    outcome = run("""
+    outcome = run(
+        """
         import logging
         from pathlib import Path
         import vllm.engine.arg_utils
@@ -123,13 +134,16 @@ def test_everything_vllm_imports_of_the_package_is_served() -> None:
         plugin.register()
         count, breaches = contract.check(Path(vllm.__file__).parent)
         report(dict(count=count, breaches=[str(b) for b in breaches]))
-    """)
+    """,
+        fork=True,
+    )
     assert outcome.value["breaches"] == []
     assert outcome.value["count"] > 50
 
 
 def test_the_contract_check_finds_a_breach() -> None:
-    outcome = run("""
+    outcome = run(
+        """
         from pathlib import Path
         import vllm.engine.arg_utils
         from vllm_compile_ext import contract, plugin
@@ -138,7 +152,9 @@ def test_the_contract_check_finds_a_breach() -> None:
         ours.set_model_tag = lambda tag: None
         ours.VllmBackend.__init__ = lambda self, vllm_config: None
         report([b.what + ': ' + b.problem for b in contract.check(Path(vllm.__file__).parent)[1]])
-    """)
+    """,
+        fork=True,
+    )
     assert any("set_model_tag: takes 1 positional" in line for line in outcome.value)
     assert any("VllmBackend.__init__" in line for line in outcome.value)
 
@@ -166,21 +182,24 @@ GIVE_UP = """
     report(dict(strict=error, backends=backends.__file__))
 """
 
-REASONS = [
-    pytest.param("compat.VLLM = '>=99'", {}, "vllm 0.32.0", "WARNING", id="unsupported vLLM"),
-    pytest.param(
-        "import vllm.compilation.decorators", {}, "vllm.compilation.decorators", "WARNING", id="imported too early"
-    ),
-    pytest.param("", {"VLLM_COMPILE_DEPYF": "banana"}, "VLLM_COMPILE_DEPYF='banana'", "ERROR", id="bad value"),
-    pytest.param("plugin.swap.install = lambda: 1 / 0", {}, "ZeroDivisionError", "WARNING", id="surprise"),
-]
+# What is done before, the environment, what the line names, and its level.
+REASONS: dict[str, tuple[str, dict[str, str], str, str]] = {
+    "unsupported vLLM": ("compat.VLLM = '>=99'", {}, "vllm 0.32.0", "WARNING"),
+    "imported too early": ("import vllm.compilation.decorators", {}, "vllm.compilation.decorators", "WARNING"),
+    "bad value": ("", {"VLLM_COMPILE_DEPYF": "banana"}, "VLLM_COMPILE_DEPYF='banana'", "ERROR"),
+    "surprise": ("plugin.swap.install = lambda: 1 / 0", {}, "ZeroDivisionError", "WARNING"),
+}
 
 
-@pytest.mark.parametrize(("before", "env", "named", "level"), REASONS)
-def test_whatever_is_wrong_vllm_is_stock_and_one_line_says_why(
-    before: str, env: dict[str, str], named: str, level: str
-) -> None:
-    outcome = run(GIVE_UP.format(before=before), **env)
+@pytest.fixture(scope="module")
+def given_up() -> list[Outcome]:
+    return together(*(partial(run, GIVE_UP.format(before=before), **env) for before, env, *_ in REASONS.values()))
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_whatever_is_wrong_vllm_is_stock_and_one_line_says_why(given_up: list[Outcome], reason: str) -> None:
+    _, _, named, level = REASONS[reason]
+    outcome = given_up[list(REASONS).index(reason)]
     assert outcome.value["backends"].endswith("/vllm/compilation/backends.py")
     (line,) = outcome.lines("vllm-compile-ext", "not active")
     assert level in line
@@ -222,12 +241,17 @@ def test_doctor_reports_and_exits_by_health() -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         report(dict(code=done.returncode, **json.loads(done.stdout)))
     """
-    well = run(code).value
+    well, ill, chosen = (
+        outcome.value
+        for outcome in together(
+            partial(run, code),
+            partial(run, code, VLLM_PLUGINS="another", VLLM_COMPILE_DEPYF="2"),
+            partial(run, code, VLLM_COMPILE_EXT="0"),
+        )
+    )
     assert (well["code"], well["healthy"], well["breaches"]) == (0, True, [])
     topics = {line["topic"]: line["state"] for line in well["checks"]}
     assert topics["swap"] == topics["contract"] == topics["versions"] == "ok"
-    ill = run(code, VLLM_PLUGINS="another", VLLM_COMPILE_DEPYF="2").value
     assert (ill["code"], ill["healthy"]) == (1, False)
     assert {line["topic"] for line in ill["checks"] if line["state"] == "bad"} == {"entry point", "variables", "swap"}
-    chosen = run(code, VLLM_COMPILE_EXT="0").value
     assert (chosen["code"], {line["topic"]: line["state"] for line in chosen["checks"]}["swap"]) == (0, "off")

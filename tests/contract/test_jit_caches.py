@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process import run
+from tests.process import Outcome, run, together
 
 # A cold start, as far as it goes without a GPU: vLLM's decorator names Inductor's folder, a model is compiled, and
 # Inductor makes a Triton kernel.  What Triton compiles afterwards goes where TRITON_CACHE_DIR says.
@@ -39,28 +40,36 @@ COLD = """
 """
 
 
-def cold(tmp_path: Path, **env: str | None) -> dict[str, Any]:
-    env = {"TRITON_CACHE_DIR": None, "TRITON_HOME": None, "VLLM_CACHE_ROOT": str(tmp_path / "root")} | env
-    outcome = run(COLD, str(tmp_path / "model"), **env)
-    assert outcome.code == 0, outcome.output[-5000:]
-    assert outcome.value["right"]
-    assert outcome.value["caches"] == str(tmp_path / "model"), "only Triton's folder is ours"
-    return outcome.value
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, dict[str, Any]]]:
+    """Stock and ours: a folder, and what was found."""
+
+    def start(folder: Path, switch: str) -> Outcome:
+        env = {"TRITON_CACHE_DIR": None, "TRITON_HOME": None, "VLLM_CACHE_ROOT": str(folder / "root")}
+        return run(COLD, str(folder / "model"), VLLM_COMPILE_EXT=switch, **env)
+
+    folders = [tmp_path_factory.mktemp(name) for name in ("stock", "ours")]
+    outcomes = together(*(partial(start, folder, switch) for folder, switch in zip(folders, "01", strict=True)))
+    for folder, outcome in zip(folders, outcomes, strict=True):
+        assert outcome.code == 0, outcome.output[-5000:]
+        assert outcome.value["right"]
+        assert outcome.value["caches"] == str(folder / "model"), "only Triton's folder is ours"
+    return [(folder, outcome.value) for folder, outcome in zip(folders, outcomes, strict=True)]
 
 
-def test_stock_moves_tritons_folder_into_the_models(tmp_path: Path) -> None:
-    found = cold(tmp_path, VLLM_COMPILE_EXT="0")
-    places = [f"{tmp_path}/model/triton/{device}" for device in (0, 1)]
+def test_stock_moves_tritons_folder_into_the_models(cold: list[tuple[Path, dict[str, Any]]]) -> None:
+    folder, found = cold[0]
+    places = [f"{folder}/model/triton/{device}" for device in (0, 1)]
     assert found["before"] == [None, *places]
-    assert found["temporary"][1] == f"{tmp_path}/model-temporary/triton/0"
+    assert found["temporary"][1] == f"{folder}/model-temporary/triton/0"
     assert found["after"] == [places[0], places[0], places[0]], "from then on, for all kernels and all devices"
-    assert not (tmp_path / "root/compile_store").exists()
+    assert not (folder / "root/compile_store").exists()
 
 
-def test_with_the_plugin_it_is_one_place_in_the_store(tmp_path: Path) -> None:
-    found = cold(tmp_path)
+def test_with_the_plugin_it_is_one_place_in_the_store(cold: list[tuple[Path, dict[str, Any]]]) -> None:
+    folder, found = cold[1]
     place = found["before"][0]
-    assert Path(place).is_relative_to(tmp_path / "root/compile_store/v1/jit/triton")
+    assert Path(place).is_relative_to(folder / "root/compile_store/v1/jit/triton")
     assert found["before"] == found["temporary"] == found["after"] == [place] * 3
 
 
@@ -75,9 +84,12 @@ FAMILY = """
         return {name: os.environ[name] for name in names if name in os.environ}
     out = {"here": look(), "line": plugin.status().line}
     if len(sys.argv) == 1:
+        children = {}
         for name, env in (("same", {}), ("off", {"VLLM_COMPILE_EXT": "0"}), ("set", {"TRITON_CACHE_DIR": "/theirs"})):
             os.makedirs(name)
-            subprocess.run([sys.executable, "../main.py", name], env=os.environ | env, check=True, cwd=name)
+            children[name] = subprocess.Popen([sys.executable, "../main.py", name], env=os.environ | env, cwd=name)
+        for name, child in children.items():
+            assert child.wait() == 0
             out[name] = json.load(open(name + "/report.json"))["here"]
         from vllm.compilation.compiler_interface import InductorAdaptor
         InductorAdaptor().initialize_cache(os.getcwd() + "/model")

@@ -59,7 +59,7 @@ REASONS = {
 
 @pytest.fixture(scope="module")
 def reasons() -> Any:
-    outcome = run(CODE)
+    outcome = run(CODE, fork=True)
     assert outcome.code == 0, outcome.output[-5000:]
     return outcome.value
 

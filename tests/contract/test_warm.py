@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.process import Outcome, run
+from tests.process import Outcome, run, together
 
 LOOK = """
     import os, stat
@@ -63,7 +64,7 @@ LOOK = """
 @pytest.fixture(scope="module")
 def look(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     root = str(tmp_path_factory.mktemp("root"))
-    return run(LOOK.replace("MODEL", str(llama2)), VLLM_CACHE_ROOT=root, VLLM_CPU_KVCACHE_SPACE=None)
+    return run(LOOK.replace("MODEL", str(llama2)), fork=True, VLLM_CACHE_ROOT=root, VLLM_CPU_KVCACHE_SPACE=None)
 
 
 def test_the_options_of_serve_are_taken(look: Outcome, llama2: Path) -> None:
@@ -95,17 +96,21 @@ def test_switched_off() -> None:
         except warm_start.RefusedError as error:
             report(str(error))
     """
-    assert "is off (VLLM_COMPILE_EXT=0)" in run(code, VLLM_COMPILE_EXT="0").value
-    assert "VLLM_PLUGINS" in run(code, VLLM_PLUGINS="").value
+    off, kept_out = together(partial(run, code, VLLM_COMPILE_EXT="0"), partial(run, code, VLLM_PLUGINS=""))
+    assert "is off (VLLM_COMPILE_EXT=0)" in off.value
+    assert "VLLM_PLUGINS" in kept_out.value
 
 
 def test_a_bad_option_gives_vllms_own_error() -> None:
-    outcome = run("""
+    outcome = run(
+        """
         import sys
         from vllm_compile_ext.cli import warm_start
         sys.argv[1:] = ["m", "--no-such-option", "3"]
         sys.exit(warm_start.main())
-    """)
+    """,
+        fork=True,
+    )
     assert outcome.code == 2
     assert "usage: vllm" in outcome.output
     assert "vllm: error: unrecognized arguments: --no-such-option 3" in outcome.output

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process import run
+from tests.process import run, together
 
 CODE = """
     import os
@@ -43,13 +44,19 @@ CODE = """
 
 
 @pytest.fixture(scope="module")
-def ours(llama2: Path) -> dict[str, Any]:
-    return run(CODE, str(llama2)).value
+def both(llama2: Path) -> list[dict[str, Any]]:
+    ours, stock = together(partial(run, CODE, str(llama2)), partial(run, CODE, str(llama2), VLLM_COMPILE_EXT="0"))
+    return [ours.value, stock.value]
 
 
 @pytest.fixture(scope="module")
-def stock(llama2: Path) -> dict[str, Any]:
-    return run(CODE, str(llama2), VLLM_COMPILE_EXT="0").value
+def ours(both: list[dict[str, Any]]) -> dict[str, Any]:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def stock(both: list[dict[str, Any]]) -> dict[str, Any]:
+    return both[1]
 
 
 @pytest.mark.parametrize("name", ["default", "asked", "O1"])

@@ -18,22 +18,22 @@ pytestmark = pytest.mark.engine
 def test_same_answers_as_a_full_trace(name: str, tmp_path: Path) -> None:
     # vLLM's kernels for linear attention on CPU take bfloat16 only.
     options = {"bert": {"embeds": True}, "qwen3next": {"dtype": "bfloat16"}}
-    copied = compare(name, tmp_path, options.get(name, {}))
+    copied = compare(name, tmp_path, options.get(name, {}), fork=True)
     if "layer" not in name:
         assert copied > 0
 
 
-def compare(name: str, folder: Path, options: dict[str, Any]) -> int:
+def compare(name: str, folder: Path, options: dict[str, Any], *, fork: bool = False) -> int:
     """Start one family traced in full, once, and warm, and compare; the number of layers that were copied."""
     model = FAMILIES[name](folder / "model")
     # Both at once: two cores, two engines.
     folders = [folder / which for which in ("full", "once")]
     started = [
-        engine.begin(model, each / "root", each / "run", options | {"upstream": each.name == "full"})
+        engine.begin(model, each / "root", each / "run", options | {"upstream": each.name == "full"}, fork=fork)
         for each in folders
     ]
     full, once = (engine.end(p, each / "run") for p, each in zip(started, folders, strict=True))
-    warm = engine.run(model, folders[1] / "root", options)
+    warm = engine.run(model, folders[1] / "root", options, fork=fork)
 
     assert once.tokens == full.tokens == warm.tokens
     # The same kernels: the same bits.

@@ -17,7 +17,7 @@ def both(model: Path, folder: Path, compilation: dict[str, Any]) -> tuple[engine
     options = {"compilation_config": compilation}
     folders = [folder / which for which in ("full", "once")]
     started = [
-        engine.begin(model, each / "root", each / "run", options | {"upstream": each.name == "full"})
+        engine.begin(model, each / "root", each / "run", options | {"upstream": each.name == "full"}, fork=True)
         for each in folders
     ]
     full, once = (engine.end(p, each / "run") for p, each in zip(started, folders, strict=True))
@@ -30,7 +30,7 @@ def both(model: Path, folder: Path, compilation: dict[str, Any]) -> tuple[engine
 def test_compile_sizes(llama: Path, tmp_path: Path) -> None:
     options = {"compile_sizes": [1, 8]}
     full, once = both(llama, tmp_path, options)
-    warm = engine.run(llama, tmp_path / "once" / "root", {"compilation_config": options})
+    warm = engine.run(llama, tmp_path / "once" / "root", {"compilation_config": options}, fork=True)
     assert once.tokens == full.tokens == warm.tokens
     assert once.logprobs == full.logprobs == warm.logprobs
     assert once.compiled == 3 * 3, "three distinct pieces, each for 1 token, 8 tokens and any number"

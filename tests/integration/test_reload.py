@@ -17,10 +17,9 @@ CODE = """
     from vllm_compile_ext import plugin
     plugin.register()
     from tests import forks
+    forks.prepare()
     import torch
     from vllm import LLM, SamplingParams
-    import vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker, vllm.model_executor.models.llama
-    import torch._inductor.compile_fx
     from vllm.compilation.counter import compilation_counter as counter
     from vllm_compile_ext.compilation import decorators, program
     first, second = sys.argv[1:3]

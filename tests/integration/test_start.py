@@ -22,18 +22,27 @@ def stock_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stock(llama: Path, stock_root: Path) -> engine.Run:
-    return engine.run(llama, stock_root, VLLM_COMPILE_EXT="0")
+def first(llama: Path, cache: Path, stock_root: Path) -> tuple[engine.Run, engine.Run]:
+    """Stock's cold start and ours, both at once."""
+    folders = [stock_root.parent / "run", cache.parent / "run"]
+    stock = engine.begin(llama, stock_root, folders[0], VLLM_COMPILE_EXT="0")
+    cold = engine.begin(llama, cache, folders[1])
+    return engine.end(stock, folders[0]), engine.end(cold, folders[1])
+
+
+@pytest.fixture(scope="module")
+def stock(first: tuple[engine.Run, engine.Run]) -> engine.Run:
+    return first[0]
 
 
 @pytest.fixture(scope="module")
 def eager(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> engine.Run:
-    return engine.run(llama, tmp_path_factory.mktemp("eager") / "root", {"enforce_eager": True})
+    return engine.run(llama, tmp_path_factory.mktemp("eager") / "root", {"enforce_eager": True}, fork=True)
 
 
 @pytest.fixture(scope="module")
-def cold(llama: Path, cache: Path) -> engine.Run:
-    return engine.run(llama, cache)
+def cold(first: tuple[engine.Run, engine.Run]) -> engine.Run:
+    return first[1]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +104,7 @@ def test_nothing_is_decompiled_on_the_start_path(cache: Path, cold: engine.Run, 
 
 def test_depyf_fills_the_files_on_a_warm_start_too(llama: Path, cache: Path, warm: engine.Run, tmp_path: Path) -> None:
     options = {"compilation_config": {"debug_dump_path": str(tmp_path / "dump")}}
-    run = engine.run(llama, cache, options, VLLM_COMPILE_DEPYF="1")
+    run = engine.run(llama, cache, options, fork=True, VLLM_COMPILE_DEPYF="1")
     assert (run.loaded, run.compiled) == (1, 0), "neither the variable nor the dump path is in the key"
     assert run.decompiled == ["forward"]
     assert run.tokens == warm.tokens
@@ -107,10 +116,10 @@ def test_depyf_fills_the_files_on_a_warm_start_too(llama: Path, cache: Path, war
 
 
 def test_two_engines_starting_cold_at_once_both_end_well(llama2: Path, tmp_path: Path) -> None:
-    started = [engine.begin(llama2, tmp_path / "root", tmp_path / name) for name in ("a", "b")]
+    started = [engine.begin(llama2, tmp_path / "root", tmp_path / name, fork=True) for name in ("a", "b")]
     first, second = (engine.end(p, tmp_path / name) for p, name in zip(started, ("a", "b"), strict=True))
     assert first.tokens == second.tokens
-    third = engine.run(llama2, tmp_path / "root")
+    third = engine.run(llama2, tmp_path / "root", fork=True)
     assert (third.loaded, third.compiled) == (1, 0)
     assert third.tokens == first.tokens
     assert not third.output.lines("compiling")
@@ -119,7 +128,7 @@ def test_two_engines_starting_cold_at_once_both_end_well(llama2: Path, tmp_path:
 def test_stocks_cache_is_left_as_it_is(llama: Path, stock: engine.Run, stock_root: Path) -> None:
     before = {path: path.read_bytes() for path in stock_root.rglob("*") if path.is_file()}
     assert [path for path in before if "torch_aot_compile" in str(path)]
-    run = engine.run(llama, stock_root)
+    run = engine.run(llama, stock_root, fork=True)
     assert (run.loaded, run.compiled) == (0, 3)
     assert {path: path.read_bytes() for path in before if "modelinfos" not in str(path)} == {
         path: data for path, data in before.items() if "modelinfos" not in str(path)

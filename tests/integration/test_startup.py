@@ -8,91 +8,30 @@ import signal
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from benchmarks.serve import Server
-from tests import otlp, process
+from tests import process
+from tests.served import ENGINE, MANY, PARENT, PTH, TRACE, Served, recorded
 from vllm_compile_ext.startup import phases, read
 from vllm_compile_ext.startup.read import Start
 
 pytestmark = pytest.mark.engine
 
-PTH = process.ROOT / "vllm_compile_ext.pth"
 # Where the environment has it, every process does.
 INSTALLED = (Path(sysconfig.get_paths()["purelib"]) / PTH.name).exists()
-ARGS = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256")
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-QUICK = {"OTEL_BSP_SCHEDULE_DELAY": "200"}
 
 
-def path_with_pth(folder: Path) -> str:
-    """PYTHONPATH with which Python runs the wheel's .pth file, as it does where the plugin is installed."""
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(PTH.read_text())
-    return os.pathsep.join([str(folder), process.BASE["PYTHONPATH"]])
+@pytest.fixture
+def cold(cold_server: Served) -> Served:
+    return cold_server
 
 
-def recorded(cache: Path) -> list[Start]:
-    return [read.read(path) for path in read.recorded(cache / "compile_starts")]
-
-
-@dataclass(frozen=True)
-class Served:
-    """began, answered: unix ns, by the one who started it and asked."""
-
-    start: Start
-    began: int
-    answered: int
-    log: str
-    received: list[otlp.Received]
-    metrics: str
-
-
-def serve(
-    model: Path, folder: Path, name: str, receiver: otlp.Receiver, env: dict[str, str], *args: str, path: str
-) -> Served:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)
-        server = Server(model, folder / f"{name}.log", folder / "cache", args=(*ARGS, *args), env=QUICK | env)
-    began = time.time_ns()
-    with server:
-        server.wait_ready()
-        server.post("/v1/completions", {"prompt": "def f(x):", "max_tokens": 1})
-        answered = time.time_ns()
-        server.post("/v1/completions", {"prompt": "def g(x):", "max_tokens": 2})
-        time.sleep(2)  # exporters send what they have five times a second
-        metrics = server.get("/metrics")
-    start = recorded(folder / "cache")[-1]
-    return Served(start, began, answered, (folder / f"{name}.log").read_text(), list(receiver.spans), metrics)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("starts")
-
-
-@pytest.fixture(scope="module")
-def cold(llama2: Path, folder: Path) -> Iterator[Served]:
-    """With imports timed, an orchestrator's trace, and vLLM told to export."""
-    with otlp.grpc_receiver() as receiver:
-        path = path_with_pth(folder / "site")
-        env = {"TRACEPARENT": f"00-{TRACE}-{PARENT}-01"}
-        yield serve(llama2, folder, "cold", receiver, env, "--otlp-traces-endpoint", receiver.endpoint, path=path)
-
-
-@pytest.fixture(scope="module")
-def warm(llama2: Path, folder: Path, cold: Served) -> Iterator[Served]:
-    """Without the .pth file, and exporting as OpenTelemetry's own variables say."""
-    with otlp.http_receiver() as receiver:
-        env = {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint,
-            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
-        }
-        yield serve(llama2, folder, "warm", receiver, env, path=process.BASE["PYTHONPATH"])
+@pytest.fixture
+def warm(warm_server: Served) -> Served:
+    return warm_server
 
 
 @pytest.fixture(params=["cold", "warm"])
@@ -230,37 +169,18 @@ def test_an_orchestrators_trace_goes_on(cold: Served, warm: Served) -> None:
 def test_vllms_traces_of_requests_are_as_without_the_plugin(cold: Served, warm: Served) -> None:
     """Those without a header of their own are part of TRACEPARENT's trace, as in stock vLLM, and not of the start."""
     requests = [span for span in cold.received if span.name == "llm_request"]
-    assert len(requests) == 2
+    assert len(requests) == 3
     assert {(span.trace, span.parent) for span in requests} == {(TRACE, PARENT)}
     kinds = {span.resource["vllm.instrumenting_module_name"] for span in cold.received}
     assert kinds >= {"vllm.llm_engine", "vllm.engine_core", "vllm.worker"}
     assert not [span for span in warm.received if span.name == "llm_request"], "vLLM was not asked for those"
 
 
-ENGINE = """
-    import os
-    from vllm import LLM, SamplingParams
-
-    if __name__ == "__main__":
-        limits = dict(max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.4, dtype="float32")
-        options = json.loads(sys.argv[2])
-        llm = LLM(sys.argv[1], **limits, **options)
-        for prompt in ("x", "y"):
-            llm.generate(prompt, SamplingParams(max_tokens=2), use_tqdm=False)
-        from opentelemetry import trace
-        report(dict(env=[os.environ.get(n) for n in ("traceparent", "_VLLM_COMPILE_EXT_START")],
-                    provider=type(trace.get_tracer_provider()).__name__))
-"""
-RANKS = '{"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}'
-
-
-def test_two_ranks(llama2: Path, tmp_path: Path) -> None:
-    """By `LLM`, whose processes are forked."""
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CACHE_ROOT": str(tmp_path)}
-    outcome = process.run(ENGINE, str(llama2), RANKS, folder=tmp_path / "run", **env)
-    assert outcome.code == 0, outcome.output[-3000:]
-    assert outcome.value == {"env": [None, None], "provider": "ProxyTracerProvider"}
-    (start,) = recorded(tmp_path)
+def test_two_ranks(cold_ranks: tuple[process.Outcome, Path]) -> None:
+    outcome, cache = cold_ranks
+    assert outcome.value["env"] == [None, None]
+    assert outcome.value["provider"] == "ProxyTracerProvider"
+    start = min(recorded(cache), key=lambda start: start.time)
     known = {span.id for span in start.spans}
     assert [span.name for span in start.spans if span.parent not in known] == ["start"]
     workers = {one.rank: one.pid for one in start.processes if one.kind == "worker"}
@@ -271,24 +191,6 @@ def test_two_ranks(llama2: Path, tmp_path: Path) -> None:
             assert names.count(name) == 1
     assert phases.breakdown(start, end=start.first_token).coverage >= 0.95
     assert root(start).end == start.first_token
-
-
-def test_a_worker_that_is_killed_leaves_the_phase_it_died_in(llama2: Path, tmp_path: Path) -> None:
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CACHE_ROOT": str(tmp_path)}
-    started = process.start(ENGINE, tmp_path / "run", str(llama2), '{"distributed_executor_backend": "mp"}', **env)
-    while started.poll() is None:
-        found = [span for start in recorded(tmp_path) for span in start.spans if span.name == "piece 0"]
-        if found:
-            os.kill(found[0].pid, signal.SIGKILL)
-            break
-        time.sleep(0.1)
-    assert process.finish(started, tmp_path / "run").code != 0
-    (start,) = recorded(tmp_path)
-    death = phases.death(start)
-    assert death is not None
-    assert death.process is not None
-    assert (death.phase, death.process.kind) == ("compile", "worker")
-    assert start.ready is None
 
 
 TWICE = """
@@ -305,22 +207,49 @@ TWICE = """
 """
 
 
+@dataclass(frozen=True)
+class Deaths:
+    killed: Start
+    failed: Start
+    second: Start
+
+
 @pytest.fixture(scope="module")
-def twice(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Start, Start]:
-    """In one process, an engine whose weights cannot be loaded, and then one that comes up."""
-    folder = tmp_path_factory.mktemp("twice")
+def deaths(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Deaths:
+    """A worker that is killed, and meanwhile, in one process, an engine without its weights and one that comes up."""
+    folder = tmp_path_factory.mktemp("deaths")
     broken = shutil.copytree(llama2, folder / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    outcome = process.run(TWICE, str(broken), str(llama2), folder=folder / "run", VLLM_CACHE_ROOT=str(folder))
+    roots = [folder / name for name in ("killed", "twice")]
+    runs = [root / "run" for root in roots]
+    options = '{"distributed_executor_backend": "mp"}'
+    killed = process.start(ENGINE, runs[0], str(llama2), options, VLLM_CACHE_ROOT=str(roots[0]), **MANY)
+    twice = process.start(TWICE, runs[1], str(broken), str(llama2), VLLM_CACHE_ROOT=str(roots[1]))
+    while killed.poll() is None:
+        found = [span for start in recorded(roots[0]) for span in start.spans if span.name == "piece 0"]
+        if found:
+            os.kill(found[0].pid, signal.SIGKILL)
+            break
+        time.sleep(0.1)
+    outcome = process.finish(twice, runs[1])
     assert outcome.code == 0, outcome.output[-3000:]
     assert outcome.value == "SafetensorError"
-    first, second = sorted(recorded(folder), key=lambda start: start.time)
-    return first, second
+    assert process.finish(killed, runs[0]).code != 0
+    (start,) = recorded(roots[0])
+    return Deaths(start, *sorted(recorded(roots[1]), key=lambda start: start.time))
 
 
-def test_an_error_while_weights_load_is_in_the_record(twice: tuple[Start, Start]) -> None:
-    start, _ = twice
+def test_a_worker_that_is_killed_leaves_the_phase_it_died_in(deaths: Deaths) -> None:
+    death = phases.death(deaths.killed)
+    assert death is not None
+    assert death.process is not None
+    assert (death.phase, death.process.kind) == ("compile", "worker")
+    assert deaths.killed.ready is None
+
+
+def test_an_error_while_weights_load_is_in_the_record(deaths: Deaths) -> None:
+    start = deaths.failed
     death = phases.death(start)
     assert death is not None
     assert death.phase == "weights"
@@ -330,8 +259,8 @@ def test_an_error_while_weights_load_is_in_the_record(twice: tuple[Start, Start]
     assert start.ready is None
 
 
-def test_one_process_and_its_second_engine(twice: tuple[Start, Start]) -> None:
-    failed, start = twice
+def test_one_process_and_its_second_engine(deaths: Deaths) -> None:
+    failed, start = deaths.failed, deaths.second
     assert [one.kind for one in start.processes if one.kind != "helper"] == ["front end"]
     assert start.begin > failed.last
     assert phases.breakdown(start, end=start.first_token).coverage >= 0.95

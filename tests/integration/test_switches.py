@@ -15,7 +15,9 @@ CODE = """
     from pathlib import Path
     from vllm_compile_ext import plugin
     plugin.register()
-    from tests import forks, toys
+    from tests import forks
+    forks.prepare()
+    from tests import toys
     from vllm.compilation.counter import compilation_counter as counter
     from vllm_compile_ext.artifacts import bundle
     from vllm_compile_ext.artifacts.store import Store

@@ -106,9 +106,9 @@ class Works:
     def __init__(self, folder: Path) -> None:
         env = [{"VLLM_COMPILE_WORKERS": str(n)} for n in (1, 2)]
         folders = [folder / "1", folder / "2"]
-        started = [process.start(WORKS, f, **e) for f, e in zip(folders, env, strict=True)]
+        started = [process.start(WORKS, f, fork=True, **e) for f, e in zip(folders, env, strict=True)]
         self.cold, self.two = (good(process.finish(p, f)) for p, f in zip(started, folders, strict=True))
-        self.warm = good(process.run(WORKS, folder=folders[0]))
+        self.warm = good(process.run(WORKS, folder=folders[0], fork=True))
 
 
 def good(outcome: process.Outcome) -> process.Outcome:
@@ -232,7 +232,7 @@ def test_code_that_is_edited_between_starts_is_compiled_again(tmp_path: Path) ->
     values = []
     for function in ("sin", "sin", "cos"):
         (tmp_path / "edited.py").write_text(MODEL.replace("FUNCTION", function))
-        outcome = good(process.run(EDITED, folder=tmp_path))
+        outcome = good(process.run(EDITED, folder=tmp_path, fork=True))
         values.append(outcome.value)
     assert [off for off, _, _ in values] == pytest.approx([0, 0, 0], abs=1e-5)
     assert [counts["num_aot_artifacts_loaded"] for _, counts, _ in values] == [0, 1, 0]
@@ -277,7 +277,7 @@ FAILS = """
 
 @pytest.fixture(scope="module")
 def fails(tmp_path_factory: pytest.TempPathFactory) -> process.Outcome:
-    return good(process.run(FAILS, folder=tmp_path_factory.mktemp("fails")))
+    return good(process.run(FAILS, folder=tmp_path_factory.mktemp("fails"), fork=True))
 
 
 @pytest.mark.parametrize("kind", ["DependsOnData", "DependsOnDataInALayer", "BreaksTheGraph"])

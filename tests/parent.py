@@ -1,0 +1,44 @@
+"""A process that has the plugin loaded and vLLM imported, and runs programs in forks of itself.
+
+`tests/process.py` starts it.  A line on its standard input asks for a program to be started, or to be waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+
+from tests import forks
+from vllm_compile_ext import plugin
+
+
+def run(folder: str, args: list[str], env: dict[str, str]) -> None:
+    os.chdir(folder)
+    for number, name in enumerate((os.devnull, "output.txt", "output.txt")):
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["main.py", *args]
+    sys.path.insert(0, folder)
+    runpy.run_path("main.py", run_name="__main__")
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # for what libraries print
+    plugin.register()
+    forks.prepare()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if isinstance(request, int):
+            answer = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
+        elif not (answer := os.fork()):
+            run(**request)
+            break
+        print(answer, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
