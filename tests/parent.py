@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
@@ -36,7 +37,10 @@ def main() -> None:
             answer = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
         elif not (answer := os.fork()):
             run(**request)
-            break
+            # The rest of Python's end would take more than a second.
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(0)
         print(answer, file=answers, flush=True)
 
 
