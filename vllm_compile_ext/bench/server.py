@@ -174,7 +174,9 @@ class Program:
         finally:
             # Also where a second Ctrl-C cuts the wait short, and for children that outlive the front end.
             self._signal(signal.SIGKILL)
-            self._process.wait()
+            # A Ctrl-C within `Popen.poll` may have left its lock taken (CPython 3.11): without a timeout, for ever.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT)
             self._reader.join(STOP_TIMEOUT)
             self._wait_gone()
 

@@ -145,6 +145,16 @@ def test_interrupted_it_takes_everything_along(tmp_path: Path, number: int, stat
     assert not list(place.iterdir())
 
 
+def test_a_server_is_ended_also_where_an_interrupt_left_popens_lock_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "STOP_TIMEOUT", 0.5)
+    monkeypatch.setattr(server, "STOP_TIMEOUT_STARTING", 0.1)
+    with server.Program(["sleep", "1000"], tmp_path / "log", os.environ) as program:
+        program._process._waitpid_lock.acquire()  # type: ignore[attr-defined]
+    assert gone(program._process.pid)
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
