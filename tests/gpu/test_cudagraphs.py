@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 CODE = """
     import os, time
     from tests.gpu.engines import about, make, start, traffic
+    from vllm_compile_ext.cudagraphs import memory
 
     def worker(llm):
         return llm.llm_engine.model_executor.driver_worker.worker
@@ -29,7 +30,7 @@ CODE = """
         state = cuda.get_rng_state()
         manager(llm).capture_idle()
         same = bool((state == cuda.get_rng_state()).all())
-        time.sleep(6)  # until the record is written
+        time.sleep(memory.DELAY + 1)  # until the record is written
         return {"before": before, "after": after, "tokens": tokens, "sampled": sampled, "rng": same}
 
     def broken(llm):
