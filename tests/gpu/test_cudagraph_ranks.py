@@ -46,6 +46,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("needs two GPUs")
     outcome = process.run(CODE, folder=tmp_path_factory.mktemp("ranks"))
     assert outcome.code == 0, outcome.output[-5000:]
+    for name, engine in outcome.value.items():
+        print(name, *engine["lines"], sep="\n")  # shown where a test fails
     return outcome.value
 
 

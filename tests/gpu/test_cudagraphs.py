@@ -104,6 +104,8 @@ CODE = """
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     outcome = process.run(CODE, folder=tmp_path_factory.mktemp("cudagraphs"))
     assert outcome.code == 0, outcome.output[-5000:]
+    for name, engine in outcome.value.items():
+        print(name, *engine["lines"], sep="\n")  # shown where a test fails
     return outcome.value
 
 

@@ -366,7 +366,7 @@ def test_what_is_remembered_of_graphs_is_no_entry_and_nothing_touches_it(store: 
     without = [cli("cache", *args) for args in (("ls",), ("verify",))]
     bundle = tmp_path / "without.bundle"
     cli("cache", "pack", bundle)
-    made = record.Record(base=0, held=1, graphs=2, needed=3, used=[record.Used(0, 1)])
+    made = record.Record(base=0, held=1, graphs=2, each={}, needed=3, used=[record.Used(0, 1)])
     record.write(store.root, "a" * 32, made)
     assert [cli("cache", *args) for args in (("ls",), ("verify",))] == without
     cli("cache", "pack", tmp_path / "with.bundle")
@@ -388,7 +388,7 @@ def test_a_store_with_nothing_but_what_is_remembered_is_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
-    record.write(tmp_path / "store", "a" * 32, record.Record(base=0, held=1, graphs=2, needed=3, used=[]))
+    record.write(tmp_path / "store", "a" * 32, record.Record(base=0, held=1, graphs=2, each={}, needed=3, used=[]))
     assert data("cache", "ls")["entries"] == []
     assert cli("cache", "verify").startswith("0 entries and 0 bytes")
     bundles.entry(Store.open(tmp_path / "store"), "llama")

@@ -23,6 +23,9 @@ ABSURD = 4
 # The driver's memory for each decoder layer in a graph, H100, driver 580: a graph of a whole step is one graph, the
 # other kind is one for each piece of the model.
 LAYER = {"FULL": 52 * KIB, "PIECEWISE": 128 * KIB}
+# For all graphs together: the driver hands out memory in steps of 2 MiB and torch takes it in steps of 20 MiB, so that
+# another order of captures may need more.
+STEPS = 32 * MIB
 # Of the shapes that traffic never asked for, the part that memory is kept free for once traffic is known, or, of decode
 # steps, while graphs of the other kind are captured.
 UNASKED = 0.25
@@ -30,27 +33,30 @@ UNASKED = 0.25
 
 def estimate(layers: int, graphs: Mapping[str, int]) -> int:
     """Bytes for `graphs`, number by kind, of a model with `layers` decoder layers, of which nothing was measured."""
-    return sum(count * layers * LAYER[kind] for kind, count in graphs.items())
+    return STEPS + sum(count * layers * LAYER[kind] for kind, count in graphs.items())
 
 
 @dataclass
 class Budget:
     """limit: bytes that graphs may take together.  layers: decoder layers.  margin: bytes of the device that stay free.
-    base: bytes that were taken for all graphs before the first.  held: bytes that graphs take.  costs: bytes of each
-    captured graph, by kind."""
+    base: bytes that were taken for all graphs before the first.  each: bytes of a graph in an earlier start, by kind.
+    held: bytes that graphs take.  costs: bytes of each captured graph, by kind."""
 
     limit: int
     layers: int
     margin: int = MARGIN
     base: int = 0
+    each: Mapping[str, int] = field(default_factory=dict)
     held: int = 0
     costs: dict[str, list[int]] = field(default_factory=dict)
 
     def expected(self, kind: str) -> int:
-        """Bytes that the next graph of `kind` will take: the median of those before, of which one may have made room
-        for others; or the estimate."""
-        known = self.costs.get(kind)
-        return int(statistics.median(known)) if known else self.layers * LAYER[kind]
+        """Bytes that the next graph of `kind` will take: the mean of those before but for the largest, which may have
+        made room for others; or that of an earlier start; or the estimate."""
+        known = sorted(self.costs.get(kind, ()))
+        if known:
+            return int(statistics.fmean(known[:-1] or known))
+        return self.each.get(kind, self.layers * LAYER[kind])
 
     def over(self, kind: str, later: int = 0) -> str | None:
         """Why a graph of `kind` is more than graphs may take together; None when it is not.  later: decode steps that
@@ -80,4 +86,4 @@ class Budget:
         `asked` for, and a part of those it did not ask for; both are numbers by kind."""
         more = sum(count * self.expected(kind) for kind, count in asked.items())
         rest = sum(count * self.expected(kind) for kind, count in unasked.items())
-        return self.held + more + int(UNASKED * rest)
+        return self.held + more + int(UNASKED * rest) + STEPS

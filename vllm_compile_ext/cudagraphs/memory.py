@@ -97,6 +97,7 @@ class Memory:
         # Where memory was not profiled (kv_cache_memory_bytes), nothing was kept free.
         kept = _kept_free.pop(id(config), None)
         self.key, known, self.need = kept or _find(config, lambda: 0)
+        self.each = known.each if known else {}
         used = known.used if known else []
         self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})
         self._pending: tuple[Counter[Shape], set[Shape], Budget] | None = None
@@ -126,6 +127,7 @@ class Memory:
             base=budget.base,
             held=budget.held,
             graphs=len(captured),
+            each={kind: budget.expected(kind) for kind in {**budget.each, **budget.costs}},
             needed=budget.needed(
                 Counter(s.kind for s in without if used[s]), Counter(s.kind for s in without if not used[s])
             ),

@@ -1,6 +1,6 @@
 """What is known of a model's graphs from earlier starts: a small file in the store, one for each model and rank.
 
-On disk it is ``{"format": 1, "seal": "<digest of the key and the next value's bytes>", "record": {...}}``: with a wrong
+On disk it is ``{"format": 2, "seal": "<digest of the key and the next value's bytes>", "record": {...}}``: with a wrong
 number in it, a server could have too little memory left to start.
 """
 
@@ -18,7 +18,7 @@ from vllm_compile_ext.artifacts import access, files
 from vllm_compile_ext.artifacts.access import UnsafeStoreError
 from vllm_compile_ext.artifacts.layout import Layout
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 200
 
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -33,12 +33,13 @@ class Used(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """base: bytes that the last start took for all graphs before the first.  held: bytes that its graphs took.  graphs:
-    how many they were.  needed: bytes for the graphs of the next start, from what those took.  used: which shapes
-    traffic asked for, in all starts so far."""
+    how many they were.  each: bytes of one, by kind.  needed: bytes for the graphs of the next start, from what those
+    took.  used: which shapes traffic asked for, in all starts so far."""
 
     base: _Number
     held: _Number
     graphs: _Number
+    each: dict[str, _Number]
     needed: _Number
     used: list[Used]
 

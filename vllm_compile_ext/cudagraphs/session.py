@@ -42,9 +42,8 @@ class Session:
     def __init__(self, memory: Memory, layers: int, device: Device, base: int = 0) -> None:
         self.memory = memory
         self.policy = Policy(memory.shapes, memory.before)
-        self.budget = Budget(
-            memory.need.graphs, layers, base=base, margin=MARGIN if memory.need.kept else UNKEPT_MARGIN
-        )
+        margin = MARGIN if memory.need.kept else UNKEPT_MARGIN
+        self.budget = Budget(memory.need.graphs, layers, margin=margin, base=base, each=memory.each)
         self.counters = Counters()
         self._device = device
         self._failures = 0

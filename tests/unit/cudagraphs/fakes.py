@@ -21,6 +21,7 @@ class Remembered:
         self.shapes = ALL
         self.before = Counter(before or {})
         self.need = Need(limit, limit, "an estimate", kept)
+        self.each: dict[str, int] = {}
         self.kept = 0
 
     def keep(self, policy: Policy, budget: Budget) -> None:

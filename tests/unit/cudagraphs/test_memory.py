@@ -14,13 +14,15 @@ import torch
 from tests.unit.cudagraphs.shapes import ALL, DECODE, MIXED, SIZES, decode, mixed
 from vllm_compile_ext.artifacts.layout import Layout
 from vllm_compile_ext.cudagraphs import memory, record
-from vllm_compile_ext.cudagraphs.budget import BASE, LAYER, MIB, UNASKED, Budget
+from vllm_compile_ext.cudagraphs.budget import BASE, LAYER, MIB, STEPS, UNASKED, Budget
 from vllm_compile_ext.cudagraphs.memory import Memory, Need, keep_free
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy
 from vllm_compile_ext.cudagraphs.record import Record, Used
 
 LAYERS = 80
-ESTIMATE = LAYERS * len(SIZES) * (LAYER[FULL] + LAYER[PIECEWISE])
+ESTIMATE = LAYERS * len(SIZES) * (LAYER[FULL] + LAYER[PIECEWISE]) + STEPS
+
+REMEMBERED = Record(base=5, held=1 << 30, graphs=7, each={FULL: MIB}, needed=2 << 30, used=[])
 
 
 class Timer:
@@ -110,7 +112,7 @@ def test_a_first_start_keeps_an_estimate_free() -> None:
 @pytest.mark.parametrize(("full", "piecewise"), [(True, False), (False, True), (False, False)])
 def test_only_the_kinds_that_there_are_count(full: bool, piecewise: bool) -> None:
     per_size = LAYERS * (full * LAYER[FULL] + piecewise * LAYER[PIECEWISE])
-    assert keep_free(config(full=full, piecewise=piecewise), lambda: 0) == BASE + len(SIZES) * per_size
+    assert keep_free(config(full=full, piecewise=piecewise), lambda: 0) == BASE + len(SIZES) * per_size + STEPS
 
 
 def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing() -> None:
@@ -147,7 +149,7 @@ def test_a_configuration_that_changes_after_profiling_is_the_same_start(store: P
 
 
 def test_where_memory_is_not_profiled_what_is_remembered_counts(store: Path) -> None:
-    record.write(store, memory.key_of(config()), Record(base=5, held=1 << 30, graphs=7, needed=2 << 30, used=[]))
+    record.write(store, memory.key_of(config()), REMEMBERED)
     source = "7 graphs took 1.00 GiB in an earlier start"
     assert Memory(config(), ALL).need == Need((2 << 30) + 5, 2 << 30, source, kept=False)
 
@@ -158,7 +160,7 @@ def test_whether_it_is_kept_free_is_vllms_choice(
     monkeypatch: pytest.MonkeyPatch, store: Path, applied: bool, remembered: bool
 ) -> None:
     if remembered:
-        record.write(store, memory.key_of(config()), Record(base=0, held=1 << 30, graphs=7, needed=2 << 30, used=[]))
+        record.write(store, memory.key_of(config()), REMEMBERED)
     monkeypatch.setattr(memory, "_applied", lambda: applied)
     made = config()
     keep_free(made, lambda: 0)
@@ -284,14 +286,33 @@ def test_shapes_that_traffic_asked_for_have_memory_in_the_next_start_though_none
         base=3 * MIB,
         held=0,
         graphs=0,
-        needed=one + other + int(UNASKED * rest),
+        each={},
+        needed=one + other + int(UNASKED * rest) + STEPS,
         used=[Used(ALL.index(s), 1) for s in ALL[::-1] if s in (mixed(64), decode(1))][::-1],
     )
 
 
+def test_what_a_graph_took_is_expected_of_the_next_ones_of_later_starts(store: Path) -> None:
+    known, policy, budget = start()
+    assert known.each == {}
+    for size in (1, 2, 3):
+        budget.took(FULL, size * MIB, size * MIB)
+    known.keep(policy, budget)
+    Timer.made[-1].run()
+
+    known, policy, _ = start()
+    assert known.each == {FULL: 3 * MIB // 2}
+    # A start that captures none of these: what is known stays.
+    budget = Budget(known.need.graphs, LAYERS, each=known.each)
+    budget.took(PIECEWISE, 5 * MIB, 5 * MIB)
+    known.keep(policy, budget)
+    Timer.made[-1].run()
+    assert start()[0].each == {FULL: 3 * MIB // 2, PIECEWISE: 5 * MIB}
+
+
 def test_shapes_that_there_are_no_more_are_forgotten(store: Path) -> None:
     used = [Used(0, 5), Used(len(ALL), 7), Used(len(ALL) + 1, 7)]
-    record.write(store, memory.key_of(config()), Record(base=0, held=0, graphs=0, needed=0, used=used))
+    record.write(store, memory.key_of(config()), Record(base=0, held=0, graphs=0, each={}, needed=0, used=used))
     assert Memory(config(), ALL).before == {ALL[0]: 5}
 
 
@@ -325,7 +346,7 @@ def test_a_store_that_others_can_write_costs_nothing(store: Path) -> None:
 def test_where_the_user_wants_nothing_kept_the_store_is_neither_read_nor_written(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Record(base=0, held=1, graphs=1, needed=1, used=[Used(0, 5)])
+    made = Record(base=0, held=1, graphs=1, each={}, needed=1, used=[Used(0, 5)])
     record.write(store, memory.key_of(config()), made)
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     known, policy, budget = start()

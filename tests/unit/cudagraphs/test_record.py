@@ -16,7 +16,14 @@ from vllm_compile_ext.cudagraphs.record import FORMAT, KEPT, Record, Used, _seal
 __all__ = ["disk", "user"]
 
 KEY, OTHER = key_of(["model", 1]), key_of(["model", 2])
-RECORD = Record(base=100_000_000, held=300_000_000, graphs=12, needed=400_000_000, used=[Used(0, 7), Used(50, 1)])
+RECORD = Record(
+    base=100_000_000,
+    held=300_000_000,
+    graphs=12,
+    each={"FULL": 3_000_000},
+    needed=400_000_000,
+    used=[Used(0, 7), Used(50, 1)],
+)
 
 
 def path_of(root: Path, key: str = KEY) -> Path:

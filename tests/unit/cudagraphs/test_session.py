@@ -249,6 +249,13 @@ def test_after_a_surprise_what_is_captured_is_used_and_nothing_more_is_captured(
     assert made.counters.skipped == {FULL: len(DECODE) - 1, PIECEWISE: len(MIXED)}
 
 
+def test_room_is_left_for_what_graphs_took_in_an_earlier_start() -> None:
+    known = Remembered((len(DECODE) // 2 + 1) * GRAPH)
+    known.each = {FULL: GRAPH, PIECEWISE: GRAPH}
+    made = Session(known, 10_000, Gpu().device())  # type: ignore[arg-type]  # an estimate would be too much
+    assert made.capture(mixed(64))
+
+
 def test_prompts_do_not_use_up_what_decode_steps_need(caplog: pytest.LogCaptureFixture) -> None:
     made = session(Gpu(), limit=6 * GRAPH)
     ask(made, decode(1))  # 8 sizes are left, and room is kept for two of them
