@@ -180,7 +180,9 @@ def _exchange(context: Any) -> Iterator[None]:
     yield
 
 
-_GROUP = SimpleNamespace(world_size=1, is_first_rank=True, is_last_rank=True, graph_capture=_exchange)
+_GROUP = SimpleNamespace(
+    world_size=1, is_first_rank=True, is_last_rank=True, graph_capture=_exchange, device_communicator=None
+)
 for _name in ("get_tp_group", "get_pp_group", "get_dp_group"):
     setattr(parallel_state, _name, lambda: _GROUP)
 upstream.get_pp_group = parallel_state.get_pp_group

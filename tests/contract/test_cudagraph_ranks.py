@@ -1,4 +1,6 @@
-"""Two tensor parallel ranks with vLLM's own groups, on CPU: what one cannot capture, no rank does."""
+"""Two tensor parallel ranks with vLLM's own groups, on CPU: what one cannot capture, no rank does, and the addresses
+that custom all-reduce leaves open in graphs are filled in.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,9 @@ from typing import Any
 import pytest
 
 from tests import process
+
+# As tests/all_reduce.py has them, which imports vLLM.
+UNUSED, INPUT = 200, 100
 
 CODE = """
     import os, torch
@@ -56,7 +61,29 @@ CODE = """
     out["stopped"] = serve(*session(failing=[decode(8), decode(16), decode(32)] if rank else []))
     made, gpu = session(before={mixed(64): 3} if rank == 0 else {decode(32): 3})
     out["idle"] = [[made.capture_idle() for _ in range(20)], names(gpu.tried)]
-    report(out)
+
+    from vllm.distributed.device_communicators import custom_all_reduce
+    from tests import all_reduce
+    from vllm_compile_ext.cudagraphs.addresses import Addresses
+
+    kernels = custom_all_reduce.ops = all_reduce.Kernels(rank)
+    group = parallel_state.get_tp_group()
+    Addresses().exchange()
+    out["without"] = list(kernels.calls)
+    communicator = group.device_communicator.ca_comm = all_reduce.communicator(group.cpu_group, rank)
+    with torch.inference_mode():  # as a step
+        addresses = Addresses()
+        def captured(*places):
+            with addresses.open():
+                for _ in range(places[rank]):
+                    kernels.capture(communicator)
+            addresses.exchange()
+            return kernels.take()
+        out["filled in"] = [captured(*places) for places in ((3, 3), (3, 1), (2, 2), (0, 2), (0, 0), (1, 1))]
+    out["after"] = [communicator._IS_CAPTURING, "register_graph_buffers" in vars(kernels)]
+    communicator.disabled = True
+    Addresses().exchange()
+    report(out | {"calls": kernels.calls})
 """
 
 
@@ -140,3 +167,37 @@ def test_while_idle_the_first_ranks_choice_is_captured(ranks: list[dict[str, Any
     assert more == [True] * 17 + [False] * 3
     assert tried[:3] == ["PIECEWISE 64", "FULL 1", "FULL 2"]
     assert len(tried) == 18
+
+
+# For the captures below: the other rank's handle, and the number of its input, in each place of a rank.
+PLACES = [(3, 3), (3, 1), (2, 2), (0, 2), (0, 0), (1, 1)]
+
+
+def test_the_places_for_addresses_in_a_graph_are_filled_in_with_those_of_the_other_rank(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for rank, found in enumerate(ranks):
+        other, before = 1 - rank, 0
+        for places, filled in zip(PLACES, found["filled in"], strict=True):
+            if places[0] == places[1]:
+                inputs = range(1000 * other + before, 1000 * other + before + places[other])
+                assert filled == [[INPUT + other, number] for number in inputs]
+            before += places[other]
+
+
+def test_a_capture_that_broke_off_on_one_rank_leaves_no_place_open_on_any(ranks: list[dict[str, Any]]) -> None:
+    one, other = (found["filled in"] for found in ranks)
+    assert one[1] == [[INPUT + 1, 1003], [UNUSED + 1, 0], [UNUSED + 1, 0]]
+    assert other[1] == [[INPUT, 3]]
+    assert one[3] == []
+    assert other[3] == [[UNUSED, 0], [UNUSED, 0]]
+
+
+def test_outside_a_capture_all_reduce_is_as_it_was(ranks: list[dict[str, Any]]) -> None:
+    assert [found["after"] for found in ranks] == [[False, False]] * 2
+
+
+def test_without_custom_all_reduce_nothing_is_exchanged(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["without"] == []
+        assert found["calls"] == ["allocate", *["get"] * len(PLACES)]

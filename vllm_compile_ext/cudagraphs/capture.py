@@ -30,9 +30,8 @@ def between_steps(upstream: ModuleType, stream: torch.cuda.Stream) -> Iterator[N
     One stream for all captures: cuBLAS keeps a workspace for each, and graphs of one pool share memory only on one
     stream.  Caches of memory are kept, since the next steps need them.  Waits for the device before and after.
 
-    vLLM's custom all-reduce is left as it is in a step without a graph, copying into buffers that all ranks know.  In
-    upstream's way (parallel_state.graph_capture) ranks exchange the addresses in their graphs after each capture, and a
-    rank whose capture broke off would bring the others down.
+    Ranks do not exchange addresses at its end, as they do at the end of upstream's (parallel_state.graph_capture): see
+    `addresses`.
 
     Attention runs beside a PIECEWISE graph's pieces, and FLASH_ATTN would take memory for up to 32 partial results of
     each token (flash_attn.py: max_num_splits; 0.5 MiB a token for Llama 8B), which torch then keeps for `stream` alone.

@@ -114,7 +114,7 @@ STOCK = (
     ),
     Row(
         "all-reduce kernels of FlashInfer (PCIe) and AITER",
-        "they exchange addresses after each capture",
+        "they have to be told when a capture begins and ends",
         lambda c: c.parallel_config.tensor_parallel_size > 1 and _exchanges(),
     ),
     Row(

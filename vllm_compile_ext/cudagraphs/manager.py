@@ -21,6 +21,7 @@ from vllm.forward_context import BatchDescriptor
 from vllm.v1.worker.gpu import cudagraph_utils as upstream
 
 from vllm_compile_ext.cudagraphs import capture, coverage, memory, ranks
+from vllm_compile_ext.cudagraphs.addresses import Addresses
 from vllm_compile_ext.cudagraphs.budget import BASE
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Shape
 from vllm_compile_ext.cudagraphs.session import Device, Session
@@ -60,6 +61,7 @@ class _OneByOne(upstream.CudaGraphManager):
             return
         self._create_forward_fn = create_forward_fn
         self._stream = torch.cuda.Stream(device=self.device)
+        self._addresses = Addresses()
         every: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
         shapes = [shape_of(desc) for descs in every.values() for desc in descs]
         device = Device(
@@ -147,12 +149,14 @@ class _OneByOne(upstream.CudaGraphManager):
         descs: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
         self._capture_descs = {shape.rest.cg_mode: [shape.rest]}
         try:
-            with capture.between_steps(upstream, self._stream):
-                super().capture(self._create_forward_fn if warm_up else self._without_warm_up)
+            try:
+                with capture.between_steps(upstream, self._stream), self._addresses.open():
+                    super().capture(self._create_forward_fn if warm_up else self._without_warm_up)
+            finally:
+                self._capture_descs = descs
+                self._addresses.exchange()
         except Exception as error:  # whatever a kernel raises: the batch runs without a graph
             return error
-        finally:
-            self._capture_descs = descs
         return None
 
     def _without_warm_up(self, desc: Any, warmup: bool) -> Any:

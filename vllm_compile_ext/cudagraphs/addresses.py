@@ -1,0 +1,73 @@
+"""The addresses that vLLM's custom all-reduce leaves open in a graph: the ranks exchange them after each capture.
+
+Facts from vllm/distributed/device_communicators/custom_all_reduce.py and csrc/custom_all_reduce.cuh, vLLM 0.32.0: a
+kernel that is being captured is given a place, which `register_graph_buffers` fills in later with where each rank's
+input is.  For each of its places a rank opens what the other ranks have sent for the place of that number, without
+looking whether they have sent as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import distributed
+from vllm.distributed import parallel_state
+from vllm.distributed.device_communicators import custom_all_reduce
+
+# Bytes of a buffer that nobody uses.
+UNUSED = 256
+
+
+class Addresses:
+    """Of the tensor parallel group's custom all-reduce; where it is not in use, nothing is done.
+
+    Every rank has to make one, and call `exchange` as often as the others.
+    """
+
+    def __init__(self) -> None:
+        communicator = getattr(parallel_state.get_tp_group().device_communicator, "ca_comm", None)
+        self._communicator = None if communicator is None or communicator.disabled else communicator
+        self._unused: list[list[int]] = []  # of each rank, the handle of such a buffer
+        if self._communicator is not None:
+            _, handle = custom_all_reduce.ops.allocate_shared_buffer_and_handle(UNUSED)
+            self._unused = _from_all(self._communicator.group, handle.tolist())
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """What is captured in here reads the ranks' inputs where they are, instead of copying them first."""
+        if self._communicator is None:
+            yield
+            return
+        with patch.object(self._communicator, "_IS_CAPTURING", True):
+            yield
+
+    def exchange(self) -> None:
+        """Fill in what the last capture left open, also where it broke off on some rank: its graph is never used, but
+        the places have to be done with."""
+        if self._communicator is None:
+            return
+        fill_in = custom_all_reduce.ops.register_graph_buffers
+
+        def as_many(pointer: int, handles: list[list[int]], offsets: list[list[int]]) -> None:
+            most = max(map(len, offsets))
+            for unused, of_rank, at in zip(self._unused, handles, offsets, strict=True):
+                missing = most - len(at)
+                of_rank += unused * missing
+                at += [0] * missing
+            fill_in(pointer, handles, offsets)
+
+        with patch.object(custom_all_reduce.ops, "register_graph_buffers", as_many):
+            self._communicator.register_graph_buffers()
+
+
+def _from_all(group: Any, value: list[int]) -> list[list[int]]:
+    """Each rank's `value`.  By broadcasts, since gloo cannot gather objects in inference mode (pytorch #126032)."""
+    found = []
+    for rank in sorted(distributed.get_process_group_ranks(group)):
+        objects = [value]
+        distributed.broadcast_object_list(objects, src=rank, group=group, device="cpu")
+        found += objects
+    return found
