@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,22 @@ def test_one_with_nvidia_gpus_can_run_vllm_for_cpu_too(monkeypatch: pytest.Monke
 def test_one_whose_gpu_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     machine(monkeypatch, device)
     assert platforms.possible() is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("cuda", "cuda sm_89"), ("rocm", "hip gfx942"), ("cpu", name._cpu()), ("xpu", name._cpu())]
+)
+def test_a_gpu_is_asked_for_without_torch(monkeypatch: pytest.MonkeyPatch, kind: str, expected: str) -> None:
+    """Torch would start CUDA in a process that may be about to fork."""
+    platform = SimpleNamespace(
+        is_rocm=lambda: kind == "rocm",
+        is_cuda=lambda: kind == "cuda",
+        get_device_capability=lambda: SimpleNamespace(major=8, minor=9),
+    )
+    vllm = SimpleNamespace(current_platform=platform, rocm=SimpleNamespace(_GCN_ARCH="gfx942"))
+    for module, put in (("torch", object()), ("vllm", object()), ("vllm.platforms", vllm)):
+        monkeypatch.setitem(sys.modules, module, put)  # type: ignore[arg-type]
+    assert platforms.name() == f"{name._system()} {expected}"
 
 
 def test_the_machine_of_this_test() -> None:

@@ -38,13 +38,18 @@ def _cpu() -> str:
 
 
 def _gpu() -> str | None:
-    torch = sys.modules.get("torch")  # a process without torch has no GPU to ask for
-    if torch is None or not torch.cuda.is_available():
+    """Not asked of torch, which would start CUDA: vLLM then spawns its workers instead of forking them, and a process
+    that serves HTTP only would take memory of the device."""
+    if "torch" not in sys.modules:  # a process without it runs nothing on a GPU
         return None
-    if torch.version.hip:
-        return f"hip {torch.cuda.get_device_properties(0).gcnArchName}"
-    major, minor = torch.cuda.get_device_capability()
-    return f"cuda sm_{major}{minor}"
+    from vllm.platforms import current_platform
+
+    if current_platform.is_rocm():
+        from vllm.platforms import rocm
+
+        return f"hip {rocm._GCN_ARCH}"
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    return None if capability is None else f"cuda sm_{capability.major}{capability.minor}"
 
 
 def _nvidia() -> set[str]:
