@@ -248,13 +248,17 @@ WHILE_COMPILING = (
         "on GPUs, Triton kernels compile in Inductor's own pool of processes",
     ),
 )
-# What is changed while a CUDA graph is captured on demand (cudagraphs/capture.py).
+# What is changed while a CUDA graph is captured on demand (cudagraphs/capture.py and addresses.py).
 WHILE_CAPTURING = (
     (
         "torch.cuda.graph, torch.cuda.empty_cache, torch._C._host_emptyCache; graph_capture, prepare_inputs_to_capture "
         "and tqdm of vllm.v1.worker.gpu.cudagraph_utils; vllm.compilation.monitor.cudagraph_capturing_enabled",
         "other threads may go on, caches of memory stay, one stream serves all captures, attention beside a graph "
         "takes less memory; vLLM's guard against captures is open only then",
+    ),
+    (
+        "_IS_CAPTURING of vLLM's CustomAllreduce, register_graph_buffers of vllm._custom_ops (cudagraphs/addresses.py)",
+        "all-reduce reads inputs where they are; a capture that broke off on some rank leaves no place for addresses open",
     ),
 )
 # What is changed while a start is recorded, by the module that does it.

@@ -119,6 +119,8 @@ def test_a_start_takes_no_longer_than_the_limit(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_it_takes_everything_along(tmp_path: Path, number: int, status: int) -> None:
     code = f"""if True:
+        import faulthandler, signal
+        faulthandler.register(signal.SIGUSR1)
         from vllm_compile_ext.bench import server
         server.vllm_command = lambda: {FAKE!r}
         from vllm_compile_ext.cli import app
@@ -138,7 +140,14 @@ def test_interrupted_it_takes_everything_along(tmp_path: Path, number: int, stat
     while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
         time.sleep(0.05)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[1]
+    try:
+        said = process.communicate(timeout=60)[1]
+    except subprocess.TimeoutExpired:  # say where it is
+        signals = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if "Sig" in line]
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        process.kill()
+        pytest.fail("\n".join([*signals, process.communicate()[1]]))
     assert process.returncode == status
     assert "Traceback" not in said
     assert gone(told(tmp_path)[0]["child"])
