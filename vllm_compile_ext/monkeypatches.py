@@ -258,7 +258,7 @@ WHILE_CAPTURING = (
     ),
     (
         "_IS_CAPTURING of vLLM's CustomAllreduce, register_graph_buffers of vllm._custom_ops (cudagraphs/addresses.py)",
-        "all-reduce reads inputs where they are; a capture that broke off on some rank leaves no place for addresses open",
+        "all-reduce reads inputs where they are; a capture that broke off on some rank leaves no address open",
     ),
 )
 # What is changed while a start is recorded, by the module that does it.
