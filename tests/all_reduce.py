@@ -18,20 +18,22 @@ INPUT = 100  # of the memory that graphs are in
 class Kernels:
     """In the place of `vllm._custom_ops`.
 
-    open: offsets of the inputs whose places in graphs are not filled in.  filled: the other rank's handle and offset in
-    the places that were.
+    copies: whether inputs are copied to a buffer first.  open: offsets of the inputs whose places in graphs are not
+    filled in.  filled: the other rank's handle and offset in the places that were.
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.captured = 0
+        self.copies = False
         self.open: list[int] = []
         self.filled: list[tuple[int, int]] = []
         self.calls: list[str] = []
 
     def capture(self, communicator: Any) -> None:
-        """A call is captured: of an input that is read where it is."""
+        """A call is captured."""
         assert communicator._IS_CAPTURING
+        self.copies = not communicator._capture_registered
         self.open.append(1000 * self.rank + self.captured)
         self.captured += 1
 
@@ -64,4 +66,5 @@ def communicator(group: Any, rank: int) -> Any:
     """Upstream's, without its buffers on devices."""
     made = CustomAllreduce.__new__(CustomAllreduce)
     made._ptr, made._IS_CAPTURING, made.disabled, made.group, made.rank = 0, False, False, group, rank
+    made._capture_registered = True
     return made

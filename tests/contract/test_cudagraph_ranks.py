@@ -77,12 +77,27 @@ CODE = """
             with addresses.open():
                 for _ in range(places[rank]):
                     kernels.capture(communicator)
-            addresses.exchange()
-            return kernels.take()
+            return [addresses.exchange(), kernels.take()]
         out["filled in"] = [captured(*places) for places in ((3, 3), (3, 1), (2, 2), (0, 2), (0, 0), (1, 1))]
-    out["after"] = [communicator._IS_CAPTURING, "register_graph_buffers" in vars(kernels)]
+    out["after"] = [communicator._IS_CAPTURING, communicator._capture_registered,
+        "register_graph_buffers" in vars(kernels)]
+    out["copies"] = [kernels.copies]
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    addresses = Addresses()
+    captured(1, 1)
+    out["copies"].append(kernels.copies)
     communicator.disabled = True
     Addresses().exchange()
+
+    # What only one rank remembers.
+    from vllm_compile_ext import envs
+    from vllm_compile_ext.cudagraphs import memory, record
+    os.environ["VLLM_COMPILE_STORE"] = os.path.abspath("store")
+    memory.key_of, memory._need = lambda config: config, lambda config, known, activations: known is not None
+    for key, there in (("a" * 32, True), ("b" * 32, rank == 0), ("c" * 32, False)):
+        if there:
+            record.write(envs.store(), key, record.Record(base=0, held=0, graphs=0, each={}, needed=0, used=[]))
+    out["remembered"] = [memory._find(key * 32, None)[2] for key in "abc"]
     report(out | {"calls": kernels.calls})
 """
 
@@ -178,15 +193,16 @@ def test_the_places_for_addresses_in_a_graph_are_filled_in_with_those_of_the_oth
 ) -> None:
     for rank, found in enumerate(ranks):
         other, before = 1 - rank, 0
-        for places, filled in zip(PLACES, found["filled in"], strict=True):
-            if places[0] == places[1]:
+        for places, (alike, filled) in zip(PLACES, found["filled in"], strict=True):
+            assert alike == (places[0] == places[1])
+            if alike:
                 inputs = range(1000 * other + before, 1000 * other + before + places[other])
                 assert filled == [[INPUT + other, number] for number in inputs]
             before += places[other]
 
 
 def test_a_capture_that_broke_off_on_one_rank_leaves_no_place_open_on_any(ranks: list[dict[str, Any]]) -> None:
-    one, other = (found["filled in"] for found in ranks)
+    one, other = ([filled for _, filled in found["filled in"]] for found in ranks)
     assert one[1] == [[INPUT + 1, 1003], [UNUSED + 1, 0], [UNUSED + 1, 0]]
     assert other[1] == [[INPUT, 3]]
     assert one[3] == []
@@ -194,10 +210,19 @@ def test_a_capture_that_broke_off_on_one_rank_leaves_no_place_open_on_any(ranks:
 
 
 def test_outside_a_capture_all_reduce_is_as_it_was(ranks: list[dict[str, Any]]) -> None:
-    assert [found["after"] for found in ranks] == [[False, False]] * 2
+    assert [found["after"] for found in ranks] == [[False, True, False]] * 2
+
+
+def test_memory_that_has_no_handle_is_copied_from(ranks: list[dict[str, Any]]) -> None:
+    assert [found["copies"] for found in ranks] == [[False, True]] * 2
+
+
+def test_what_only_one_rank_remembers_none_does(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["remembered"] == [True, False, False]
 
 
 def test_without_custom_all_reduce_nothing_is_exchanged(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["without"] == []
-        assert found["calls"] == ["allocate", *["get"] * len(PLACES)]
+        assert found["calls"] == ["allocate", *["get"] * len(PLACES), "allocate", "get"]

@@ -14,7 +14,7 @@ from vllm_compile_ext.cudagraphs.coverage import STOCK
 from vllm_compile_ext.cudagraphs.policy import BATCHES, BATCHES_BETWEEN, FULL, PIECEWISE
 
 MANAGER = """
-    import os
+    import contextlib, os
     from pathlib import Path
     from tests import graphs
     from tests.graphs import decode, mixed, state, text
@@ -111,7 +111,7 @@ MANAGER = """
     out["failed PIECEWISE"] = fail("PIECEWISE", 24, lambda made: mixed(made, 3, 20))
 
     # With more ranks than one there is no second try: a pass of one rank alone would wait for the others.
-    made, several, agree = started(), ranks.several, ranks.all_agree
+    made, several, there_is_one = started(), ranks.several, ranks.all_agree
     ranks.several = lambda: True
     state.failing[("NONE", 4)] = 1
     out["ranks"] = {"failed here": [text(decode(made, 4)), look(made), state.forwards[2:],
@@ -120,9 +120,38 @@ MANAGER = """
     ranks.all_agree = lambda ok: False  # after the capture: the session took the votes on memory with it
     out["ranks"]["failed there"] = [text(decode(made, 4)), look(made), state.forwards[2:],
         list(made.session.policy.barred.values())]
-    ranks.several, ranks.all_agree = several, agree
+    ranks.several, ranks.all_agree = several, there_is_one
     made.session.policy.barred.clear()
     out["ranks"]["after"] = [text(decode(made, 8)), look(made)]
+
+    # The addresses that all-reduce leaves open in a graph.
+    class Addresses:
+        def __init__(self, alike):
+            self.alike, self.seen = alike, []
+        @contextlib.contextmanager
+        def open(self):
+            before = len(state.graphs)
+            try:
+                yield
+            finally:
+                self.seen.append(f"{len(state.graphs) - before} captured")
+        def exchange(self):
+            self.seen.append("exchange")
+            return self.alike
+    def agree(ok):
+        made._addresses.seen.append("vote")
+        return ok
+    out["addresses"] = {}
+    for name, alike, failing in (("alike", True, 0), ("other calls", False, 0), ("broke off", False, 1)):
+        ranks.several, ranks.all_agree = several, there_is_one
+        made = started()
+        made._addresses = Addresses(alike)
+        ranks.several, ranks.all_agree = lambda: True, agree
+        state.failing[("NONE", 4)] = failing
+        ran = text(decode(made, 4))
+        out["addresses"][name] = [ran, made._addresses.seen, list(made.session.policy.barred.values())]
+    state.failing.clear()
+    ranks.several, ranks.all_agree = several, there_is_one
 
     # A surprise: the batch runs.
     made = started()
@@ -187,6 +216,15 @@ MANAGER = """
     memory.keep_free = keep_free
     made = graphs.start(manager.OnDemandManager, config)
     out["profile"]["start after it"] = [look(made), made.session is None]
+
+    # On another rank.
+    runner.vllm_config = graphs.config(sys.argv[1])
+    ranks.all_agree = lambda ok: False
+    calls.clear()
+    out["profile"]["surprise of another rank"] = [profiled(runner), list(calls)[-1:],
+        coverage.on_demand(runner.vllm_config)]
+    ranks.all_agree = there_is_one
+    runner.vllm_config = config
 
     config.compilation_config.cudagraph_mode = graphs.CUDAGraphMode.NONE
     calls.clear()
@@ -255,8 +293,19 @@ def test_whether_vllm_keeps_memory_free_is_its_variable(seen: dict[str, Any]) ->
     assert seen["applied"] == [True, False]
 
 
-def test_ranks_exchange_no_addresses(seen: dict[str, Any]) -> None:
+def test_upstreams_exchange_of_addresses_which_does_not_expect_failures_is_not_used(seen: dict[str, Any]) -> None:
     assert [seen[name]["exchanges"] for name in ("start", "hit", "prompt")] == [0, 0, 0]
+
+
+def test_addresses_are_exchanged_after_each_capture_and_before_the_vote(seen: dict[str, Any]) -> None:
+    after = ["1 captured", "exchange", "vote"]
+    assert seen["addresses"]["alike"] == ["FULL 4", after, []]
+    # Every rank has to take part, also where its capture broke off.
+    why = "RuntimeError: ranks captured different calls of all-reduce"
+    assert seen["addresses"]["other calls"] == ["NONE 4", after, [why]]
+    ran, calls, [why] = seen["addresses"]["broke off"]
+    assert (ran, calls) == ("NONE 4", after)
+    assert "different" not in why
 
 
 def test_a_decode_step_is_captured_and_runs_on_its_graph(seen: dict[str, Any]) -> None:
@@ -428,6 +477,7 @@ def test_profiling_memory_is_stocks_where_capture_is_and_nothing_without_graphs(
 
 def test_after_a_surprise_while_memory_is_profiled_the_start_is_stocks(seen: dict[str, Any], done: Outcome) -> None:
     assert seen["profile"]["surprise"] == [77, ["stock"]]
+    assert seen["profile"]["surprise of another rank"] == [77, ["stock"], False]
     state, no_session = seen["profile"]["start after it"]
     assert (state["full"], state["pieces"], no_session) == (EVERY_FULL, [EVERY_PIECEWISE] * 2, True)
     assert len(done.lines("CUDA graphs are captured at start, as in stock vLLM (KeyError: 'figure')")) == 1

@@ -56,16 +56,33 @@ def test_one_whose_gpu_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, device: 
 @pytest.mark.parametrize(
     ("kind", "expected"), [("cuda", "cuda sm_89"), ("rocm", "hip gfx942"), ("cpu", name._cpu()), ("xpu", name._cpu())]
 )
-def test_a_gpu_is_asked_for_without_torch(monkeypatch: pytest.MonkeyPatch, kind: str, expected: str) -> None:
-    """Torch would start CUDA in a process that may be about to fork."""
+def test_torch_is_not_asked_for_the_gpu_where_cuda_is_not_running(
+    monkeypatch: pytest.MonkeyPatch, kind: str, expected: str
+) -> None:
+    """It would start CUDA in a process that may be about to fork."""
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: False))
     platform = SimpleNamespace(
         is_rocm=lambda: kind == "rocm",
         is_cuda=lambda: kind == "cuda",
         get_device_capability=lambda: SimpleNamespace(major=8, minor=9),
     )
     vllm = SimpleNamespace(current_platform=platform, rocm=SimpleNamespace(_GCN_ARCH="gfx942"))
-    for module, put in (("torch", object()), ("vllm", object()), ("vllm.platforms", vllm)):
+    for module, put in (("torch", torch), ("vllm", object()), ("vllm.platforms", vllm)):
         monkeypatch.setitem(sys.modules, module, put)  # type: ignore[arg-type]
+    assert platforms.name() == f"{name._system()} {expected}"
+
+
+@pytest.mark.parametrize(("hip", "expected"), [(None, "cuda sm_89"), ("6.4", "hip gfx942:xnack-")])
+def test_where_cuda_is_running_the_current_gpu_counts(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, expected: str
+) -> None:
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_device_capability=lambda: (8, 9),
+        get_device_properties=lambda index: SimpleNamespace(gcnArchName="gfx942:xnack-"),
+    )
+    torch = SimpleNamespace(cuda=cuda, version=SimpleNamespace(hip=hip))
+    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
     assert platforms.name() == f"{name._system()} {expected}"
 
 

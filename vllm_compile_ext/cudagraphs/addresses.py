@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from torch import distributed
+from vllm.device_allocator import alloc_conf
 from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators import custom_all_reduce
 
@@ -30,37 +31,43 @@ class Addresses:
     def __init__(self) -> None:
         communicator = getattr(parallel_state.get_tp_group().device_communicator, "ca_comm", None)
         self._communicator = None if communicator is None or communicator.disabled else communicator
-        self._unused: list[list[int]] = []  # of each rank, the handle of such a buffer
         if self._communicator is not None:
             _, handle = custom_all_reduce.ops.allocate_shared_buffer_and_handle(UNUSED)
+            # Of each rank, the handle of such a buffer.
             self._unused = _from_all(self._communicator.group, handle.tolist())
+            # What expandable segments consist of has no handle; upstream's kernel would end the process.
+            self._have_handles = self._communicator._capture_registered and not _expandable_segments()
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """What is captured in here reads the ranks' inputs where they are, instead of copying them first."""
+        """What is captured in here reads the ranks' inputs where they are, instead of copying them first, if it can."""
         if self._communicator is None:
             yield
             return
-        with patch.object(self._communicator, "_IS_CAPTURING", True):
+        with patch.multiple(self._communicator, _IS_CAPTURING=True, _capture_registered=self._have_handles):
             yield
 
-    def exchange(self) -> None:
-        """Fill in what the last capture left open, also where it broke off on some rank: its graph is never used, but
-        the places have to be done with."""
+    def exchange(self) -> bool:
+        """Fill in what the last capture left open; whether it left as much open on every rank.
+
+        If not, it broke off on some, and no rank may use what it captured, but the places have to be done with.  A rank
+        on which this raises cannot go on: the others' graphs do not have its addresses.
+        """
         if self._communicator is None:
-            return
-        fill_in = custom_all_reduce.ops.register_graph_buffers
+            return True
+        fill_in, found = custom_all_reduce.ops.register_graph_buffers, set[int]()
 
         def as_many(pointer: int, handles: list[list[int]], offsets: list[list[int]]) -> None:
-            most = max(map(len, offsets))
+            found.update(map(len, offsets))
             for unused, of_rank, at in zip(self._unused, handles, offsets, strict=True):
-                missing = most - len(at)
+                missing = max(found) - len(at)
                 of_rank += unused * missing
                 at += [0] * missing
             fill_in(pointer, handles, offsets)
 
         with patch.object(custom_all_reduce.ops, "register_graph_buffers", as_many):
             self._communicator.register_graph_buffers()
+        return len(found) == 1
 
 
 def _from_all(group: Any, value: list[int]) -> list[list[int]]:
@@ -71,3 +78,8 @@ def _from_all(group: Any, value: list[int]) -> list[list[int]]:
         distributed.broadcast_object_list(objects, src=rank, group=group, device="cpu")
         found += objects
     return found
+
+
+def _expandable_segments() -> bool:
+    known = alloc_conf.expandable_segments_enabled()
+    return bool(alloc_conf.expandable_segments_enabled_from_env() if known is None else known)

@@ -23,8 +23,9 @@ ABSURD = 4
 # The driver's memory for each decoder layer in a graph, H100, driver 580: a graph of a whole step is one graph, the
 # other kind is one for each piece of the model.
 LAYER = {"FULL": 52 * KIB, "PIECEWISE": 128 * KIB}
-# For all graphs together: the driver hands out memory in steps of 2 MiB and torch takes it in steps of 20 MiB, so that
-# another order of captures may need more.
+# Torch takes memory in steps of 20 MiB (c10/cuda/CUDACachingAllocator, kLargeBuffer, 2.13), and the driver hands it out
+# in steps of 2 MiB, so that another order of captures may need more: for all graphs together.
+STEP = 20 * MIB
 STEPS = 32 * MIB
 # Of the shapes that traffic never asked for, the part that memory is kept free for once traffic is known, or, of decode
 # steps, while graphs of the other kind are captured.
@@ -51,12 +52,10 @@ class Budget:
     costs: dict[str, list[int]] = field(default_factory=dict)
 
     def expected(self, kind: str) -> int:
-        """Bytes that the next graph of `kind` will take: the mean of those before but for the largest, which may have
-        made room for others; or that of an earlier start; or the estimate."""
-        known = sorted(self.costs.get(kind, ()))
-        if known:
-            return int(statistics.fmean(known[:-1] or known))
-        return self.each.get(kind, self.layers * LAYER[kind])
+        """Bytes that the next graph of `kind` will take: the mean of those before, what is known of an earlier start
+        (or else the estimate) among them; without the largest if it took a step of torch's, which has room for more."""
+        known = sorted([self.each.get(kind, self.layers * LAYER[kind]), *self.costs.get(kind, ())])
+        return int(statistics.fmean(known[:-1] if known[-1] >= STEP and len(known) > 1 else known))
 
     def over(self, kind: str, later: int = 0) -> str | None:
         """Why a graph of `kind` is more than graphs may take together; None when it is not.  later: decode steps that

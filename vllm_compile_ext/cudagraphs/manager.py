@@ -132,11 +132,14 @@ class _OneByOne(upstream.CudaGraphManager):
     def _capture(self, shape: Shape) -> Exception | None:
         """Capture `shape` on every rank or on none; the error of this rank, if it had one."""
         error = self._try(shape, warm_up=False)
-        if ranks.all_agree(error is None):
+        alike = self._addresses.exchange()
+        succeeded = ranks.all_agree(error is None)
+        if succeeded and alike:
             return None
         self._forget(shape)
         if ranks.several():  # a pass of this rank alone would wait for the others for ever
-            return error or RuntimeError("it failed on another rank")
+            there = "ranks captured different calls of all-reduce" if succeeded else "it failed on another rank"
+            return error or RuntimeError(there)
         # Something was set up for the first time, which a capture does not allow.
         logger.debug("capturing %s failed, trying once more after a forward pass: %s", shape.rest, error)
         again: Exception | None = self._try(shape, warm_up=True)
@@ -149,14 +152,12 @@ class _OneByOne(upstream.CudaGraphManager):
         descs: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
         self._capture_descs = {shape.rest.cg_mode: [shape.rest]}
         try:
-            try:
-                with capture.between_steps(upstream, self._stream), self._addresses.open():
-                    super().capture(self._create_forward_fn if warm_up else self._without_warm_up)
-            finally:
-                self._capture_descs = descs
-                self._addresses.exchange()
+            with capture.between_steps(upstream, self._stream), self._addresses.open():
+                super().capture(self._create_forward_fn if warm_up else self._without_warm_up)
         except Exception as error:  # whatever a kernel raises: the batch runs without a graph
             return error
+        finally:
+            self._capture_descs = descs
         return None
 
     def _without_warm_up(self, desc: Any, warmup: bool) -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from vllm_compile_ext import envs
 from vllm_compile_ext.artifacts.access import UnsafeStoreError
-from vllm_compile_ext.cudagraphs import record
+from vllm_compile_ext.cudagraphs import ranks, record
 from vllm_compile_ext.cudagraphs.budget import BASE, Budget, estimate
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy, Shape
 
@@ -63,6 +63,8 @@ def keep_free(config: Any, activations: Callable[[], int]) -> int:
 def _find(config: Any, activations: Callable[[], int]) -> tuple[str, record.Record | None, Need]:
     key = key_of(config)
     known = None if envs.store_off() else record.read(envs.store(), key)
+    if not ranks.all_agree(known is not None):  # a rank that measured a forward pass alone would wait for the others
+        known = None
     return key, known, _need(config, known, activations)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 
-from vllm_compile_ext.cudagraphs import coverage, memory
+from vllm_compile_ext.cudagraphs import coverage, memory, ranks
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +23,19 @@ def around(stock: Callable[[Any], int]) -> Callable[[Any], int]:
         config = runner.vllm_config
         if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
             return 0
+        covered, size, error = True, 0, None
         try:
-            if coverage.on_demand(config):
-                return memory.keep_free(config, lambda: _activations(runner))
-        except Exception as error:
+            covered = coverage.on_demand(config)
+            size = memory.keep_free(config, lambda: _activations(runner)) if covered else 0
+        except Exception as caught:
+            error = caught
+        if covered:
+            if ranks.all_agree(error is None):
+                return size
             coverage.give_up(config)
-            logger.warning("CUDA graphs are captured at start, as in stock vLLM (%s: %s)", type(error).__name__, error)
-            logger.debug("no figure for CUDA graphs", exc_info=True)
+            why = "another rank has no figure for them" if error is None else f"{type(error).__name__}: {error}"
+            logger.warning("CUDA graphs are captured at start, as in stock vLLM (%s)", why)
+            logger.debug("no figure for CUDA graphs", exc_info=error)
         return stock(runner)
 
     return profile_cudagraph_memory

@@ -38,10 +38,17 @@ def _cpu() -> str:
 
 
 def _gpu() -> str | None:
-    """Not asked of torch, which would start CUDA: vLLM then spawns its workers instead of forking them, and a process
-    that serves HTTP only would take memory of the device."""
-    if "torch" not in sys.modules:  # a process without it runs nothing on a GPU
+    """Where CUDA is not running yet, vLLM is asked, which asks the driver's management library: torch would start it.
+    vLLM then spawns its workers instead of forking them, and a process that only serves HTTP would take memory of the
+    device."""
+    torch = sys.modules.get("torch")  # a process without torch has no GPU to ask for
+    if torch is None:
         return None
+    if torch.cuda.is_initialized():
+        if torch.version.hip:
+            return f"hip {torch.cuda.get_device_properties(0).gcnArchName}"
+        major, minor = torch.cuda.get_device_capability()
+        return f"cuda sm_{major}{minor}"
     from vllm.platforms import current_platform
 
     if current_platform.is_rocm():

@@ -15,13 +15,16 @@ GRAPH = 4 * MIB
 
 
 class Remembered:
-    """In the place of `Memory`.  kept: how often there was something to remember."""
+    """In the place of `Memory`.  each: what a graph took in an earlier start.  kept: how often there was something to
+    remember."""
 
-    def __init__(self, limit: int, before: dict[Shape, int] | None = None, kept: bool = True) -> None:
+    def __init__(
+        self, limit: int, before: dict[Shape, int] | None = None, kept: bool = True, each: dict[str, int] | None = None
+    ) -> None:
         self.shapes = ALL
         self.before = Counter(before or {})
         self.need = Need(limit, limit, "an estimate", kept)
-        self.each: dict[str, int] = {}
+        self.each = each or {}
         self.kept = 0
 
     def keep(self, policy: Policy, budget: Budget) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.cudagraphs.fakes import GRAPH, Gpu, Remembered
 from tests.unit.cudagraphs.shapes import ALL, DECODE, MIXED, decode, fits, mixed
-from vllm_compile_ext.cudagraphs.budget import ABSURD, LAYER, MARGIN, MIB, UNKEPT_MARGIN
+from vllm_compile_ext.cudagraphs.budget import ABSURD, LAYER, MARGIN, MIB, UNASKED, UNKEPT_MARGIN
 from vllm_compile_ext.cudagraphs.policy import BATCHES, BATCHES_PADDED, BATCHES_POSTPONED, FULL, PIECEWISE, Shape
 from vllm_compile_ext.cudagraphs.session import FAILURES, Device, Session
 
@@ -250,14 +250,15 @@ def test_after_a_surprise_what_is_captured_is_used_and_nothing_more_is_captured(
 
 
 def test_room_is_left_for_what_graphs_took_in_an_earlier_start() -> None:
-    known = Remembered((len(DECODE) // 2 + 1) * GRAPH)
-    known.each = {FULL: GRAPH, PIECEWISE: GRAPH}
-    made = Session(known, 10_000, Gpu().device())  # type: ignore[arg-type]  # an estimate would be too much
-    assert made.capture(mixed(64))
+    limit = int(UNASKED * len(DECODE) * GRAPH) + GRAPH
+    for each, there in (({FULL: GRAPH, PIECEWISE: GRAPH}, True), ({FULL: 2 * GRAPH, PIECEWISE: GRAPH}, False)):
+        made = Session(Remembered(limit, each=each), 1, Gpu().device())  # type: ignore[arg-type]
+        assert made.capture(mixed(64)) is there
 
 
 def test_prompts_do_not_use_up_what_decode_steps_need(caplog: pytest.LogCaptureFixture) -> None:
-    made = session(Gpu(), limit=6 * GRAPH)
+    each = {FULL: GRAPH, PIECEWISE: GRAPH}
+    made = Session(Remembered(6 * GRAPH, each=each), 1, Gpu().device())  # type: ignore[arg-type]
     ask(made, decode(1))  # 8 sizes are left, and room is kept for two of them
     for shape in MIXED:
         for _ in range(2 * BATCHES_PADDED):
