@@ -326,17 +326,22 @@ ENGINES = (
         def function():
             os.mkdir(f"kills{seed}")
             os.chdir(f"kills{seed}")
-            moments, found = random.Random(seed), []
-            for number in range(6):
+            moments, found, span = random.Random(seed), [], took
+            for _ in range(12):
                 # Every fourth on what the last ones left, the others on an empty store.
-                if number % 4:
+                if len(found) % 4:
                     shutil.rmtree("killed", ignore_errors=True)
                 victim = start("killed")
-                time.sleep(moments.uniform(0.2, 0.95) * took)
+                time.sleep(moments.uniform(0.2, 0.95) * span)
                 victim.kill()
                 killed = victim.end()
+                if killed.status == 0:  # too late: the machine has become faster
+                    span *= 0.6
+                    continue
                 damaged = [str(d) for d in Store.open(Path("killed/compile_store")).verify()]
                 found.append([killed.status, damaged, result(start("killed").end())])
+                if len(found) == 6:
+                    break
             return [found, result(start("killed").end())]
         return forks.Fork(function)
     ended = [each.end() for each in (kills(20), kills(21))]
@@ -373,7 +378,7 @@ def test_writers_killed_at_random_moments(engines: dict[str, Any]) -> None:
     assert engines["warm"][1] == [tokens, 1, 0]
     assert engines["other"][1] == engines["cold"][1]
     kills = [*engines["kills"][0], *engines["kills"][1]]
-    assert sum(status == -9 for status, _, _ in kills) >= 6, "most were killed before they were done"
+    assert [status for status, _, _ in kills] == [-9] * 12, "killed before they were done"
     for _, damaged, next_one in kills:
         assert damaged == [], "what can be read is whole"
         assert next_one[0] == 0
