@@ -15,7 +15,7 @@ from tests import process
 UNUSED, INPUT = 200, 100
 
 CODE = """
-    import os, torch
+    import inspect, os, torch
     from vllm_compile_ext import plugin
     plugin.register()
     from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
@@ -66,6 +66,8 @@ CODE = """
     from tests import all_reduce
     from vllm_compile_ext.cudagraphs.addresses import Addresses
 
+    out["kernels"] = {name: list(inspect.signature(getattr(custom_all_reduce.ops, name)).parameters) for name in
+        ("allocate_shared_buffer_and_handle", "get_graph_buffer_ipc_meta", "register_graph_buffers")}
     kernels = custom_all_reduce.ops = all_reduce.Kernels(rank)
     group = parallel_state.get_tp_group()
     Addresses().exchange()
@@ -220,6 +222,14 @@ def test_memory_that_has_no_handle_is_copied_from(ranks: list[dict[str, Any]]) -
 def test_what_only_one_rank_remembers_none_does(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["remembered"] == [True, False, False]
+
+
+def test_the_kernels_are_called_as_they_are_here(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["kernels"] == {
+        "allocate_shared_buffer_and_handle": ["size"],
+        "get_graph_buffer_ipc_meta": ["fa"],
+        "register_graph_buffers": ["fa", "handles", "offsets"],
+    }
 
 
 def test_without_custom_all_reduce_nothing_is_exchanged(ranks: list[dict[str, Any]]) -> None:
