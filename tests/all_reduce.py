@@ -1,18 +1,16 @@
-"""vLLM's custom all-reduce on a machine without a GPU: what csrc/custom_all_reduce.cuh (0.32.0) does with addresses.
-
-Imported by processes of `tests/process.py` only.
-"""
+"""vLLM's custom all-reduce on a machine without a GPU: what csrc/custom_all_reduce.cuh (0.32.0) does with addresses."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
 
 HANDLE = 64  # bytes
 UNUSED = 200  # what a handle consists of, and the rank: of the buffer that nobody uses
 INPUT = 100  # of the memory that graphs are in
+# Captures in turn: the calls of all-reduce that each of two ranks comes to.
+CALLS = [(3, 3), (3, 1), (2, 2), (0, 2), (0, 0), (1, 1)]
 
 
 class Kernels:
@@ -64,6 +62,8 @@ class Kernels:
 
 def communicator(group: Any, rank: int) -> Any:
     """Upstream's, without its buffers on devices."""
+    from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
+
     made = CustomAllreduce.__new__(CustomAllreduce)
     made._ptr, made._IS_CAPTURING, made.disabled, made.group, made.rank = 0, False, False, group, rank
     made._capture_registered = True

@@ -257,7 +257,8 @@ WHILE_CAPTURING = (
         "takes less memory; vLLM's guard against captures is open only then",
     ),
     (
-        "_IS_CAPTURING of vLLM's CustomAllreduce, register_graph_buffers of vllm._custom_ops (cudagraphs/addresses.py)",
+        "_IS_CAPTURING and _capture_registered of vLLM's CustomAllreduce, register_graph_buffers of vllm._custom_ops "
+        "(cudagraphs/addresses.py)",
         "all-reduce reads inputs where they are; a capture that broke off on some rank leaves no address open",
     ),
 )

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from tests import process
-
-# As tests/all_reduce.py has them, which imports vLLM.
-UNUSED, INPUT = 200, 100
+from tests.all_reduce import CALLS, INPUT, UNUSED
 
 CODE = """
     import inspect, os, torch
@@ -75,12 +73,12 @@ CODE = """
     communicator = group.device_communicator.ca_comm = all_reduce.communicator(group.cpu_group, rank)
     with torch.inference_mode():  # as a step
         addresses = Addresses()
-        def captured(*places):
+        def captured(*calls):
             with addresses.open():
-                for _ in range(places[rank]):
+                for _ in range(calls[rank]):
                     kernels.capture(communicator)
             return [addresses.exchange(), kernels.take()]
-        out["filled in"] = [captured(*places) for places in ((3, 3), (3, 1), (2, 2), (0, 2), (0, 0), (1, 1))]
+        out["filled in"] = [captured(*calls) for calls in all_reduce.CALLS]
     out["after"] = [communicator._IS_CAPTURING, communicator._capture_registered,
         "register_graph_buffers" in vars(kernels)]
     out["copies"] = [kernels.copies]
@@ -186,21 +184,17 @@ def test_while_idle_the_first_ranks_choice_is_captured(ranks: list[dict[str, Any
     assert len(tried) == 18
 
 
-# For the captures below: the other rank's handle, and the number of its input, in each place of a rank.
-PLACES = [(3, 3), (3, 1), (2, 2), (0, 2), (0, 0), (1, 1)]
-
-
 def test_the_places_for_addresses_in_a_graph_are_filled_in_with_those_of_the_other_rank(
     ranks: list[dict[str, Any]],
 ) -> None:
     for rank, found in enumerate(ranks):
         other, before = 1 - rank, 0
-        for places, (alike, filled) in zip(PLACES, found["filled in"], strict=True):
-            assert alike == (places[0] == places[1])
+        for calls, (alike, filled) in zip(CALLS, found["filled in"], strict=True):
+            assert alike == (calls[0] == calls[1])
             if alike:
-                inputs = range(1000 * other + before, 1000 * other + before + places[other])
+                inputs = range(1000 * other + before, 1000 * other + before + calls[other])
                 assert filled == [[INPUT + other, number] for number in inputs]
-            before += places[other]
+            before += calls[other]
 
 
 def test_a_capture_that_broke_off_on_one_rank_leaves_no_place_open_on_any(ranks: list[dict[str, Any]]) -> None:
@@ -235,4 +229,4 @@ def test_the_kernels_are_called_as_they_are_here(ranks: list[dict[str, Any]]) ->
 def test_without_custom_all_reduce_nothing_is_exchanged(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["without"] == []
-        assert found["calls"] == ["allocate", *["get"] * len(PLACES), "allocate", "get"]
+        assert found["calls"] == ["allocate", *["get"] * len(CALLS), "allocate", "get"]

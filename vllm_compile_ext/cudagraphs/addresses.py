@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
-from torch import distributed
 from vllm.device_allocator import alloc_conf
 from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators import custom_all_reduce
+
+from vllm_compile_ext.cudagraphs import ranks
 
 # Bytes of a buffer that nobody uses.
 UNUSED = 256
@@ -34,7 +34,7 @@ class Addresses:
         if self._communicator is not None:
             _, handle = custom_all_reduce.ops.allocate_shared_buffer_and_handle(UNUSED)
             # Of each rank, the handle of such a buffer.
-            self._unused = _from_all(self._communicator.group, handle.tolist())
+            self._unused = ranks.from_all(handle.tolist())
             # What expandable segments consist of has no handle; upstream's kernel would end the process.
             self._have_handles = self._communicator._capture_registered and not _expandable_segments()
 
@@ -68,16 +68,6 @@ class Addresses:
         with patch.object(custom_all_reduce.ops, "register_graph_buffers", as_many):
             self._communicator.register_graph_buffers()
         return len(found) == 1
-
-
-def _from_all(group: Any, value: list[int]) -> list[list[int]]:
-    """Each rank's `value`.  By broadcasts, since gloo cannot gather objects in inference mode (pytorch #126032)."""
-    found = []
-    for rank in sorted(distributed.get_process_group_ranks(group)):
-        objects = [value]
-        distributed.broadcast_object_list(objects, src=rank, group=group, device="cpu")
-        found += objects
-    return found
 
 
 def _expandable_segments() -> bool:

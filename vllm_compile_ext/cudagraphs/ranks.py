@@ -29,3 +29,14 @@ def from_first(number: int) -> int:
     numbers = torch.tensor([number], dtype=torch.int64)
     torch.distributed.broadcast(numbers, src=group.ranks[0], group=group.cpu_group)
     return int(numbers.item())
+
+
+def from_all(value: list[int]) -> list[list[int]]:
+    """Each tensor parallel rank's `value`.  By broadcasts, since gloo cannot gather objects in inference mode (pytorch
+    #126032)."""
+    group, found = parallel_state.get_tp_group(), []
+    for rank in group.ranks:
+        objects = [value]
+        torch.distributed.broadcast_object_list(objects, src=rank, group=group.cpu_group, device="cpu")
+        found += objects
+    return found
