@@ -232,7 +232,7 @@ ACTIVE = (
 # What is changed while a model compiles and put back afterwards, by the module that does it.
 WHILE_COMPILING = (
     (
-        "torch._dynamo.variables: UnspecializedNNModuleVariable.call_function and two more (graph/hooks.py)",
+        "torch._dynamo.variables: UnspecializedNNModuleVariable.call_function and two more (trace/hooks.py)",
         "a repeated layer is traced once",
     ),
     (
@@ -240,7 +240,7 @@ WHILE_COMPILING = (
         "C++ kernels compile in threads",
     ),
     (
-        "hash_factors and safe_hash in the modules of vllm.config (compilation/config_factors.py)",
+        "hash_factors and safe_hash in the modules of vllm.config (key/config.py)",
         "what vLLM hashes of its configuration is noted, field by field, so that a miss can name what changed",
     ),
     (

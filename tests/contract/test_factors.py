@@ -20,7 +20,7 @@ START = """
     from vllm.plugins import load_general_plugins
     load_general_plugins()
     from vllm.engine.arg_utils import EngineArgs
-    from vllm_compile_ext.compilation import config_factors, factors, machine
+    from vllm_compile_ext.key import config as key_config, factors, machine
 
     path = sys.argv[1]
 
@@ -86,7 +86,7 @@ MUTATE = (
                 yield from places(value, here, depth - 1)
 
     def look():
-        return config.compute_hash(), config_factors.config_factors(config)
+        return config.compute_hash(), key_config.config_factors(config)
 
     base = look()
     under, over, unlike, changed, unhashable, fallen = [], [], [], {}, set(), []
@@ -196,13 +196,13 @@ UNKNOWN = (
             vars(m).get("safe_hash", hashing.safe_hash) is upstream[1] for m in holders)
     upstream = utils.hash_factors, hashing.safe_hash
     out = {"before": untouched()}
-    config_factors.config_factors(config)
+    key_config.config_factors(config)
     out["after"] = untouched()
 
     # A field that vLLM cannot hash.
     config.model_config.revision = lambda: 1
     try:
-        config_factors.config_factors(config)
+        key_config.config_factors(config)
     except TypeError as error:
         out["error"] = str(error)
     config.model_config.revision = None
@@ -212,11 +212,11 @@ UNKNOWN = (
     kind = type(config)
     real = kind.compute_hash
     kind.compute_hash = lambda self: real(self)[::-1]
-    out["turned"], out["opaque"] = config_factors.config_factors(config), config.compute_hash()
+    out["turned"], out["opaque"] = key_config.config_factors(config), config.compute_hash()
     kind.compute_hash = lambda self: real(self) + "z"
-    out["longer"] = list(config_factors.config_factors(config))
+    out["longer"] = list(key_config.config_factors(config))
     kind.compute_hash = lambda self: "0"
-    out["constant"] = config_factors.config_factors(config)
+    out["constant"] = key_config.config_factors(config)
     kind.compute_hash = real
 
     # A config whose hash is made in its own way, and one that has a digest twice.
@@ -224,17 +224,17 @@ UNKNOWN = (
         def __init__(self, value): self.value = value
         def compute_hash(self): return "foreign" + str(self.value)
     config.additional_config = Foreign(1)
-    one = config_factors.config_factors(config)
+    one = key_config.config_factors(config)
     config.additional_config = Foreign(2)
-    out["foreign"] = difference(one, config_factors.config_factors(config))
+    out["foreign"] = difference(one, key_config.config_factors(config))
     config.additional_config = {}
-    none = config_factors.config_factors(config)
+    none = key_config.config_factors(config)
     from vllm.config import ECTransferConfig, KVTransferConfig
     config.ec_transfer_config = ECTransferConfig()
-    out["same digest"] = difference(none, config_factors.config_factors(config))
+    out["same digest"] = difference(none, key_config.config_factors(config))
     config.ec_transfer_config = None
     config.kv_transfer_config = KVTransferConfig()
-    out["new part"] = difference(none, config_factors.config_factors(config))
+    out["new part"] = difference(none, key_config.config_factors(config))
     report(out)
 """
 )

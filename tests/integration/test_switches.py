@@ -77,7 +77,7 @@ CODE = """
     out["pieces that cannot be mapped"] = [ended.status, ended.value, ended.output]
 
     def no_key():
-        from vllm_compile_ext.compilation import factors
+        from vllm_compile_ext.key import factors
         factors.factors = lambda *args: 1 / 0
         return [toys.off(toys.build(toys.Plain, toys.config("f"))), counter.num_aot_artifacts_saved]
     ended = forks.run(no_key)

@@ -17,7 +17,7 @@ WORKS = """
     from torch import nn
     from tests import toys
     from vllm.compilation.backends import set_model_tag
-    from vllm_compile_ext.graph.regions import Tracer
+    from vllm_compile_ext.trace.regions import Tracer
     out = {}
 
     config = toys.config("parts")
@@ -246,7 +246,7 @@ FAILS = """
     from tests import toys
     from vllm.config import CUDAGraphMode
     from vllm_compile_ext.bytecode import buffers
-    from vllm_compile_ext.graph import hooks
+    from vllm_compile_ext.trace import hooks
     decompiled = []
     real = depyf.decompile
     depyf.decompile = lambda code: decompiled.append(code.co_name) or real(code)

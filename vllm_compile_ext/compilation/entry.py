@@ -16,7 +16,7 @@ from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, summary
 from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest
 from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
-from vllm_compile_ext.compilation import factors
+from vllm_compile_ext.key import factors
 
 logger = logging.getLogger(__name__)
 

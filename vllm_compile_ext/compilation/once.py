@@ -21,11 +21,11 @@ from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piec
 from vllm_compile_ext.compilation.progress import Progress
 from vllm_compile_ext.compilation.session import Session
 from vllm_compile_ext.compilation.sharing import Shared
-from vllm_compile_ext.graph import plan as plans
-from vllm_compile_ext.graph.fingerprint import Unfingerprintable, fingerprint
-from vllm_compile_ext.graph.split import Piece, decompose_sizes, extract, split
-from vllm_compile_ext.graph.stitch import stitch
 from vllm_compile_ext.startup.spans import note, span
+from vllm_compile_ext.trace import plan as plans
+from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
+from vllm_compile_ext.trace.split import Piece, decompose_sizes, extract, split
+from vllm_compile_ext.trace.stitch import stitch
 
 logger = logging.getLogger(__name__)
 

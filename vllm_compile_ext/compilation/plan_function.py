@@ -9,7 +9,7 @@ from torch._dynamo.aot_compile import SerializableCallable
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
 from vllm_compile_ext.artifacts.manifest import Blob
-from vllm_compile_ext.graph import plan as plans
+from vllm_compile_ext.trace import plan as plans
 from vllm_compile_ext.upstream import backends as upstream
 
 

@@ -22,8 +22,8 @@ from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.bytecode import transformed
 from vllm_compile_ext.compilation import inductor_files, pieces, scratch
 from vllm_compile_ext.compilation.plan_function import PlanFunction
-from vllm_compile_ext.graph import plan as plans
 from vllm_compile_ext.startup.spans import span
+from vllm_compile_ext.trace import plan as plans
 
 logger = logging.getLogger(__name__)
 

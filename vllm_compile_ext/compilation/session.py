@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_compile_ext.compilation.entry import Entry
-from vllm_compile_ext.graph.regions import Tracer
+from vllm_compile_ext.trace.regions import Tracer
 
 
 class Session:

@@ -12,8 +12,9 @@ from typing import Any
 from vllm_compile_ext import envs
 from vllm_compile_ext.bytecode import buffers, dump
 from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.compilation import factors, rules, scratch, workers
+from vllm_compile_ext.compilation import rules, scratch, workers
 from vllm_compile_ext.compilation.session import Session
+from vllm_compile_ext.key import factors
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import wrapper as upstream
 

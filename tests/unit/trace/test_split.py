@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.unit.graph.pieces import World
-from vllm_compile_ext.graph.plan import write
-from vllm_compile_ext.graph.split import Piece, decompose_sizes, extract, split
+from tests.unit.trace.pieces import World
+from vllm_compile_ext.trace.plan import write
+from vllm_compile_ext.trace.split import Piece, decompose_sizes, extract, split
 
 SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -150,7 +150,7 @@ def test_a_lonely_allocation_joins_the_piece_before() -> None:
 
 
 def test_extracted_inputs_overlap_when_they_may() -> None:
-    from vllm_compile_ext.graph.stitch import STORAGE
+    from vllm_compile_ext.trace.stitch import STORAGE
 
     world = World()
     shared = world.tensor(("a", 4))

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from vllm_compile_ext.graph.fingerprint import fingerprint
-from vllm_compile_ext.graph.split import Piece
+from vllm_compile_ext.trace.fingerprint import fingerprint
+from vllm_compile_ext.trace.split import Piece
 
 
 class World:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_compile_ext.compilation import readable
+from vllm_compile_ext.key import readable
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 NAMES = st.text("abcd", min_size=1, max_size=2)

@@ -14,12 +14,12 @@ from torch import nn
 from torch._dynamo.utils import get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
-from vllm_compile_ext.graph import check, hooks, plan
-from vllm_compile_ext.graph.bodies import Extra
-from vllm_compile_ext.graph.fingerprint import fingerprint
-from vllm_compile_ext.graph.regions import Tracer
-from vllm_compile_ext.graph.split import decompose_sizes, extract, split
-from vllm_compile_ext.graph.stitch import stitch
+from vllm_compile_ext.trace import check, hooks, plan
+from vllm_compile_ext.trace.bodies import Extra
+from vllm_compile_ext.trace.fingerprint import fingerprint
+from vllm_compile_ext.trace.regions import Tracer
+from vllm_compile_ext.trace.split import decompose_sizes, extract, split
+from vllm_compile_ext.trace.stitch import stitch
 
 
 def backend_input(model: nn.Module, args: tuple[Any, ...], tracer: Tracer | None = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.graph.signature import metadata
+from vllm_compile_ext.trace.signature import metadata
 
 
 def difference(a: fx.Graph, a_inputs: Sequence[Any], b: fx.Graph, b_inputs: Sequence[Any]) -> str | None:

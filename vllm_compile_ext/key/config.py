@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from vllm_compile_ext.compilation import readable
+from vllm_compile_ext.key import readable
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_compile_ext import compat
-from vllm_compile_ext.compilation import config_factors, machine, readable
+from vllm_compile_ext.key import config, machine, readable
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ DROPPED_SETTINGS = {
     "inductor.cpp.cxx": "a path; one factor of its own: compiler",
 }
 DROPPED = {
-    **config_factors.DROPPED,
+    **config.DROPPED,
     **{f"env.{name}": why for name, why in DROPPED_ENV.items()},
     **DROPPED_SETTINGS,
 }
@@ -132,7 +132,7 @@ def factors(vllm_config: Any, model: Any) -> dict[str, str]:
     found = dict(_versions())
     found |= _machine(vllm_config)
     found |= _model(model)
-    found |= config_factors.config_factors(vllm_config)
+    found |= config.config_factors(vllm_config)
     found |= _environment()
     if current_platform.is_cpu():  # of which the platform names those that Inductor knows
         found |= {f"cpu.{flag}": "yes" for flag in machine.processor()}
@@ -198,7 +198,7 @@ def _environment() -> dict[str, str]:
     values = {
         name: value
         for name, value in vllm.envs.compile_factors().items()
-        if name not in DROPPED_ENV and not config_factors.SECRET.search(name)
+        if name not in DROPPED_ENV and not config.SECRET.search(name)
     }
     values |= {name: os.environ[name] for name in READ_WHILE_COMPILING if name in os.environ}
     values |= _triton_variables()

@@ -14,13 +14,13 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from tests.unit.graph.capture import run, splits, stitched
-from tests.unit.graph.models import Name, stack
-from tests.unit.graph.test_regions import CASES
-from vllm_compile_ext.graph import access, names
-from vllm_compile_ext.graph.bodies import NotOnce
-from vllm_compile_ext.graph.plan import Made, Plan, dumps, loads, write
-from vllm_compile_ext.graph.split import decompose_sizes, split
+from tests.unit.trace.capture import run, splits, stitched
+from tests.unit.trace.models import Name, stack
+from tests.unit.trace.test_regions import CASES
+from vllm_compile_ext.trace import access, names
+from vllm_compile_ext.trace.bodies import NotOnce
+from vllm_compile_ext.trace.plan import Made, Plan, dumps, loads, write
+from vllm_compile_ext.trace.split import decompose_sizes, split
 
 
 def planned(model: nn.Module) -> tuple[Any, Plan]:
@@ -268,7 +268,7 @@ def test_a_plan_of_bytes_brings_its_code(monkeypatch: pytest.MonkeyPatch) -> Non
     data = dumps(plan)
     same, other = loads(data), None
     assert same.code is not None
-    monkeypatch.setattr("vllm_compile_ext.graph.plan.PYTHON", "another")
+    monkeypatch.setattr("vllm_compile_ext.trace.plan.PYTHON", "another")
     other = loads(data)
     assert other.code is None
     for one in (same, other):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.graph.structure import Comparison
+from vllm_compile_ext.trace.structure import Comparison
 
 CALL = "vllm_compile_ext.call"  # in a marker node's meta: its Call
 

@@ -10,9 +10,9 @@ import torch
 import torch.fx as fx
 from torch._library.fake_class_registry import FakeScriptObject
 
-from vllm_compile_ext.graph import access
-from vllm_compile_ext.graph.bodies import CALL, Body, Call, Extra, NotOnce, Opaque, keep_alive, region
-from vllm_compile_ext.graph.signature import returned, storage
+from vllm_compile_ext.trace import access
+from vllm_compile_ext.trace.bodies import CALL, Body, Call, Extra, NotOnce, Opaque, keep_alive, region
+from vllm_compile_ext.trace.signature import returned, storage
 
 STORAGE = "vllm_compile_ext.storage"  # in a node's meta: number of its storage, equal where tensors may overlap
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from vllm_compile_ext.graph.bodies import ANY, UNKNOWN, Foreign, NotOnce, Opaque, Read
-from vllm_compile_ext.graph.structure import Comparison, Difference
+from vllm_compile_ext.trace.bodies import ANY, UNKNOWN, Foreign, NotOnce, Opaque, Read
+from vllm_compile_ext.trace.structure import Comparison, Difference
 
 
 def split_source(source: Any) -> tuple[Any, Any]:

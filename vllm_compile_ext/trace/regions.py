@@ -22,12 +22,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.graph import hooks
-from vllm_compile_ext.graph.bodies import CALL, UNKNOWN, Body, Call, Foreign, NotOnce, Opaque, Read, keep_alive, region
-from vllm_compile_ext.graph.reads import check, guards, identities, lifted_strings, reads, renamed, split_source
-from vllm_compile_ext.graph.signature import Arguments, check_returned, first_difference, results, returned
-from vllm_compile_ext.graph.state import Snapshot
-from vllm_compile_ext.graph.structure import Comparison, Unlike, compare
+from vllm_compile_ext.trace import hooks
+from vllm_compile_ext.trace.bodies import CALL, UNKNOWN, Body, Call, Foreign, NotOnce, Opaque, Read, keep_alive, region
+from vllm_compile_ext.trace.reads import check, guards, identities, lifted_strings, reads, renamed, split_source
+from vllm_compile_ext.trace.signature import Arguments, check_returned, first_difference, results, returned
+from vllm_compile_ext.trace.state import Snapshot
+from vllm_compile_ext.trace.structure import Comparison, Unlike, compare
 
 
 def find_groups(root: torch.nn.Module, least: int = 3) -> dict[int, int]:

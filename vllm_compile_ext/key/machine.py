@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext import __version__
-from vllm_compile_ext.compilation import readable
+from vllm_compile_ext.key import readable
 
 # Module, and the distribution that it comes in: packages whose presence decides which operators vLLM's layers call
 # (vLLM 0.32.0, `utils/import_utils.py` and the `find_spec` calls in layers and kernels), or how a config is read.

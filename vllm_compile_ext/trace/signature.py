@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from vllm_compile_ext.graph.bodies import NotOnce
+from vllm_compile_ext.trace.bodies import NotOnce
 
 
 def expression(value: Any) -> str:

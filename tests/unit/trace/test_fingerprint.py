@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.unit.graph.capture import stitched
-from tests.unit.graph.models import Name
-from tests.unit.graph.pieces import World, digest, piece
-from tests.unit.graph.test_regions import CASES
-from vllm_compile_ext.graph.fingerprint import Unfingerprintable, fingerprint
-from vllm_compile_ext.graph.split import decompose_sizes, split
+from tests.unit.trace.capture import stitched
+from tests.unit.trace.models import Name
+from tests.unit.trace.pieces import World, digest, piece
+from tests.unit.trace.test_regions import CASES
+from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
+from vllm_compile_ext.trace.split import decompose_sizes, split
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit.graph.capture import against_full_trace, backend_input, run, stitched
-from tests.unit.graph.models import Layer, Name, each, stack
-from vllm_compile_ext.graph import hooks, regions
-from vllm_compile_ext.graph.bodies import NotOnce, region
-from vllm_compile_ext.graph.regions import Tracer
-from vllm_compile_ext.graph.stitch import stitch
+from tests.unit.trace.capture import against_full_trace, backend_input, run, stitched
+from tests.unit.trace.models import Layer, Name, each, stack
+from vllm_compile_ext.trace import hooks, regions
+from vllm_compile_ext.trace.bodies import NotOnce, region
+from vllm_compile_ext.trace.regions import Tracer
+from vllm_compile_ext.trace.stitch import stitch
 
 attn, attn_str = torch.ops.t.attn, torch.ops.t.attn_str
 GLOBAL = torch.ones(8)

@@ -19,10 +19,10 @@ import torch.fx as fx
 from blake3 import blake3
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vllm_compile_ext.graph import names
-from vllm_compile_ext.graph.signature import storage
-from vllm_compile_ext.graph.split import Piece, attribute, value_of
-from vllm_compile_ext.graph.stitch import STORAGE
+from vllm_compile_ext.trace import names
+from vllm_compile_ext.trace.signature import storage
+from vllm_compile_ext.trace.split import Piece, attribute, value_of
+from vllm_compile_ext.trace.stitch import STORAGE
 
 _READABLE = ("cpu", torch.strided)
 _LARGEST_CONSTANT = 4096  # bytes of a constant tensor that are put into the text

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.graph.bodies import NotOnce
-from vllm_compile_ext.graph.signature import storage
-from vllm_compile_ext.graph.stitch import STORAGE
+from vllm_compile_ext.trace.bodies import NotOnce
+from vllm_compile_ext.trace.signature import storage
+from vllm_compile_ext.trace.stitch import STORAGE
 
 
 @dataclass

@@ -18,9 +18,9 @@ import torch
 import torch.fx as fx
 
 from vllm_compile_ext.bytecode.transformed import PYTHON
-from vllm_compile_ext.graph import access, names
-from vllm_compile_ext.graph.bodies import Extra, NotOnce
-from vllm_compile_ext.graph.split import Piece
+from vllm_compile_ext.trace import access, names
+from vllm_compile_ext.trace.bodies import Extra, NotOnce
+from vllm_compile_ext.trace.split import Piece
 
 
 @dataclass(frozen=True)

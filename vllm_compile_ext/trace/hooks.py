@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch.fx as fx
 
-from vllm_compile_ext.graph.bodies import keep_alive, region
+from vllm_compile_ext.trace.bodies import keep_alive, region
 
 
 class Listener(Protocol):

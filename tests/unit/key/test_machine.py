@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_compile_ext.compilation import machine
+from vllm_compile_ext.key import machine
 
 CPUINFO = """processor\t: 0
 vendor_id\t: GenuineIntel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
-from vllm_compile_ext.graph.bodies import NotOnce
+from vllm_compile_ext.trace.bodies import NotOnce
 
 
 def steps(expression: str) -> tuple[str, list[str]]:
