@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vllm_compile_ext.artifacts.store import Store
-from vllm_compile_ext.compilation import entry, factors
+from vllm_compile_ext.compilation import entry
+from vllm_compile_ext.key import factors
 
 
 @pytest.fixture
