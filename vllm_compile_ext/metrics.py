@@ -59,6 +59,7 @@ METRICS = (
     Metric("store_loaded_bytes_total", "counter", "Bytes of compiled code that were loaded from the store."),
     Metric("store_kept_bytes_total", "counter", "Bytes of compiled code that were kept in the store."),
     Metric("store_load_seconds_total", "counter", "Seconds that loading compiled code from the store took."),
+    Metric("copies_refuted_total", "counter", "Models traced again in full, since a copied layer was not its trace."),
     Metric("pieces_compiled_total", "counter", "Distinct pieces of models that were compiled."),
     Metric(
         "pieces_loaded_total",

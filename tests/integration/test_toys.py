@@ -17,7 +17,7 @@ WORKS = """
     from torch import nn
     from tests import toys
     from vllm.compilation.backends import set_model_tag
-    from vllm_compile_ext.trace.regions import Tracer
+    from vllm_compile_ext.trace.tracer import Tracer
     out = {}
 
     config = toys.config("parts")
@@ -246,7 +246,7 @@ FAILS = """
     from tests import toys
     from vllm.config import CUDAGraphMode
     from vllm_compile_ext.bytecode import buffers
-    from vllm_compile_ext.trace import hooks
+    from vllm_compile_ext.trace import watch
     decompiled = []
     real = depyf.decompile
     depyf.decompile = lambda code: decompiled.append(code.co_name) or real(code)
@@ -254,7 +254,7 @@ FAILS = """
     for kind in (toys.DependsOnData, toys.DependsOnDataInALayer, toys.BreaksTheGraph):
         run = lambda: toys.build(kind, toys.config(kind.__name__))(toys.tokens())
         ours = toys.error(run)
-        hooked = hooks.installed()
+        hooked = watch.installed()
         with toys.upstream():
             out[kind.__name__] = [ours, toys.error(run), hooked]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm_compile_ext.compilation import workers
 from vllm_compile_ext.compilation.pieces import constants as constants_of
 from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piece
 from vllm_compile_ext.compilation.progress import Progress
-from vllm_compile_ext.compilation.session import Session
+from vllm_compile_ext.compilation.session import Differs, Session
 from vllm_compile_ext.compilation.sharing import Shared
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.trace import plan as plans
@@ -83,7 +84,14 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     _write_graph(folder, plan, modules)
     shared = Shared(session.entry, fingerprints)
     constants = [constants_of(module) for module in modules]  # before Inductor gets the modules
-    compiled = _compile(backend, modules, constants, shared, len(plan.calls), tag)
+    values = [*inputs, *(extra.value for extra in extras)]
+    prove = functools.partial(_prove, session, graph.graph, values)
+    try:
+        compiled = _compile(backend, modules, constants, shared, len(plan.calls), tag, prove)
+    except Differs:
+        # The next compilation must find the backend as it was made.
+        backend.__init__(backend.vllm_config, backend.prefix, backend.is_encoder)
+        raise
     backend._called = True
     function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
     function.kept, function.constants = shared.kept, constants
@@ -140,15 +148,20 @@ def _compile(
     shared: Shared,
     sites: int,
     tag: str,
+    prove: Callable[[], None],
 ) -> list[PiecewiseBackend]:
-    """The distinct pieces, loaded where another process has compiled them."""
+    """The distinct pieces, loaded where another process has compiled them.  `prove` runs while compilers do."""
     count = workers.wanted()
     started = time.perf_counter()
     made: dict[int, PiecewiseBackend] = {}
     with Progress(f"{tag}compiling", len(modules), sites) as progress, workers.compiling(count) as kernels:
         mine: list[int] = []
+        proofs = [prove]
 
         def finish() -> None:
+            while proofs:
+                progress.phase("comparing copies with traces")
+                proofs.pop()()
             progress.phase("waiting for kernels")
             with span("wait for kernels"):
                 kernels.wait()
@@ -188,6 +201,11 @@ def _compile(
         time.perf_counter() - started,
     )
     return [made[number] for number in range(len(modules))]
+
+
+def _prove(session: Session, graph: torch.fx.Graph, values: Sequence[Any]) -> None:
+    with span("prove"):
+        session.prove(graph, values)
 
 
 def _claim(shared: Shared, number: int, *, wait: bool) -> bool:

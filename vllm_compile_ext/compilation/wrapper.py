@@ -9,11 +9,11 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from vllm_compile_ext import envs
+from vllm_compile_ext import envs, metrics
 from vllm_compile_ext.bytecode import buffers, dump
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import rules, scratch, workers
-from vllm_compile_ext.compilation.session import Session
+from vllm_compile_ext.compilation.session import Differs, Session
 from vllm_compile_ext.key import factors
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import wrapper as upstream
@@ -85,10 +85,21 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, reason)
             note("fallback", model=tag.strip(), why=f"every layer is traced: {reason}")
             return None
-        session = Session(self, self.__dict__.get(entries.NAME))
+        entry = self.__dict__.get(entries.NAME)
+        session = Session(self, entry, args, kwargs)
         try:
-            with session.active(), span("trace"):
-                return super().aot_compile(*args, **kwargs)
+            try:
+                with session.active(), span("trace"):
+                    return super().aot_compile(*args, **kwargs)
+            except Differs as where:
+                metrics.inc("copies_refuted_total")
+                logger.warning(
+                    "%sa copied layer is not what tracing it gives, so every layer is traced: %s", tag, where
+                )
+                note("fallback", model=tag.strip(), why=f"every layer is traced: {where}")
+                session = Session(self, entry, args, kwargs, copies=False)
+                with session.active(), span("trace every layer"):
+                    return super().aot_compile(*args, **kwargs)
         except Exception as error:
             if session.compiling:
                 raise

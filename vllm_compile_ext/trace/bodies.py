@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx as fx
-
-from vllm_compile_ext.trace.structure import Comparison
 
 CALL = "vllm_compile_ext.call"  # in a marker node's meta: its Call
 
@@ -41,58 +38,6 @@ class Opaque:
 
 
 @dataclass
-class Read:
-    """One access of the trace: `key` (or `ANY`) of `owner` gave `value`.  `name` is for people.
-
-    `owner` or `value` is `UNKNOWN` where Dynamo's source cannot be followed.  `direct`: the trace itself looked at it;
-    else it is only on the way to something that the trace looked at.
-    """
-
-    name: str
-    owner: Any
-    key: Any
-    value: Any
-    direct: bool
-
-    @functools.cached_property
-    def inside(self) -> frozenset[int]:
-        """ids of what is inside of `value`, a module or container.
-
-        Dynamo does not record again a read from a container or module that it has gone through before.
-        """
-        found: dict[int, Any] = {}
-        todo = [self.value]
-        while todo:
-            value = todo.pop()
-            if isinstance(value, torch.nn.Module):
-                parts: list[Any] = [
-                    v for m in value.modules() for v in (m, *m._parameters.values(), *m._buffers.values())
-                ]
-                found.update((id(v), v) for v in parts)
-            elif type(value) in (list, tuple, set, frozenset, dict):
-                parts = [*value.keys(), *value.values()] if type(value) is dict else list(value)
-                todo += [v for v in parts if id(v) not in found]
-                found.update((id(v), v) for v in parts)
-        return frozenset(found)
-
-
-@dataclass
-class Foreign:
-    """A call of a function that ran while tracing (`torch.compiler.assume_constant_result`), with values or UNKNOWN.
-
-    `variables` are Dynamo's for `args`.
-    """
-
-    fn: Callable[..., Any]
-    args: list[Any]
-    variables: list[Any]
-
-
-UNKNOWN: Any = object()
-ANY: Any = object()
-
-
-@dataclass
 class Body:
     """What one traced call added to the graph.
 
@@ -105,7 +50,6 @@ class Body:
     signature: Any
     nodes: list[fx.Node]
     args: list[fx.Node]
-    reads: list[Read]
     state: Any
     outputs: Any = None
     inputs: dict[fx.Node, torch.Tensor | Opaque | None] = field(default_factory=dict)
@@ -115,13 +59,14 @@ class Body:
 class Call:
     """One call that was not traced.  `source` is the layer's access expression over L, the locals of the traced frame.
 
+    `tensors`: id of a tensor of the body's layer -> (access path below the layer, the tensor of this layer).
     `lifted`: placeholder of the body -> (arguments of its constructor for this layer, expression of what differs).
     """
 
     body: Body
     layer: torch.nn.Module
     source: str
-    comparison: Comparison
+    tensors: dict[int, tuple[str, torch.Tensor]]
     lifted: dict[fx.Node, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
 

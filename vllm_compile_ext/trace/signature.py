@@ -57,7 +57,7 @@ class Arguments:
         described = (tuple(map(self._one, args)), tuple((k, self._one(v)) for k, v in sorted(kwargs.items())))
         storages = [storage(n) for n in self.nodes]
         aliases = tuple(storages.index(s) for s in storages)
-        self.signature = (described, aliases, _surroundings(tx))
+        self.signature = (described, aliases)
 
     def _one(self, variable: Any) -> Any:
         from torch._dynamo import variables as kinds
@@ -78,29 +78,6 @@ class Arguments:
         if type(v) is kinds.TupleVariable:
             return ("tuple", tuple(map(self._one, v.items)))
         raise NotOnce(f"an argument is a {type(v).__name__}")
-
-
-def _surroundings(tx: Any) -> tuple[Any, ...]:
-    """State of torch around the call that changes what is traced.  Raises `NotOnce` under a torch function mode."""
-    from torch.fx import traceback
-    from torch.utils._device import DeviceContext
-
-    functions = tx.symbolic_torch_function_state
-    for mode in functions.mode_stack:
-        if not isinstance(getattr(mode, "value", None), DeviceContext):
-            raise NotOnce(f"called under a torch function mode, {type(getattr(mode, 'value', mode)).__name__}")
-    devices = dict.fromkeys(("cpu", torch._C._get_accelerator().type))
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
-        torch.is_autocast_cache_enabled(),
-        torch.get_default_dtype(),
-        len(functions.mode_stack),
-        functions.torch_function_subclass_enabled,
-        functions.torch_function_mode_enabled,
-        repr(traceback.current_meta.get("custom")),
-    )
 
 
 def results(variable: Any, nodes: set[fx.Node], args: list[fx.Node]) -> Any:

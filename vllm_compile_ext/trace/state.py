@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_compile_ext.trace.bodies import NotOnce
+
 _CONSTANTS = (int, float, str, bool, type(None))
 
 
@@ -39,6 +41,7 @@ class Snapshot:
             elif not isinstance(kind, AttributeMutationNew | ValueMutationNew) and _base_changed(variable, effects):
                 self._add(_name(variable), variable, "", object())
         self.counts = (len(effects.tensor_hooks), len(effects.save_for_backward), len(tx.output.random_calls))
+        self.torch = of_torch(tx)
 
     def _add(self, name: str, variable: Any, key: str, value: Any) -> None:
         self.keep.append(variable)
@@ -58,14 +61,51 @@ class Snapshot:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Snapshot):
             return NotImplemented
-        return (self.changes, self.counts) == (other.changes, other.counts)
+        return (self.changes, self.counts, self.torch) == (other.changes, other.counts, other.torch)
 
     __hash__ = None  # type: ignore[assignment]
 
     def since(self, earlier: Snapshot) -> str:
         """What was changed since `earlier`, for people."""
         names = [n for n, c in zip(self.names, self.changes, strict=True) if c not in earlier.changes]
+        names += [str(now) for now, then in zip(self.torch, earlier.torch, strict=True) if now != then]
         return ", ".join(names[:3]) or "a hook, a saved tensor or a random number"
+
+
+def of_torch(tx: Any) -> tuple[Any, ...]:
+    """The state of torch that a trace may read, as Dynamo itself guards it, and the contexts that are open.
+
+    Raises `NotOnce` under a torch function mode.  `GlobalStateGuard` (torch 2.13, csrc/dynamo/guards.cpp) has grad
+    mode, autocast, the default dtype, TF32, reduced precision, deterministic algorithms and the number of threads.
+    """
+    import torch
+    from torch._C._dynamo.guards import GlobalStateGuard
+    from torch.fx import traceback
+    from torch.utils._device import DeviceContext
+
+    functions = tx.symbolic_torch_function_state
+    for mode in functions.mode_stack:
+        if not isinstance(getattr(mode, "value", None), DeviceContext):
+            raise NotOnce(f"called under a torch function mode, {type(getattr(mode, 'value', mode)).__name__}")
+    contexts = []
+    while tx is not None:
+        contexts += [
+            (type(block.with_context).__name__, repr(getattr(block.with_context, "target_values", None)))
+            for block in tx.block_stack
+            if block.with_context is not None
+        ]
+        tx = getattr(tx, "parent", None)
+    return (
+        GlobalStateGuard().__getstate__(),
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch._C._len_torch_dispatch_stack(),
+        len(functions.mode_stack),
+        functions.torch_function_subclass_enabled,
+        functions.torch_function_mode_enabled,
+        repr(traceback.current_meta.get("custom")),
+        tuple(contexts),
+    )
 
 
 def _name(variable: Any) -> str:

@@ -157,7 +157,7 @@ class _Stitch:
             args, expression = call.lifted[source]
             ctor = (what.ctor.__module__, what.ctor.__qualname__)
             return self._placeholder(source, (expression, what.ctor(*args), ctor, args))
-        found = call.comparison.tensors.get(id(what))
+        found = call.tensors.get(id(what))
         if found is None:
             return source
         path, value = found

@@ -14,12 +14,12 @@ from torch import nn
 from torch._dynamo.utils import get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
-from vllm_compile_ext.trace import check, hooks, plan
+from vllm_compile_ext.trace import check, plan, watch
 from vllm_compile_ext.trace.bodies import Extra
 from vllm_compile_ext.trace.fingerprint import fingerprint
-from vllm_compile_ext.trace.regions import Tracer
 from vllm_compile_ext.trace.split import decompose_sizes, extract, split
 from vllm_compile_ext.trace.stitch import stitch
+from vllm_compile_ext.trace.tracer import Tracer
 
 
 def backend_input(model: nn.Module, args: tuple[Any, ...], tracer: Tracer | None = None) -> Any:
@@ -53,7 +53,7 @@ class Stitched:
 def stitched(model: nn.Module, args: tuple[Any, ...], lookups: Any = ()) -> Stitched:
     tracer = Tracer(model, lookups=lookups)
     got = backend_input(model, args, tracer)
-    assert not hooks.installed()
+    assert not watch.installed()
     graph, inputs = got.graph_module.graph, list(got.example_inputs)
     extras = stitch(graph, inputs)
     graph.lint()

@@ -1,0 +1,80 @@
+"""The kinds of sources and guards that Dynamo records of a trace, and what each of them means for a copy.
+
+The tables are closed: what is not in them refuses.  `tests/contract/test_trace_kinds.py` compares them with the classes
+and methods of the installed torch, so that a new torch fails a test and not a user.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_compile_ext.trace.bodies import NotOnce
+
+# What a source of the kind leads to is compared (values.py): an attribute, an item, a closure's cell, a type, ...
+COMPARED = [
+    "AttrSource", "CallFunctionNoArgsSource", "CellContentsSource", "ClosureSource", "CodeSource",
+    "ConstDictKeySource", "ConstantSource", "ConvertIntSource", "DataclassFieldsSource", "DefaultsSource",
+    "DictGetItemSource", "DictSubclassGetItemSource", "GenericAttrSource", "GetItemSource", "GlobalSource",
+    "GlobalStateSource", "ImportSource", "ListGetItemSource", "LocalCellSource", "LocalSource", "NNModuleSource",
+    "NamedTupleFieldsSource", "NegateSource", "NonSerializableSetGetItemSource", "ParamBufferSource",
+    "ShapeEnvSource", "SkipGuardSource", "SyntheticLocalSource", "TempLocalSource", "TensorPropertySource",
+    "TorchFunctionModeStackSource", "TupleIteratorGetItemSource", "TypeDictSource", "TypeMROSource", "TypeSource",
+    "UnspecializedBuiltinNNModuleSource", "UnspecializedNNModuleSource", "UnspecializedParamBufferSource",
+]  # fmt: skip
+# These lead to values that change without the layer (random numbers, gradients, weak references, other processes'
+# modules), or that have not been met in a layer.
+REFUSED = [
+    "AttrProxySource", "BackwardStateSource", "CallMethodItemSource", "CurrentStreamSource", "DynamicScalarSource",
+    "EphemeralSource", "FSDPNNModuleSource", "FlattenScriptObjectSource", "FloatTensorSource", "GlobalWeakRefSource",
+    "GradSource", "IndexedSource", "NumpyTensorSource", "OptimizerSource", "RandomValueSource",
+    "ScriptObjectQualifiedNameSource", "SubclassAttrListSource", "WeakRefCallSource",
+]  # fmt: skip
+SOURCES = dict.fromkeys(COMPARED, True) | dict.fromkeys(REFUSED, False)
+
+# The guard's value is compared, or it is about the state of torch (state.py).
+VALUE = [
+    "AUTOGRAD_SAVED_TENSORS_HOOKS", "BOOL_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "CONSTANT_MATCH",
+    "CONSTANT_SUBCLASS_MATCH", "DEFAULT_DEVICE", "DETERMINISTIC_ALGORITHMS", "DICT_CONTAINS", "DICT_KEYS_MATCH",
+    "DICT_NOT_CONTAINS", "DISPATCH_KEY_SET_MATCH", "DUPLICATE_INPUT", "EMPTY_NN_MODULE_HOOKS_DICT", "EQUALS_MATCH",
+    "FUNCTION_MATCH", "FUNCTORCH_STACK_MATCH", "GLOBAL_STATE", "GRAD_MODE", "HASATTR", "MAPPING_KEYS_CHECK",
+    "MODULE_MATCH", "NN_MODULE", "NONE_MATCH", "NOT_NONE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT",
+    "OPAQUE_OBJ_GUARD_FN_MATCH", "RANGE_ITERATOR_MATCH", "COUNT_ITERATOR_MATCH", "SEQUENCE_LENGTH", "SET_CONTAINS",
+    "SET_NOT_CONTAINS", "SHAPE_ENV", "TENSOR_MATCH", "TORCH_FUNCTION_STATE", "TUPLE_ITERATOR_LEN", "TYPE_MATCH",
+]  # fmt: skip
+# The trace depends on which object it is.
+IDENTITY = ["ID_MATCH", "WEAKREF_ALIVE"]
+REFUSING = ["DICT_VERSION", "DTENSOR_SPEC_MATCH", "DUAL_LEVEL", "FAKE_SCRIPT_TYPE_MATCH", "FSDP_TRAINING_STATE"]
+REFUSING += ["TENSOR_SUBCLASS_METADATA_MATCH"]
+GUARDS = dict.fromkeys(VALUE, "value") | dict.fromkeys(IDENTITY, "identity") | dict.fromkeys(REFUSING, "refused")
+
+
+def guards(tx: Any) -> set[Any]:
+    """The guards that the trace has so far."""
+    return set(tx.output.tracing_context.guards_context.dynamo_guards)
+
+
+def check_source(source: Any) -> None:
+    """Raises `NotOnce` unless every step of a source is of a kind that is compared."""
+    while source is not None:
+        if not SOURCES.get(type(source).__name__, False):
+            raise NotOnce(f"reads {source.name}, a {type(source).__name__}")
+        source = getattr(source, "base", None)
+
+
+def is_identity(guard: Any) -> bool:
+    """Whether a guard says which object something is.  Raises `NotOnce` for a kind that is not known."""
+    kind = GUARDS.get(guard.create_fn_name(), "refused")
+    if kind == "refused":
+        raise NotOnce(f"Dynamo guards {guard.name} by {guard.create_fn_name()}")
+    return kind == "identity"
+
+
+def last_step(source: Any) -> tuple[Any, Any]:
+    """(base, key) of the last attribute or item access of a source; (None, None) for one that is not such an access."""
+    while hasattr(source, "base"):
+        for name in ("member", "index"):
+            key = getattr(source, name, None)
+            if key is not None:
+                return source.base, key if isinstance(key, str | int | bool | float | tuple) else None
+        source = source.base
+    return None, None

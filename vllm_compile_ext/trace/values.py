@@ -1,0 +1,496 @@
+"""What a trace can see of a value: its type, its bits and its parts, in order.
+
+`look` is the one place that knows types.  A type that it does not know has no parts: such a value is equal to itself
+only.  Nothing here calls `==`, `hash` or any other method of a value's own class.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import enum
+import functools
+import struct
+import types
+import typing
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class Look(NamedTuple):
+    """head: what can be seen of the value itself, plain data and classes.  parts: (step, value) in order; a step is
+    what an access expression has for it (`.scale`, `[0]`), or a word where there is none.
+    """
+
+    head: tuple[Any, ...]
+    parts: list[tuple[str, Any]]
+
+
+# Code that says one of these may read every attribute of something.
+WHOLE = frozenset({"__dict__", "vars", "dir", "__dir__", "__getstate__", "__reduce__", "__reduce_ex__", "getmembers"})
+
+
+class Accessed:
+    """The attributes that a trace has accessed so far, or may have: an attribute that is not among them was not.
+
+    by_kind: class -> names that were read of an object of exactly this class.  strings: all strings in the code that
+    was traced, and names that were read of something whose class is not known.  said: all names in the code.
+    """
+
+    def __init__(self) -> None:
+        self.by_kind: dict[type, set[str]] = {}
+        self.strings: set[str] = set()
+        self.said: set[str] = set()
+        self.whole = False
+        self.changes = 0
+
+    def add_code(self, code: types.CodeType) -> None:
+        if code in OWN_OF_MODULES:
+            return
+        names, strings = names_in(code)
+        if not (names <= self.said and strings <= self.strings):
+            self.said |= names | strings
+            self.strings |= strings
+            self.whole = self.whole or not WHOLE.isdisjoint(self.said)
+            self.changes += 1
+
+    def add(self, kind: type | None, name: str) -> None:
+        """`name` was read of an object of class `kind`; None where that is not known."""
+        known = self.strings if kind is None else self.by_kind.setdefault(kind, set())
+        if name not in known:
+            known.add(name)
+            self.said.add(name)
+            self.whole = self.whole or name in WHOLE
+            self.changes += 1
+
+    def of(self, kind: type, own: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The attributes among `own`, of an object of class `kind`, that may have been accessed."""
+        if self.whole:
+            return list(own.items())
+        read, strings = self.by_kind.get(kind, ()), self.strings
+        return [(k, v) for k, v in own.items() if k in read or k in strings or k == "forward"]
+
+
+# What nn.Module's own methods read is its structure, or has a name that their caller says.
+OWN_OF_MODULES = {f.__code__ for f in vars(torch.nn.Module).values() if isinstance(f, types.FunctionType)}
+
+
+@functools.cache
+def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The names, and the strings, that `code` and the code inside it say."""
+    names, strings = set(code.co_names), set()
+    todo: list[Any] = list(code.co_consts)
+    while todo:
+        const = todo.pop()
+        if isinstance(const, str):
+            strings.add(const)
+        elif isinstance(const, tuple | frozenset):
+            todo += const
+        elif isinstance(const, types.CodeType):
+            inner = names_in(const)
+            names |= inner[0]
+            strings |= inner[1]
+    return frozenset(names), frozenset(strings)
+
+
+@functools.cache
+def code_digest(code: types.CodeType) -> str:
+    """Equal for code that does the same, wherever its file is and in which line it begins."""
+    parts: list[Any] = []
+    for const in code.co_consts:
+        parts.append(code_digest(const) if isinstance(const, types.CodeType) else _constant(const))
+    about = (code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags)
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_exceptiontable)
+    return blake3(repr((about, counts, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return ("tuple", *map(_constant, value))
+    if isinstance(value, frozenset):  # its order is the process's
+        return ("frozenset", *sorted(map(repr, map(_constant, value))))
+    return _atom(value) if type(value) in _ATOMS else (type(value).__name__, repr(value))
+
+
+_ATOMS = frozenset({type(None), bool, int, str, bytes, float, complex, type(Ellipsis), type(NotImplemented)})
+
+
+def _atom(value: Any) -> tuple[Any, ...]:
+    kind: Any = type(value)
+    if kind is float:
+        return kind, struct.pack("d", value)
+    if kind is complex:
+        return kind, struct.pack("dd", value.real, value.imag)
+    return kind, value
+
+
+def is_atom(value: Any) -> bool:
+    """Whether a value has nothing but its bits: no identity that code may rely on, and no parts."""
+    return type(value) in _ATOMS
+
+
+def look(value: Any, accessed: Accessed) -> Look | None:
+    """What can be seen of `value` by code that has `accessed` what it has; None for a value of an unknown type."""
+    kind: Any = type(value)
+    if kind in _ATOMS:
+        return Look(_atom(value), [])
+    known = _KNOWN.get(kind)
+    if known is not None:
+        head, parts = known(value)
+        return Look((kind, *head), parts)
+    if isinstance(value, torch.Tensor):
+        return _tensor(value, accessed)
+    if isinstance(value, type):
+        return Look((type, value.__module__, value.__qualname__), list(class_attributes(value, accessed)))
+    if isinstance(value, enum.Enum):
+        return Look((kind, value._name_), [(".value", value._value_)])
+    if isinstance(value, np.ndarray):
+        return _array(value)
+    if isinstance(value, np.generic):
+        return Look((kind, value.dtype.str, value.tobytes()), [])
+    if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
+        return Look((kind, str(value)), [])
+    return _object(value, accessed)
+
+
+def _object(value: Any, accessed: Accessed) -> Look | None:
+    kind: Any = type(value)
+    base = _base(kind)
+    if base is None:
+        return None
+    head: tuple[Any, ...] = (kind,)
+    parts: list[tuple[str, Any]] = []
+    if base is not object:
+        if base in _ATOMS:
+            head = (kind, *_atom(base(value) if base is not str else str.__str__(value)))
+        else:
+            own, parts = _KNOWN[base](value)
+            head = (kind, *own)
+    ordinary = base is object and is_ordinary(kind)
+    for name, slot in _slots(kind):
+        try:
+            parts.append((f".{name}", slot.__get__(value)))
+        except AttributeError:
+            parts.append((f".{name}", _EMPTY))
+    own_dict = _dict(value)
+    if own_dict is not None:
+        if isinstance(value, torch.nn.Module):
+            parts += _module(kind, own_dict, accessed, ordinary)
+        else:
+            shown = accessed.of(kind, own_dict) if ordinary else own_dict.items()
+            parts += [(f".{k}", v) for k, v in shown]
+    return Look(head, parts)
+
+
+# Always to be seen: code that iterates over a module says no names of what is in it, and hooks run without being named.
+_STRUCTURE = ("_parameters", "_buffers", "_modules")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_SEEN = {
+    *_STRUCTURE,
+    *_HOOKS,
+    "_forward_hooks_with_kwargs",  # by number; which hook it is is seen
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+}
+
+
+def _module(kind: type, own: dict[str, Any], accessed: Accessed, ordinary: bool) -> Iterator[tuple[str, Any]]:
+    for key in _STRUCTURE:
+        for name, part in own.get(key, {}).items():
+            yield f".{key}[{name!r}]", part
+    for key in _HOOKS:
+        for hook in own.get(key, {}).values():
+            yield f".{key}", hook
+    for key, value in accessed.of(kind, own) if ordinary else own.items():
+        if key not in _SEEN:
+            yield f".{key}", value
+
+
+def _dict(value: Any) -> dict[str, Any] | None:
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return found if type(found) is dict else None
+
+
+def _tensor(value: Any, accessed: Accessed) -> Look | None:
+    if is_traceable_wrapper_subclass(value) or not (
+        type(value) in (torch.Tensor, torch.nn.Parameter) or _python(type(value))
+    ):
+        return None
+    own = _dict(value) or {}
+    # torch 2.13, _dynamo/variables/builder.py: Dynamo marks the parameters that it has traced.
+    parts = [(f".{k}", v) for k, v in accessed.of(torch.nn.Parameter, own) if k != "_dynamo_static_input_type"]
+    return Look((type(value), *tensor_meta(value)), parts)
+
+
+def tensor_meta(t: torch.Tensor) -> tuple[Any, ...]:
+    """What a trace can see of a tensor's outside: dtype, sizes, strides and offset in elements, device, flags."""
+    strided = t.layout == torch.strided
+    return (
+        str(t.dtype),
+        tuple(t.shape),
+        tuple(t.stride()) if strided else None,
+        t.storage_offset() if strided else 0,
+        str(t.device),
+        str(t.layout),
+        t.requires_grad,
+        t.is_conj(),
+        t.is_neg(),
+        t.is_inference(),
+        t.is_leaf,
+        t._base is not None,
+        t.grad is not None,
+    )
+
+
+def _array(value: np.ndarray[Any, Any]) -> Look | None:
+    if value.dtype.hasobject or type(value) is not np.ndarray:
+        return None
+    return Look((np.ndarray, value.dtype.str, value.shape, value.strides, value.flags.writeable, value.tobytes()), [])
+
+
+class _Empty:
+    """Stands for a slot or a cell that holds nothing."""
+
+
+_EMPTY = _Empty
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _EMPTY
+
+
+def _function(f: Any) -> tuple[Any, ...]:
+    parts: list[tuple[str, Any]] = [(".__defaults__", f.__defaults__), (".__kwdefaults__", f.__kwdefaults__)]
+    parts += [(f".__closure__[{i}].cell_contents", _cell(c)) for i, c in enumerate(f.__closure__ or ())]
+    parts += [(f".__dict__[{k!r}]", v) for k, v in f.__dict__.items() if k != "_torchdynamo_wrapper_id"]
+    return (f.__module__, f.__qualname__, code_digest(f.__code__)), parts
+
+
+def _items(values: Any) -> list[tuple[str, Any]]:
+    return [(f"[{i}]", v) for i, v in enumerate(values)]
+
+
+def _pairs(values: Any) -> list[tuple[str, Any]]:
+    parts: list[tuple[str, Any]] = []
+    for i, (key, value) in enumerate(values):
+        parts += [(f" key {i}", key), (f"[{key!r}]" if type(key) in _ATOMS else f" value {i}", value)]
+    return parts
+
+
+def _builtin(f: Any) -> tuple[Any, ...]:
+    owner = f.__self__
+    bound = owner is not None and not isinstance(owner, types.ModuleType | type)
+    return (f.__module__, f.__qualname__), [(".__self__", owner)] if bound else []
+
+
+def _descriptor(d: Any) -> tuple[Any, ...]:
+    return (d.__objclass__.__module__, d.__objclass__.__qualname__, d.__name__), []
+
+
+def _fixed(*steps: str) -> Any:
+    return lambda value: ((), [(f".{step}", getattr(value, step)) for step in steps])
+
+
+def _text(value: Any) -> tuple[Any, ...]:
+    return (str(value),), []
+
+
+def _partial(value: Any) -> tuple[Any, ...]:
+    parts = [(f".{step}", getattr(value, step)) for step in ("func", "args", "keywords", "__dict__")]
+    return (), parts
+
+
+def _sequence(base: Any) -> Any:
+    return lambda v: ((base.__len__(v),), _items(base.__iter__(v)))
+
+
+def _mapping(base: Any) -> Any:
+    return lambda v: ((base.__len__(v),), _pairs(base.items(v)))
+
+
+def _default(v: Any) -> tuple[Any, ...]:
+    return (len(v),), [(".default_factory", v.default_factory), *_pairs(collections.defaultdict.items(v))]
+
+
+def _deque(v: Any) -> tuple[Any, ...]:
+    return (len(v), v.maxlen), _items(collections.deque.__iter__(v))
+
+
+_KNOWN: dict[type, Any] = {
+    torch.dtype: _text,
+    torch.device: _text,
+    torch.layout: _text,
+    torch.memory_format: _text,
+    range: lambda v: ((v.start, v.stop, v.step), []),
+    slice: _fixed("start", "stop", "step"),
+    list: _sequence(list),
+    tuple: _sequence(tuple),
+    set: _sequence(set),
+    frozenset: _sequence(frozenset),
+    dict: _mapping(dict),
+    collections.OrderedDict: _mapping(collections.OrderedDict),
+    collections.defaultdict: _default,
+    collections.deque: _deque,
+    types.MappingProxyType: _mapping(types.MappingProxyType),
+    types.SimpleNamespace: lambda v: ((), [(f".{k}", x) for k, x in v.__dict__.items()]),
+    types.FunctionType: _function,
+    types.MethodType: _fixed("__func__", "__self__"),
+    types.CellType: lambda v: ((), [(".cell_contents", _cell(v))]),
+    types.CodeType: lambda v: ((v.co_qualname, code_digest(v)), []),
+    types.ModuleType: lambda v: ((v.__name__,), []),
+    types.BuiltinFunctionType: _builtin,
+    types.MethodWrapperType: lambda v: ((v.__name__,), [(".__self__", v.__self__)]),
+    types.WrapperDescriptorType: _descriptor,
+    types.MethodDescriptorType: _descriptor,
+    types.ClassMethodDescriptorType: _descriptor,
+    types.GetSetDescriptorType: _descriptor,
+    types.MemberDescriptorType: _descriptor,
+    property: _fixed("fget", "fset", "fdel"),
+    staticmethod: _fixed("__func__"),
+    classmethod: _fixed("__func__"),
+    functools.partial: _partial,
+    functools.partialmethod: _fixed("func", "args", "keywords"),
+    type(functools.lru_cache(lambda: None)): _fixed("__wrapped__"),
+    weakref.ref: lambda v: ((), [("()", v())]),
+    torch.Size: _sequence(tuple),
+    np.dtype: _text,
+}
+_BASES = (int, float, str, bytes, complex, list, tuple, set, frozenset, dict, collections.OrderedDict)
+_BASES += (collections.defaultdict, collections.deque, types.SimpleNamespace)  # type: ignore[assignment]
+_METACLASSES = {type, abc.ABCMeta, type(typing.Protocol)}
+_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
+
+@functools.cache
+def _base(kind: Any) -> type | None:
+    """The class with a layout of its own that `kind` comes from, object for none; None where C code holds something."""
+    meta: Any = type(kind)
+    if meta not in _METACLASSES and not _python(meta):
+        return None
+    base: type = object
+    for one in kind.__mro__:
+        if one is object or one is typing.Generic or one is typing.Protocol:
+            continue
+        if one in _BASES:
+            base = one if base is object or issubclass(base, one) is False else base
+            break
+        if not _python(one):
+            return None
+    return base
+
+
+@functools.cache
+def _python(kind: Any) -> bool:
+    """Whether a class statement made `kind`: what it holds is in its slots and its `__dict__`."""
+    if not kind.__flags__ & _HEAP:
+        return kind in (object, type, abc.ABC)
+    native = types.MethodDescriptorType | types.WrapperDescriptorType | types.ClassMethodDescriptorType
+    slots = vars(kind).get("__slots__", ())
+    names = {
+        f"_{kind.__name__.lstrip('_')}{s}" if s[:2] == "__" != s[-2:] else s
+        for s in ((slots,) if isinstance(slots, str) else slots)
+    }
+    for name, value in vars(kind).items():
+        if isinstance(value, native) and getattr(value, "__objclass__", None) is kind:
+            return False
+        if isinstance(value, types.MemberDescriptorType) and name not in names:
+            return False
+        if isinstance(value, types.GetSetDescriptorType) and name not in ("__dict__", "__weakref__"):
+            return False
+    return True
+
+
+@functools.cache
+def _slots(kind: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (name, value)
+        for one in kind.__mro__
+        if one.__flags__ & _HEAP
+        for name, value in vars(one).items()
+        if isinstance(value, types.MemberDescriptorType)
+    )
+
+
+# What a class may define without its attributes being read by anything but code that names them.
+_HARMLESS = {
+    "__init__", "__new__", "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__",
+    "__abstractmethods__", "__parameters__", "__orig_bases__", "__init_subclass__", "__class_getitem__",
+    "__subclasshook__", "__call__", "__constants__", "__jit_unused_properties__", "__jit_ignored_attributes__",
+    "__static_attributes__", "__firstlineno__", "__type_params__", "__slots__", "__extra_repr__",
+    "__non_callable_proto_members__", "__protocol_attrs__", "__post_init__",
+}  # fmt: skip
+
+
+_GENERATED = {"__eq__", "__repr__", "__hash__", "__match_args__", "__dataclass_fields__", "__dataclass_params__"}
+
+
+def _is_plain_dataclass(kind: type) -> bool:
+    """Whether what `kind` defines for Python was made by `dataclass`, and Python runs it only where code asks for it:
+    Dynamo traces into it, and no set or dictionary can hold its objects.
+    """
+    own = vars(kind)
+    params, equal = own.get("__dataclass_params__"), own.get("__eq__")
+    if params is None or params.frozen or params.order or own.get("__hash__", equal) is not None:
+        return False
+    return isinstance(equal, types.FunctionType) and equal.__code__.co_filename == "<string>"
+
+
+@functools.cache
+def is_ordinary(kind: Any) -> bool:
+    """Whether attributes of `kind` are read under their names only: no class of it defines a method that Python calls
+    by itself, or a descriptor other than functions and properties of functions.
+    """
+    for one in kind.__mro__:
+        if one is object or one is torch.nn.Module or one in (typing.Generic, typing.Protocol, abc.ABC):
+            continue
+        if one.__module__.startswith("torch.nn.modules."):
+            continue
+        harmless = _HARMLESS | _GENERATED if _is_plain_dataclass(one) else _HARMLESS
+        for name, value in vars(one).items():
+            if name.startswith("__") and name.endswith("__") and name not in harmless:
+                return False
+            if isinstance(value, property):
+                if not all(f is None or type(f) is types.FunctionType for f in (value.fget, value.fset, value.fdel)):
+                    return False
+            elif isinstance(value, types.FunctionType | staticmethod | classmethod | type):
+                continue
+            elif isinstance(value, types.GetSetDescriptorType | types.MemberDescriptorType):
+                if name not in ("__dict__", "__weakref__"):
+                    return False
+            elif hasattr(type(value), "__get__") and not isinstance(value, types.BuiltinFunctionType):
+                return False
+    return True
+
+
+def class_attributes(kind: type, accessed: Accessed) -> Iterator[tuple[str, Any]]:
+    """What code finds in `kind` and its bases under names that it has said, and methods that Python calls."""
+    seen = set(_HARMLESS) - {"__call__", "__slots__"}
+    for one in kind.__mro__:
+        if not one.__flags__ & _HEAP:
+            continue
+        for name, value in vars(one).items():
+            if name not in seen and (name in accessed.said or name[:2] == "__" == name[-2:]):
+                seen.add(name)
+                yield f".{name}", value

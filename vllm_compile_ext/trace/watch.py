@@ -1,0 +1,306 @@
+"""What a trace has looked at: the places where Dynamo is hooked while a Tracer is installed, and their undo.
+
+The hooks are shared: the first Tracer puts them in place, the last one to leave takes them away, in whatever order they
+leave.  Each thread's innermost Tracer is the one that is told.  Names are those of torch 2.13, below `torch._dynamo`:
+
+* `variables.UnspecializedNNModuleVariable.call_function`: a call of an nn.Module;
+* `variables.script_object.OpaqueObjectClassVariable.call_function`: the making of an opaque object;
+* `symbolic_convert.InliningInstructionTranslator.build_inline_tracer`: each function that is traced into;
+* `variables.builtin.GetAttrBuiltinVariable`, `HasAttrBuiltinVariable`, `misc.PythonModuleVariable`: attributes;
+* `variables.object_protocol.{vt_identity_compare, generic_hash_impl}`, `BuiltinVariable.call_id`: which object it is;
+* `variables.functions.invoke_and_store_as_constant`: functions that run while tracing, which read what they like;
+* `torch.fx.node._side_effectful_functions`: nodes that dead code elimination must not drop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import threading
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.fx as fx
+
+from vllm_compile_ext.trace.bodies import keep_alive, region
+from vllm_compile_ext.trace.values import OWN_OF_MODULES, Accessed, is_atom
+
+UNKNOWN: Any = object()  # a value that cannot be found again
+NEW: Any = object()  # a value that the trace made
+
+
+@dataclass
+class Foreign:
+    """A call of a function that ran while tracing (`assume_constant_result`), with Dynamo's variables."""
+
+    fn: Callable[..., Any]
+    variables: list[Any]
+
+
+@dataclass
+class Seen:
+    """What a trace, or a part of it, has looked at.
+
+    functions: those that were traced into.  modules: (Python module, attribute) that was read.  identities: objects of
+    which the trace asked which ones they are, `UNKNOWN` among them where that cannot be said.
+    """
+
+    functions: dict[int, types.FunctionType] = field(default_factory=dict)
+    modules: dict[tuple[str, str], Any] = field(default_factory=dict)
+    identities: list[Any] = field(default_factory=list)
+    foreign: list[Foreign] = field(default_factory=list)
+    codes: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)  # with the globals that it ran in
+
+    def roots(self) -> Iterator[Any]:
+        """What code could reach but by its arguments: functions, globals that they name, attributes of modules."""
+        yield from self.functions.values()
+        yield from self.modules.values()
+        for code, space in self.codes.items():
+            for name in code.co_names:
+                if name in space:
+                    yield space[name]
+
+
+class Listener(Protocol):
+    """Who is asked about a call, where `trace` traces it as Dynamo would, and told what the trace looks at.
+
+    accessed: the attributes that it has accessed.  parts: where to note what is looked at.
+    """
+
+    accessed: Accessed
+    parts: list[Seen]
+
+    def on_call(
+        self, module: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], trace: Callable[[], Any]
+    ) -> Any: ...
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Listener] = []
+
+
+_local = _Local()
+_lock = threading.Lock()
+_users = 0
+_undo: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` while the context lasts, on this thread."""
+    global _users
+    with _lock:
+        if _users == 0:
+            try:
+                _install()
+            except BaseException:
+                _remove()
+                raise
+        _users += 1
+    stack = _local.stack
+    stack.append(listener)
+    try:
+        yield
+    finally:
+        del stack[len(stack) - 1 - stack[::-1].index(listener)]
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _remove()
+
+
+def installed() -> bool:
+    """Whether Dynamo is hooked now."""
+    return bool(_undo)
+
+
+def _install() -> None:
+    from torch._dynamo import symbolic_convert
+    from torch._dynamo.variables import builtin, functions, misc, nn_module, object_protocol, script_object
+
+    _patch(nn_module.UnspecializedNNModuleVariable, "call_function", _module_call)
+    _patch(script_object.OpaqueObjectClassVariable, "call_function", _opaque_call)
+    _patch(symbolic_convert.InliningInstructionTranslator, "build_inline_tracer", _inlined)
+    _patch(builtin.GetAttrBuiltinVariable, "call_function", _attribute)
+    _patch(builtin.HasAttrBuiltinVariable, "call_function", _attribute)
+    _patch(misc.PythonModuleVariable, "var_getattr", _module_attribute)
+    _patch(misc.PythonModuleVariable, "call_obj_hasattr", _module_attribute)
+    _patch(builtin.BuiltinVariable, "call_id", _identity)
+    _patch(builtin.BuiltinVariable, "call_function", _builtin_call)
+    for owner, name in (
+        (object_protocol, "vt_identity_compare"),
+        (builtin, "vt_identity_compare"),
+        (object_protocol, "generic_hash_impl"),
+    ):
+        _patch(owner, name, _identity)
+    for owner in (functions, nn_module):
+        _patch(owner, "invoke_and_store_as_constant", _foreign_call)
+    for marker in (keep_alive, region):
+        fx.node._side_effectful_functions.add(marker)
+        _undo.append(functools.partial(fx.node._side_effectful_functions.discard, marker))
+
+
+def _remove() -> None:
+    while _undo:
+        _undo.pop()()
+
+
+def _patch(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = vars(owner)[name]
+    static = isinstance(original, staticmethod)
+    function = original.__func__ if static else original
+    ours: Any = functools.wraps(function)(make(function))
+    ours = staticmethod(ours) if static else ours
+    setattr(owner, name, ours)
+
+    def undo() -> None:
+        if vars(owner).get(name) is ours:  # else somebody has patched it since: theirs calls ours, which does nothing
+            setattr(owner, name, original)
+
+    _undo.append(undo)
+
+
+def _module_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if not _local.stack:
+            return original(self, tx, args, kwargs)
+        return _local.stack[-1].on_call(self, tx, list(args), dict(kwargs), lambda: original(self, tx, args, kwargs))
+
+    return call_function
+
+
+def _opaque_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        # A string that only names the object does not get a guard; a later, real look at it still does.
+        return original(self, tx, [_unread(a) for a in args] if _local.stack else args, kwargs)
+
+    return call_function
+
+
+def _unread(variable: Any) -> Any:
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    if not isinstance(variable, LazyVariableTracker) or variable.is_realized():
+        return variable
+    value = variable.peek_value()
+    if type(value) is not str:
+        return variable
+    constant = ConstantVariable.create(value)
+    constant.source = variable.original_source()
+    return constant
+
+
+def _inlined(original: Callable[..., Any]) -> Callable[..., Any]:
+    def build_inline_tracer(parent: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if _local.stack:
+            code, fn = func.get_code(), getattr(func, "fn", None)
+            note_code(_local.stack[-1], code, func.get_globals(), fn)
+        return original(parent, func, *args, **kwargs)
+
+    return build_inline_tracer
+
+
+def note_code(listener: Listener, code: types.CodeType, space: dict[str, Any], fn: Any = None) -> None:
+    """Code is traced, with the globals `space`; of the function `fn`, if it is one from outside of the trace."""
+    listener.accessed.add_code(code)
+    for seen in listener.parts:
+        seen.codes.setdefault(code, space)
+        if isinstance(fn, types.FunctionType):
+            seen.functions.setdefault(id(fn), fn)
+
+
+def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if _local.stack and len(args) > 1 and tx.f_code not in OWN_OF_MODULES:
+            accessed, name = _local.stack[-1].accessed, args[1]
+            if name.is_python_constant() and type(name.as_python_constant()) is str:
+                accessed.add(_kind(args[0]), name.as_python_constant())
+            else:
+                accessed.whole = True
+        return original(self, tx, args, kwargs)
+
+    return call_function
+
+
+def _kind(variable: Any) -> type | None:
+    """The class of what a variable stands for; None where it is not an object of its own, as `super()`."""
+    from torch._dynamo.variables import UserDefinedObjectVariable
+
+    real = variable.realize()
+    if isinstance(real, UserDefinedObjectVariable):
+        return type(real.value)
+    return torch.nn.Parameter if real.is_tensor() else None
+
+
+def _module_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
+    def of_module(self: Any, tx: Any, name: str) -> Any:
+        if _local.stack:
+            for seen in _local.stack[-1].parts:
+                seen.modules[self.value.__name__, name] = getattr(self.value, name, NEW)
+        return original(self, tx, name)
+
+    return of_module
+
+
+def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
+    def about(*args: Any) -> Any:
+        if _local.stack:
+            from torch._dynamo.variables import VariableTracker
+
+            values = [found_value(a) for a in args if isinstance(a, VariableTracker)]
+            # `x is None` asks for the type of x, which is compared.
+            if not any(v is None or type(v) is bool for v in values):
+                for seen in _local.stack[-1].parts:
+                    seen.identities += [v for v in values if v is not NEW and not is_atom(v)]
+        return original(*args)
+
+    return about
+
+
+def _builtin_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        # Equal numbers and strings may be one object or two, and are the same to all but `is` and `id`.
+        if self.fn in (operator.is_, operator.is_not, id) and _local.stack:
+            values = [found_value(a) for a in args]
+            if all(is_atom(v) and v is not None and type(v) is not bool for v in values):
+                for seen in _local.stack[-1].parts:
+                    seen.identities.append(UNKNOWN)
+        return original(self, tx, args, kwargs)
+
+    return call_function
+
+
+def found_value(variable: Any) -> Any:
+    """The real object that a variable stands for; `NEW` for one that the trace made, `UNKNOWN` if it is not found."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+
+    if isinstance(variable, LazyVariableTracker):
+        if not variable.is_realized():
+            return variable.original_value()
+        variable = variable.realize()
+    if isinstance(variable, ConstantVariable):
+        return variable.value
+    if variable.source is None:
+        return getattr(variable, "value", NEW)
+    try:
+        return InstructionTranslator.current_tx().output.resolve_source_value(variable.source)
+    except Exception:  # a source of Dynamo's own making, which no expression leads to
+        return UNKNOWN
+
+
+def _foreign_call(original: Callable[..., Any]) -> Callable[..., Any]:
+    def invoke_and_store_as_constant(tx: Any, fn: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if _local.stack:
+            for seen in _local.stack[-1].parts:
+                seen.foreign.append(Foreign(fn, [*args, *kwargs.values()]))
+        return original(tx, fn, name, args, kwargs)
+
+    return invoke_and_store_as_constant
