@@ -28,7 +28,15 @@ import torch.fx as fx
 from vllm_compile_ext.trace import kinds, watch
 from vllm_compile_ext.trace.bodies import CALL, Body, Call, NotOnce, Opaque, keep_alive, region
 from vllm_compile_ext.trace.same_kind import Different, Reach, Same, compare, storage_of
-from vllm_compile_ext.trace.signature import Arguments, check_returned, first_difference, results, returned, storage
+from vllm_compile_ext.trace.signature import (
+    Arguments,
+    check_returned,
+    first_difference,
+    metadata,
+    results,
+    returned,
+    storage,
+)
 from vllm_compile_ext.trace.state import Snapshot
 from vllm_compile_ext.trace.values import Accessed
 
@@ -147,6 +155,7 @@ class Tracer:
         trace: Callable[[], Any],
     ) -> Any:
         before, guarded = set(tx.output.graph.nodes), kinds.guards(tx)
+        inputs = _inputs(before)
         tracer = tx.output.root_tracer
         outer, tracer.traced_sources = tracer.traced_sources, type(tracer.traced_sources)()
         seen = watch.Seen()
@@ -161,7 +170,10 @@ class Tracer:
             after = Snapshot(tx)
             if after != state:
                 raise NotOnce(f"changes Python's state: {after.since(state)}")
-            new = [n for n in tx.output.graph.nodes if n not in before and n.op != "placeholder"]
+            nodes = tx.output.graph.nodes
+            if _inputs(before) != inputs or any(_is_changed(tx, n) for n in nodes if n not in before):
+                raise NotOnce("changes the sizes or strides of a tensor from outside")
+            new = [n for n in nodes if n not in before and n.op != "placeholder"]
             body = Body(module.value, arguments.signature, new, arguments.nodes, state)
             traced = _Traced(self, tx, body, arguments, seen, set(sources))
             traced.check_kinds(kinds.guards(tx) - guarded)
@@ -328,6 +340,25 @@ def _by_storage(root: torch.nn.Module) -> dict[int, set[int]]:
                 if isinstance(value, torch.Tensor):
                     found.setdefault(storage_of(value), set()).add(id(value))
     return found
+
+
+def _inputs(nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
+    """What is known of tensors from outside of a body; `t_()` and the like change it."""
+    values = ((n, n.meta.get("example_value")) for n in nodes)
+    return {n: metadata(v) for n, v in values if isinstance(v, torch.Tensor)}
+
+
+def _is_changed(tx: Any, node: fx.Node) -> bool:
+    """Whether a graph input that a body was the first to read is no longer as it was."""
+    fake = node.meta.get("example_value")
+    if node.op != "placeholder" or not isinstance(fake, torch.Tensor) or fake.layout != torch.strided:
+        return False
+    real = _resolve(tx, getattr(node.meta.get("grapharg"), "source", None))
+    if not isinstance(real, torch.Tensor):
+        return True
+    sizes = (*fake.shape, *fake.stride(), fake.storage_offset())
+    symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
+    return not symbolic and sizes != (*real.shape, *real.stride(), real.storage_offset())
 
 
 def _resolve(tx: Any, source: Any) -> Any:

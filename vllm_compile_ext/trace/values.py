@@ -14,7 +14,7 @@ import struct
 import types
 import typing
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +32,8 @@ class Look(NamedTuple):
     parts: list[tuple[str, Any]]
 
 
-# Code that says one of these may read every attribute of something.
-WHOLE = frozenset({"__dict__", "vars", "dir", "__dir__", "__getstate__", "__reduce__", "__reduce_ex__", "getmembers"})
+# Who reads one of these may read every attribute of the object.
+WHOLE = frozenset({"__dict__", "vars", "dir", "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"})
 
 
 class Accessed:
@@ -47,33 +47,30 @@ class Accessed:
         self.by_kind: dict[type, set[str]] = {}
         self.strings: set[str] = set()
         self.said: set[str] = set()
-        self.whole = False
         self.changes = 0
 
     def add_code(self, code: types.CodeType) -> None:
-        if code in OWN_OF_MODULES:
-            return
-        names, strings = names_in(code)
-        if not (names <= self.said and strings <= self.strings):
-            self.said |= names | strings
-            self.strings |= strings
-            self.whole = self.whole or not WHOLE.isdisjoint(self.said)
-            self.changes += 1
+        if code not in OWN_OF_MODULES:
+            names, strings = names_in(code)
+            self._add(self.said, names | strings)
+            self._add(self.strings, strings)
 
     def add(self, kind: type | None, name: str) -> None:
         """`name` was read of an object of class `kind`; None where that is not known."""
-        known = self.strings if kind is None else self.by_kind.setdefault(kind, set())
-        if name not in known:
-            known.add(name)
-            self.said.add(name)
-            self.whole = self.whole or name in WHOLE
+        self._add(self.strings if kind is None else self.by_kind.setdefault(kind, set()), {name})
+        self._add(self.said, {name})
+
+    def _add(self, known: set[str], names: Set[str]) -> None:
+        if not names <= known:
+            known |= names
             self.changes += 1
 
     def of(self, kind: type, own: dict[str, Any]) -> list[tuple[str, Any]]:
         """The attributes among `own`, of an object of class `kind`, that may have been accessed."""
-        if self.whole:
+        read: Set[str] = self.by_kind.get(kind, frozenset())
+        strings = self.strings
+        if not (WHOLE.isdisjoint(read) and WHOLE.isdisjoint(strings)):
             return list(own.items())
-        read, strings = self.by_kind.get(kind, ()), self.strings
         return [(k, v) for k, v in own.items() if k in read or k in strings or k == "forward"]
 
 
@@ -231,9 +228,8 @@ def _dict(value: Any) -> dict[str, Any] | None:
 
 
 def _tensor(value: Any, accessed: Accessed) -> Look | None:
-    if is_traceable_wrapper_subclass(value) or not (
-        type(value) in (torch.Tensor, torch.nn.Parameter) or _python(type(value))
-    ):
+    kind: Any = type(value)
+    if is_traceable_wrapper_subclass(value) or not (kind in (torch.Tensor, torch.nn.Parameter) or _python(kind)):
         return None
     own = _dict(value) or {}
     # torch 2.13, _dynamo/variables/builder.py: Dynamo marks the parameters that it has traced.

@@ -222,7 +222,7 @@ def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
             if name.is_python_constant() and type(name.as_python_constant()) is str:
                 accessed.add(_kind(args[0]), name.as_python_constant())
             else:
-                accessed.whole = True
+                accessed.add(None, "__dict__")
         return original(self, tx, args, kwargs)
 
     return call_function
@@ -235,7 +235,13 @@ def _kind(variable: Any) -> type | None:
     real = variable.realize()
     if isinstance(real, UserDefinedObjectVariable):
         return type(real.value)
-    return torch.nn.Parameter if real.is_tensor() else None
+    if real.is_tensor():
+        return torch.nn.Parameter
+    try:
+        kind = real.python_type()
+    except NotImplementedError:
+        return None
+    return None if kind is super else kind
 
 
 def _module_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,6 +271,8 @@ def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _builtin_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.fn in (vars, dir) and _local.stack:
+            _local.stack[-1].accessed.add(_kind(args[0]) if args else None, "__dict__")
         # Equal numbers and strings may be one object or two, and are the same to all but `is` and `id`.
         if self.fn in (operator.is_, operator.is_not, id) and _local.stack:
             values = [found_value(a) for a in args]

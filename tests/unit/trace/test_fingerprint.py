@@ -17,7 +17,7 @@ from torch import nn
 from tests.unit.trace.capture import stitched
 from tests.unit.trace.models import Name
 from tests.unit.trace.pieces import World, digest, piece
-from tests.unit.trace.test_regions import CASES
+from tests.unit.trace.test_tracer import CASES
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
 from vllm_compile_ext.trace.split import decompose_sizes, split
 

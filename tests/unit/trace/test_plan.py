@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.unit.trace.capture import run, splits, stitched
 from tests.unit.trace.models import Name, stack
-from tests.unit.trace.test_regions import CASES
+from tests.unit.trace.test_tracer import CASES
 from vllm_compile_ext.trace import access, names
 from vllm_compile_ext.trace.bodies import NotOnce
 from vllm_compile_ext.trace.plan import Made, Plan, dumps, loads, write
