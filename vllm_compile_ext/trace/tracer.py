@@ -104,7 +104,7 @@ class Tracer:
         layer = module.value
         if self._output is not tx.output:  # another frame, or Dynamo started over
             self._restart(tx.output)
-            watch.note_code(self, tx.output.root_tx.f_code, tx.output.root_tx.f_globals)
+            watch.note_code(self, tx.output.root_tx.f_code)
         if id(layer) not in self.groups or self._inside or len(tx.output.tracers) != 1:
             return trace()
         name = type(layer).__name__ if module.source is None else module.source.name

@@ -10,6 +10,7 @@ import abc
 import collections
 import enum
 import functools
+import os
 import struct
 import types
 import typing
@@ -41,13 +42,16 @@ class Accessed:
 
     by_kind: class -> names that were read of an object of exactly this class.  strings: all strings in the code that
     was traced, and names that were read of something whose class is not known.  said: all names in the code.
+    variables: those of the environment that were asked for; None for all.
     """
 
     def __init__(self) -> None:
-        self.by_kind: dict[type, set[str]] = {}
+        self.by_kind: dict[type, set[str]] = collections.defaultdict(set)
         self.strings: set[str] = set()
         self.said: set[str] = set()
+        self.variables: set[str] | None = set()
         self.changes = 0
+        self._names: dict[type, tuple[int, frozenset[str]]] = {}
 
     def add_code(self, code: types.CodeType) -> None:
         if code not in OWN_OF_MODULES:
@@ -57,8 +61,15 @@ class Accessed:
 
     def add(self, kind: type | None, name: str) -> None:
         """`name` was read of an object of class `kind`; None where that is not known."""
-        self._add(self.strings if kind is None else self.by_kind.setdefault(kind, set()), {name})
+        self._add(self.strings if kind is None else self.by_kind[kind], {name})
         self._add(self.said, {name})
+
+    def add_variable(self, name: str | None) -> None:
+        """A variable of the environment was asked for; None for all of them."""
+        if name is None:
+            self.variables = None
+        elif self.variables is not None:
+            self.variables.add(name)
 
     def _add(self, known: set[str], names: Set[str]) -> None:
         if not names <= known:
@@ -67,11 +78,13 @@ class Accessed:
 
     def of(self, kind: type, own: dict[str, Any]) -> list[tuple[str, Any]]:
         """The attributes among `own`, of an object of class `kind`, that may have been accessed."""
-        read: Set[str] = self.by_kind.get(kind, frozenset())
-        strings = self.strings
-        if not (WHOLE.isdisjoint(read) and WHOLE.isdisjoint(strings)):
+        changes, names = self._names.get(kind, (-1, frozenset()))
+        if changes != self.changes:
+            names = frozenset({"forward", *self.by_kind[kind], *self.strings})
+            self._names[kind] = self.changes, names
+        if not WHOLE.isdisjoint(names):
             return list(own.items())
-        return [(k, v) for k, v in own.items() if k in read or k in strings or k == "forward"]
+        return [(k, own[k]) for k in own if k in names]
 
 
 # What nn.Module's own methods read is its structure, or has a name that their caller says.
@@ -112,13 +125,13 @@ def _constant(value: Any) -> Any:
         return ("tuple", *map(_constant, value))
     if isinstance(value, frozenset):  # its order is the process's
         return ("frozenset", *sorted(map(repr, map(_constant, value))))
-    return _atom(value) if type(value) in _ATOMS else (type(value).__name__, repr(value))
+    return atom(value) if type(value) in ATOMS else (type(value).__name__, repr(value))
 
 
-_ATOMS = frozenset({type(None), bool, int, str, bytes, float, complex, type(Ellipsis), type(NotImplemented)})
+ATOMS = frozenset({type(None), bool, int, str, bytes, float, complex, type(Ellipsis), type(NotImplemented)})
 
 
-def _atom(value: Any) -> tuple[Any, ...]:
+def atom(value: Any) -> tuple[Any, ...]:
     kind: Any = type(value)
     if kind is float:
         return kind, struct.pack("d", value)
@@ -129,22 +142,27 @@ def _atom(value: Any) -> tuple[Any, ...]:
 
 def is_atom(value: Any) -> bool:
     """Whether a value has nothing but its bits: no identity that code may rely on, and no parts."""
-    return type(value) in _ATOMS
+    return type(value) in ATOMS
 
 
 def look(value: Any, accessed: Accessed) -> Look | None:
     """What can be seen of `value` by code that has `accessed` what it has; None for a value of an unknown type."""
     kind: Any = type(value)
-    if kind in _ATOMS:
-        return Look(_atom(value), [])
+    if kind in ATOMS:
+        return Look(atom(value), [])
     known = _KNOWN.get(kind)
     if known is not None:
         head, parts = known(value)
         return Look((kind, *head), parts)
     if isinstance(value, torch.Tensor):
         return _tensor(value, accessed)
+    if kind is type(os.environ):
+        wanted = sorted(value if accessed.variables is None else accessed.variables)
+        return Look((kind,), [(f"[{name!r}]", value.get(name)) for name in wanted])
     if isinstance(value, type):
         return Look((type, value.__module__, value.__qualname__), list(class_attributes(value, accessed)))
+    if isinstance(value, types.ModuleType):  # torch.ops and what is below it
+        return Look((kind, value.__name__), [])
     if isinstance(value, enum.Enum):
         return Look((kind, value._name_), [(".value", value._value_)])
     if isinstance(value, np.ndarray):
@@ -164,8 +182,8 @@ def _object(value: Any, accessed: Accessed) -> Look | None:
     head: tuple[Any, ...] = (kind,)
     parts: list[tuple[str, Any]] = []
     if base is not object:
-        if base in _ATOMS:
-            head = (kind, *_atom(base(value) if base is not str else str.__str__(value)))
+        if base in ATOMS:
+            head = (kind, *atom(base(value) if base is not str else str.__str__(value)))
         else:
             own, parts = _KNOWN[base](value)
             head = (kind, *own)
@@ -277,10 +295,18 @@ def _cell(cell: Any) -> Any:
         return _EMPTY
 
 
+_DYNAMOS = ("_torchdynamo_wrapper_id", "_torchdynamo_inline")
+
+
 def _function(f: Any) -> tuple[Any, ...]:
-    parts: list[tuple[str, Any]] = [(".__defaults__", f.__defaults__), (".__kwdefaults__", f.__kwdefaults__)]
-    parts += [(f".__closure__[{i}].cell_contents", _cell(c)) for i, c in enumerate(f.__closure__ or ())]
-    parts += [(f".__dict__[{k!r}]", v) for k, v in f.__dict__.items() if k != "_torchdynamo_wrapper_id"]
+    # torch 2.13, _dynamo/eval_frame.py: what `torch.compile` or `disable` makes of a function is traced as that one.
+    wrapped = f.__dict__.get("_torchdynamo_orig_callable")
+    parts: list[tuple[str, Any]] = [
+        (f".{k}", v) for k, v in f.__dict__.items() if k not in _DYNAMOS and (not wrapped or v is wrapped or is_atom(v))
+    ]
+    if not wrapped:
+        parts += [(".__defaults__", f.__defaults__), (".__kwdefaults__", f.__kwdefaults__)]
+        parts += [(f".__closure__[{i}].cell_contents", _cell(c)) for i, c in enumerate(f.__closure__ or ())]
     return (f.__module__, f.__qualname__, code_digest(f.__code__)), parts
 
 
@@ -291,13 +317,14 @@ def _items(values: Any) -> list[tuple[str, Any]]:
 def _pairs(values: Any) -> list[tuple[str, Any]]:
     parts: list[tuple[str, Any]] = []
     for i, (key, value) in enumerate(values):
-        parts += [(f" key {i}", key), (f"[{key!r}]" if type(key) in _ATOMS else f" value {i}", value)]
+        parts += [(f" key {i}", key), (f"[{key!r}]" if type(key) in ATOMS else f" value {i}", value)]
     return parts
 
 
 def _builtin(f: Any) -> tuple[Any, ...]:
     owner = f.__self__
     bound = owner is not None and not isinstance(owner, types.ModuleType | type)
+    bound = bound and not type(owner).__name__.startswith("pybind11_")  # every function of pybind has its record there
     return (f.__module__, f.__qualname__), [(".__self__", owner)] if bound else []
 
 
@@ -372,6 +399,8 @@ _KNOWN: dict[type, Any] = {
     weakref.ref: lambda v: ((), [("()", v())]),
     torch.Size: _sequence(tuple),
     np.dtype: _text,
+    types.GenericAlias: _text,
+    types.UnionType: _text,
 }
 _BASES = (int, float, str, bytes, complex, list, tuple, set, frozenset, dict, collections.OrderedDict)
 _BASES += (collections.defaultdict, collections.deque, types.SimpleNamespace)  # type: ignore[assignment]
@@ -481,12 +510,18 @@ def is_ordinary(kind: Any) -> bool:
 
 
 def class_attributes(kind: type, accessed: Accessed) -> Iterator[tuple[str, Any]]:
-    """What code finds in `kind` and its bases under names that it has said, and methods that Python calls."""
-    seen = set(_HARMLESS) - {"__call__", "__slots__"}
+    """What code finds in `kind` and its bases under names that it has said, and the methods that Python calls itself.
+
+    Of torch's own classes only `forward`: their sources are torch's version, and each function that is traced into is
+    looked up under its name.
+    """
+    seen: set[str] = set()
     for one in kind.__mro__:
         if not one.__flags__ & _HEAP:
             continue
+        ours = not one.__module__.startswith("torch")
         for name, value in vars(one).items():
-            if name not in seen and (name in accessed.said or name[:2] == "__" == name[-2:]):
+            special = name[:2] == "__" == name[-2:] and type(value) is types.FunctionType and name != "__init__"
+            if name not in seen and (name == "forward" or (ours and (special or name in accessed.said))):
                 seen.add(name)
                 yield f".{name}", value

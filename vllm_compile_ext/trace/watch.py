@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -45,24 +47,20 @@ class Foreign:
 class Seen:
     """What a trace, or a part of it, has looked at.
 
-    functions: those that were traced into.  modules: (Python module, attribute) that was read.  identities: objects of
-    which the trace asked which ones they are, `UNKNOWN` among them where that cannot be said.
+    functions: those that were traced into.  globals: (name of a Python module, attribute or global of it) that was
+    read, with its value; the name is None where the globals are of no module.  identities: objects of which the trace
+    asked which ones they are, `UNKNOWN` among them where that cannot be said.
     """
 
     functions: dict[int, types.FunctionType] = field(default_factory=dict)
-    modules: dict[tuple[str, str], Any] = field(default_factory=dict)
+    globals: dict[tuple[str | None, str], Any] = field(default_factory=dict)
     identities: list[Any] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
-    codes: dict[types.CodeType, dict[str, Any]] = field(default_factory=dict)  # with the globals that it ran in
 
     def roots(self) -> Iterator[Any]:
-        """What code could reach but by its arguments: functions, globals that they name, attributes of modules."""
+        """What code could reach but by its arguments: functions that ran, globals, attributes of modules."""
         yield from self.functions.values()
-        yield from self.modules.values()
-        for code, space in self.codes.items():
-            for name in code.co_names:
-                if name in space:
-                    yield space[name]
+        yield from self.globals.values()
 
 
 class Listener(Protocol):
@@ -128,6 +126,8 @@ def _install() -> None:
     _patch(symbolic_convert.InliningInstructionTranslator, "build_inline_tracer", _inlined)
     _patch(builtin.GetAttrBuiltinVariable, "call_function", _attribute)
     _patch(builtin.HasAttrBuiltinVariable, "call_function", _attribute)
+    _patch(symbolic_convert.InstructionTranslatorBase, "_load_global", _global)
+    _patch(symbolic_convert.InliningInstructionTranslator, "_load_global", _global)
     _patch(misc.PythonModuleVariable, "var_getattr", _module_attribute)
     _patch(misc.PythonModuleVariable, "call_obj_hasattr", _module_attribute)
     _patch(builtin.BuiltinVariable, "call_id", _identity)
@@ -200,19 +200,41 @@ def _inlined(original: Callable[..., Any]) -> Callable[..., Any]:
     def build_inline_tracer(parent: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
         if _local.stack:
             code, fn = func.get_code(), getattr(func, "fn", None)
-            note_code(_local.stack[-1], code, func.get_globals(), fn)
+            note_code(_local.stack[-1], code, fn)
+            if code in _ENVIRONMENT:
+                _environment(_local.stack[-1], code, args[0])
         return original(parent, func, *args, **kwargs)
 
     return build_inline_tracer
 
 
-def note_code(listener: Listener, code: types.CodeType, space: dict[str, Any], fn: Any = None) -> None:
-    """Code is traced, with the globals `space`; of the function `fn`, if it is one from outside of the trace."""
+def note_code(listener: Listener, code: types.CodeType, fn: Any = None) -> None:
+    """Code is traced; of the function `fn`, if it is one from outside of the trace."""
     listener.accessed.add_code(code)
-    for seen in listener.parts:
-        seen.codes.setdefault(code, space)
-        if isinstance(fn, types.FunctionType):
+    if isinstance(fn, types.FunctionType):
+        for seen in listener.parts:
             seen.functions.setdefault(id(fn), fn)
+
+
+_ENVIRONMENT = {f.__code__ for f in vars(type(os.environ)).values() if isinstance(f, types.FunctionType)}
+
+
+def _environment(listener: Listener, code: types.CodeType, args: Any) -> None:
+    """A method of `os.environ` is traced: which variable is asked for, or all of them."""
+    one = code is type(os.environ).__getitem__.__code__ and len(args) > 1 and args[1].is_python_constant()
+    listener.accessed.add_variable(args[1].as_python_constant() if one else None)
+
+
+def _global(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_global(self: Any, inst: Any) -> Any:
+        if _local.stack and inst.argval in self.f_globals:
+            name = self.f_globals.get("__name__")
+            module = name if getattr(sys.modules.get(name), "__dict__", None) is self.f_globals else None
+            for seen in _local.stack[-1].parts:
+                seen.globals[module, inst.argval] = self.f_globals[inst.argval]
+        return original(self, inst)
+
+    return load_global
 
 
 def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,17 +260,17 @@ def _kind(variable: Any) -> type | None:
     if real.is_tensor():
         return torch.nn.Parameter
     try:
-        kind = real.python_type()
+        kind: Any = real.python_type()
     except NotImplementedError:
         return None
-    return None if kind is super else kind
+    return kind if isinstance(kind, type) and kind is not super else None
 
 
 def _module_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
     def of_module(self: Any, tx: Any, name: str) -> Any:
         if _local.stack:
             for seen in _local.stack[-1].parts:
-                seen.modules[self.value.__name__, name] = getattr(self.value, name, NEW)
+                seen.globals[self.value.__name__, name] = getattr(self.value, name, NEW)
         return original(self, tx, name)
 
     return of_module

@@ -1,0 +1,196 @@
+"""What the trace of a model has read, in words that another process can check before it uses the code.
+
+Kept are the names of what was accessed, where it all began (the model, globals, attributes of modules, functions that
+were traced into), and one line for each value that code could see from there (`trace/values.py`).  A start that wants
+to load looks all of it up again, in itself: one line that differs is a miss that names it.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import torch
+from blake3 import blake3
+
+from vllm_compile_ext.artifacts.key import Change
+from vllm_compile_ext.trace.same_kind import storage_of
+from vllm_compile_ext.trace.values import ATOMS, Accessed, atom, look
+
+
+class NotDescribed(Exception):  # noqa: N818 - an answer, not an error
+    """Something that the trace read cannot be looked up again; the message says what and why."""
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What a trace has read.
+
+    by_kind, strings, said, variables: as in `Accessed`, classes by their names.  roots: (module, name) of each global
+    and function.  digest: of the values; lines: the same with their paths, packed, for people.
+    """
+
+    by_kind: dict[str, list[str]]
+    strings: list[str]
+    said: list[str]
+    variables: list[str] | None
+    roots: list[tuple[str, str]]
+    digest: str
+    lines: bytes
+
+
+_LONGEST = 200  # characters of a string in the code that may name an attribute; longer ones are documentation
+# Their own sources are in the key, and nobody replaces a part of a compiler while it runs.
+_COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx")
+
+
+def collect(model: torch.nn.Module, tracer: Any) -> Seen:
+    """What the trace of `model` by `tracer` has read.  Raises `NotDescribed`."""
+    accessed: Accessed = tracer.accessed
+    seen = tracer.seen
+    roots: list[tuple[str, str]] = []
+    for (module, name), value in seen.globals.items():
+        if module is None:
+            raise NotDescribed(f"the global {name} of code that is in no module")
+        if module.startswith(_COMPILER):
+            continue
+        if _find(module, name) is not value and type(value) not in ATOMS:
+            raise NotDescribed(f"{module}.{name}, which is another object each time")
+        roots.append((module, name))
+    walk = _Walk(accessed, with_paths=True)
+    walk.all(model, roots)
+    for foreign in seen.foreign:
+        if isinstance(foreign.fn, types.FunctionType):
+            seen.functions.setdefault(id(foreign.fn), foreign.fn)
+    for function in seen.functions.values():
+        module = function.__module__ or ""
+        if id(function) in walk.numbers or module.startswith(_COMPILER):
+            continue
+        place = (module, function.__qualname__)
+        if _find(*place) is not function:
+            raise NotDescribed(f"the function {'.'.join(place)}, which is not found under its name")
+        roots.append(place)
+        walk.root(place)
+    names = {f"{k.__module__}.{k.__qualname__}": sorted(v) for k, v in accessed.by_kind.items() if v}
+    return Seen(
+        names,
+        sorted(s for s in accessed.strings if len(s) <= _LONGEST),
+        sorted(s for s in accessed.said if len(s) <= _LONGEST),
+        None if accessed.variables is None else sorted(accessed.variables),
+        roots,
+        _digest(_Walk(accessed, with_paths=False).all(model, roots)),
+        zlib.compress("\n".join(walk.lines).encode("utf-8", "surrogatepass"), 1),
+    )
+
+
+def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
+    """What is not as it was when `seen` was collected."""
+    accessed = _accessed(seen)
+    try:
+        if _digest(_Walk(accessed, with_paths=False).all(model, seen.roots)) == seen.digest:
+            return []
+        walk = _Walk(accessed, with_paths=True)
+        walk.all(model, seen.roots)
+    except NotDescribed as why:
+        return [Change(str(why), None, None)]
+    old = dict(_split(zlib.decompress(seen.lines).decode("utf-8", "surrogatepass").split("\n")))
+    new = dict(_split(walk.lines))
+    names = [n for n in dict.fromkeys((*new, *old)) if old.get(n) != new.get(n)]
+    return [Change(n, old.get(n), new.get(n)) for n in names] or [Change("what the trace read", None, None)]
+
+
+class _ByName(dict[type, frozenset[str]]):
+    def __init__(self, names: dict[str, list[str]]) -> None:
+        self.names = {kind: frozenset(found) for kind, found in names.items()}
+
+    def __missing__(self, kind: type) -> frozenset[str]:
+        found = self[kind] = self.names.get(f"{kind.__module__}.{kind.__qualname__}", frozenset())
+        return found
+
+
+def _accessed(seen: Seen) -> Accessed:
+    made = Accessed()
+    made.by_kind = _ByName(seen.by_kind)  # type: ignore[assignment]
+    made.strings, made.said = set(seen.strings), set(seen.said)
+    made.variables = None if seen.variables is None else set(seen.variables)
+    return made
+
+
+def _digest(lines: list[str]) -> str:
+    return blake3("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _split(lines: list[str]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        path, _, text = line.partition("\t")
+        yield path, text
+
+
+def _find(module: str, name: str) -> Any:
+    """What is under a name now; None where there is nothing."""
+    if module in sys.modules:
+        found: Any = sys.modules[module]
+    else:  # torch.ops.aten and its like
+        outer, _, module = module.rpartition(".")
+        found = _find(outer, module) if outer else None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+class _Walk:
+    """Describes values, one line each: what is known of it, after the step that leads to it or the whole path."""
+
+    def __init__(self, accessed: Accessed, *, with_paths: bool) -> None:
+        self.accessed = accessed
+        self.with_paths = with_paths
+        self.lines: list[str] = []
+        self.numbers: dict[int, int] = {}
+        self.storages: dict[int, int] = {}
+        self.keep: list[Any] = []
+
+    def all(self, model: torch.nn.Module, roots: list[tuple[str, str]]) -> list[str]:
+        self.value("", model)
+        for place in roots:
+            self.root(place)
+        return self.lines
+
+    def root(self, place: tuple[str, str]) -> None:
+        self.value(".".join(place), _find(*place))
+
+    def value(self, path: str, value: Any) -> None:
+        """One line for `value`, and then those of its parts."""
+        if type(value) in ATOMS:
+            self.lines.append(f"{path}\t{_text(value)}")
+            return
+        number = self.numbers.get(id(value))
+        if number is not None:
+            self.lines.append(f"{path}\tnumber {number}")
+            return
+        kind = type(value)
+        if kind is not tuple and kind is not types.MethodType:  # as the interpreter likes, one object or two
+            self.numbers[id(value)] = len(self.numbers)
+        self.keep.append(value)
+        seen = look(value, self.accessed)
+        if seen is None:
+            raise NotDescribed(f"{path or 'the model'}, a {kind.__module__}.{kind.__qualname__}")
+        words = " ".join([f"{w.__module__}.{w.__qualname__}" if isinstance(w, type) else repr(w) for w in seen.head])
+        if isinstance(value, torch.Tensor):
+            words += f" memory {self.storages.setdefault(storage_of(value), len(self.storages))}"
+        self.lines.append(f"{path}\t{words}")
+        outer = path if self.with_paths else ""
+        for step, part in seen.parts:
+            if type(part) in ATOMS:
+                self.lines.append(f"{outer}{step}\t{_text(part)}")
+            else:
+                self.value(outer + step, part)
+        if kind.__flags__ & (1 << 9) and not issubclass(kind, type):
+            self.value(f"type({outer})", kind)
+
+
+def _text(value: Any) -> str:
+    """An atom as text: equal only for equal bits (`nan` has many)."""
+    return repr(value) if value == value else f"{value!r} {atom(value)[1].hex()}"
