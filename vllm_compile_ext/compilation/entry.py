@@ -60,8 +60,7 @@ class Entry:
         expert = f"_dp{parallel.data_parallel_index}" if parallel.enable_expert_parallel else ""
         self.shard = f"rank{parallel.rank}{expert}{_device()}"
         self.tag = f"[{getattr(model, '_compile_tag', '')}] "
-        name = getattr(config.model_config, "model", "") or ""
-        self.model = f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip()
+        self.model = name_of(model)
         self._claim = ExitStack()
 
     def find(self) -> Manifest | None:
@@ -126,7 +125,7 @@ class Entry:
         """Let others write."""
         self._claim.close()
 
-    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str], about: Mapping[str, str]) -> None:
+    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str]) -> None:
         """Write the entry.  Raises `OSError`."""
         made = Manifest(
             kind="program",
@@ -138,7 +137,6 @@ class Entry:
             factors=self.factors,
             sources=dict(sources),
             members=dict(members),
-            about=dict(about),
         )
         self.store.commit(made)
 
@@ -150,6 +148,12 @@ def _device() -> str:
     if not torch.accelerator.is_available():
         return ""
     return f"_{torch.accelerator.current_accelerator()}{torch.accelerator.current_device_index()}"
+
+
+def name_of(model: Any) -> str:
+    """A model for people: its checkpoint, its class and its part in the whole."""
+    name = getattr(model.vllm_config.model_config, "model", "") or ""
+    return f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip()
 
 
 def _same_class(manifest: Manifest, table: Mapping[str, str]) -> bool:

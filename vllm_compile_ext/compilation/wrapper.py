@@ -20,6 +20,8 @@ from vllm_compile_ext.upstream import wrapper as upstream
 
 logger = logging.getLogger(__name__)
 
+INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+
 
 def __getattr__(name: str) -> Any:
     return getattr(upstream, name)
@@ -86,6 +88,8 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             note("fallback", model=tag.strip(), why=f"every layer is traced: {reason}")
             return None
         session = Session(self, self.__dict__.get(entries.NAME))
+        folder = os.environ.get(INDUCTOR_FOLDER)
+        os.environ[INDUCTOR_FOLDER] = str(scratch.inductor())
         try:
             with session.active(), span("trace"):
                 return super().aot_compile(*args, **kwargs)
@@ -97,6 +101,8 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, why)
             logger.debug("%strace once gave up", tag, exc_info=True)
             note("fallback", model=tag.strip(), why=f"every layer is traced: {why}")
+            if folder is not None:  # upstream's: what it keeps names files there
+                os.environ[INDUCTOR_FOLDER] = folder
             return None
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +110,6 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             return self._compile(*args, **kwargs)
 
     def _compile(self, *args: Any, **kwargs: Any) -> Any:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch.inductor())
         try:
             compiled = self._trace_once(*args, **kwargs)
             if compiled is None:
