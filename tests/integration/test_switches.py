@@ -40,6 +40,21 @@ CODE = """
     out["disabled"] = start("off", VLLM_DISABLE_COMPILE_CACHE="1")
     out["files"]["disabled"] = files("off")
     out["cold"] = start("root")
+    def torchs(root):
+        def function():
+            import torch
+            torch._inductor.config.force_disable_caches = True
+            from vllm_compile_ext.compilation import entry
+            made = []
+            entry.Entry.__init__ = lambda *args: made.append(1)
+            model = toys.build(toys.Plain, toys.config(root))
+            try:
+                model(toys.tokens())
+            except RuntimeError as error:
+                return [str(error), made]
+        ended = forks.run(function)
+        return [ended.status, ended.value, ended.output]
+    out["torch's"] = torchs("root")
     out["forced"] = start("root", VLLM_FORCE_AOT_LOAD="1")
     out["forced, other"] = start("root", compilation={"compile_sizes": [4]}, VLLM_FORCE_AOT_LOAD="1")
     out["disabled after"] = start("root", VLLM_DISABLE_COMPILE_CACHE="1")
@@ -158,6 +173,15 @@ def test_no_cache(ran: dict[str, Any]) -> None:
     assert [name for name in ran["files"]["disabled"] if "compile_store" in name] == []
     good(ran["cold"], 0, 3, 1)
     good(ran["disabled after"], 0, 6, 0)
+
+
+def test_torchs_own_switch(ran: dict[str, Any]) -> None:
+    """The store is not asked; then torch refuses to compile ahead of time, as it does in stock vLLM."""
+    status, value, output = ran["torch's"]
+    assert status == 0, output[-3000:]
+    message, made = value
+    assert "force_disable_caches=True" in message
+    assert made == []
 
 
 def test_without_aot_compilation(ran: dict[str, Any]) -> None:
