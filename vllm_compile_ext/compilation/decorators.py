@@ -11,6 +11,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -115,7 +116,7 @@ def _load(entry: Entry, model: Any, path: Path) -> Any | None:
 
 def _load_from_upstream(model: Any, path: Path) -> Any | None:
     """What an earlier start compiled and kept as stock does it, because trace-once gave up on this model."""
-    if not path.exists():
+    if sys.flags.optimize or not path.exists():
         return None
     workers.wait()
     return _upstream_load(model, os.fspath(path))
@@ -177,7 +178,8 @@ def _save(model: Any, upstream_save: Callable[[Any], None]) -> None:
     entry: Entry | None = model.__dict__.get(entries.NAME)
     try:
         if not program.is_ours(model.aot_compiled_fn):
-            upstream_save(model)
+            if rules.why_upstream(model.vllm_config) is not None or not sys.flags.optimize:
+                upstream_save(model)
             if entry is not None:
                 _tell(entry, "failed", IN_UPSTREAMS_CACHE)
         elif entry is not None and entry.store.writable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import sys
@@ -27,9 +28,8 @@ _opened: Path | None = None
 def store() -> Store | None:
     """The store of this process; None, after one line that says why, where there is none to be used."""
     global _store, _opened
-    import vllm.envs
-
-    if vllm.envs.VLLM_DISABLE_COMPILE_CACHE:
+    if sys.flags.optimize:
+        _say_optimized()
         return None
     folder = envs.store()
     if folder != _opened:
@@ -41,6 +41,12 @@ def store() -> Store | None:
         except OSError as error:
             logger.warning("every start compiles: the store %s cannot be opened (%s)", folder, error)
     return _store
+
+
+@functools.cache
+def _say_optimized() -> None:
+    # torch 2.13.0: a pass has its effect inside of an assert, and drops a store under -O.
+    logger.warning("nothing is loaded or kept: under python -O (PYTHONOPTIMIZE) torch may compile wrong code")
 
 
 class Entry:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import process
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.compilation import entry
 from vllm_compile_ext.key import factors
@@ -65,3 +66,14 @@ def test_a_source_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / f"source_{name}.py").write_bytes(data + b"\nz = 1\n")
         (change,) = entry.changed_sources(entry.sources_of(compiled))
         assert change.name == f"source of source_{name}"
+
+
+def test_under_O_there_is_no_store(tmp_path: Path) -> None:  # noqa: N802 - the option
+    code = """
+        from vllm_compile_ext.compilation import entry
+        report([entry.store() is None, entry.store() is None])
+    """
+    for optimize, none in (("", False), ("1", True)):
+        outcome = process.run(code, PYTHONOPTIMIZE=optimize, VLLM_COMPILE_STORE=str(tmp_path / "store"))
+        assert outcome.value == [none, none], outcome.output[-3000:]
+        assert len(outcome.lines("nothing is loaded or kept: under python -O")) == int(none)
