@@ -27,6 +27,7 @@ from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import outcomes, program, rules, scratch, workers
 from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.compilation.wrapper import inspect_bytecode
+from vllm_compile_ext.printable import plain
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import decorators as upstream
 
@@ -62,7 +63,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
         with span("compute key", LOADING):
             entry = entries.of(model)
     except Exception as error:
-        logger.warning("nothing is loaded or kept: no key (%s: %s)", type(error).__name__, error)
+        logger.warning("nothing is loaded or kept: no key (%s: %s)", type(error).__name__, plain(str(error)))
         logger.debug("no key", exc_info=True)
         entry = None
     path = Path(aot_compilation_path)

@@ -18,6 +18,7 @@ from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, 
 from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest
 from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.printable import plain
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Entry:
             return self._miss()
         except Exception as error:  # it is only told
             logger.debug("the miss was not explained", exc_info=True)
-            return f"cache miss: {type(error).__name__}: {error}"
+            return plain(f"cache miss: {type(error).__name__}: {error}")
 
     def _miss(self) -> str:
         found = self.store.find(self.key, self.shard)
@@ -159,7 +160,7 @@ def _device() -> str:
 def name_of(model: Any) -> str:
     """A model for people: its checkpoint, its class and its part in the whole."""
     name = getattr(model.vllm_config.model_config, "model", "") or ""
-    return f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip()
+    return plain(f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip())
 
 
 def _same_class(manifest: Manifest, table: Mapping[str, str]) -> bool:

@@ -15,6 +15,7 @@ from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import rules, scratch, workers
 from vllm_compile_ext.compilation.session import Session
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.printable import plain
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import wrapper as upstream
 
@@ -97,7 +98,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             if session.compiling:
                 raise
             # Whatever it is, tracing as stock does it either works or gives the error that stock gives.
-            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            why = plain(f"{type(error).__name__}: {error}".partition("\n")[0])
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, why)
             logger.debug("%strace once gave up", tag, exc_info=True)
             note("fallback", model=tag.strip(), why=f"every layer is traced: {why}")

@@ -46,6 +46,22 @@ def test_devices_have_shards_of_their_own(shard: Any) -> None:
     assert shard(data=0, device=0) != shard(data=1, device=1)
 
 
+def test_the_name_of_a_model_is_safe_to_print() -> None:
+    config = SimpleNamespace(model_config=SimpleNamespace(model="/models/\x1b[31mred\nINFO \u202em"))
+    assert entry.name_of(SimpleNamespace(vllm_config=config)) == r"\x1b[31mred\nINFO \u202em SimpleNamespace"
+
+
+def test_the_line_of_a_miss_is_safe_to_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(value: str) -> entry.Entry:
+        monkeypatch.setattr(factors, "factors", lambda config, model: {"config.model.hf_config.x": value})
+        parallel = SimpleNamespace(rank=0, data_parallel_index=0, enable_expert_parallel=False)
+        config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
+        return entry.Entry(Store.open(tmp_path / "store"), SimpleNamespace(vllm_config=config))
+
+    made("a").commit({}, {})
+    assert made("\x1b[31m\nred").miss() == r"cache miss: config.model.hf_config.x a -> \x1b[31m\nred"
+
+
 def test_a_source_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `inspect.getsource` gives it: it ends every file with a newline and heeds its encoding."""
     import importlib
