@@ -8,15 +8,16 @@ Fields that only say where things are or what they are called are left out after
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import logging
 import re
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 from vllm_compile_ext.key import readable
 from vllm_compile_ext.key.dropped import DROPPED, SECRET, counts
@@ -90,31 +91,13 @@ def record(vllm_config: Any) -> tuple[list[Hashed], str]:
         note(data.decode(), result.hexdigest())
         return result
 
-    with _recording:
-        undo = _replace({hash_factors: noted_factors, safe_hash: noted_hash})
-        try:
-            result = str(vllm_config.compute_hash())
-        finally:
-            undo()
-    return found, result
-
-
-def _replace(new: dict[Callable[..., Any], Callable[..., Any]]) -> Callable[[], None]:
-    changed = []
-    for name, module in list(sys.modules.items()):
-        if name == "vllm.config" or name.startswith("vllm.config."):
-            for attribute in _HASHES:
-                old = vars(module).get(attribute)
-                if old in new:
-                    changed.append((module, attribute, old))
-    for module, attribute, old in changed:
-        setattr(module, attribute, new[old])
-
-    def undo() -> None:
-        for module, attribute, old in changed:
-            setattr(module, attribute, old)
-
-    return undo
+    replaced = {hash_factors: noted_factors, safe_hash: noted_hash}
+    with _recording, contextlib.ExitStack() as changes:
+        for name, module in list(sys.modules.items()):
+            for attribute in _HASHES if f"{name}.".startswith("vllm.config.") else ():
+                if (new := replaced.get(vars(module).get(attribute))) is not None:
+                    changes.enter_context(patch.object(module, attribute, new))
+        return found, str(vllm_config.compute_hash())
 
 
 def _owners(frame: FrameType | None, end: FrameType) -> list[Any]:
