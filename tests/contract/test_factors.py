@@ -20,7 +20,7 @@ START = """
     from vllm.plugins import load_general_plugins
     load_general_plugins()
     from vllm.engine.arg_utils import EngineArgs
-    from vllm_compile_ext.key import config as key_config, factors, machine
+    from vllm_compile_ext.key import config as key_config, factors, machine, torch_state
 
     path = sys.argv[1]
 
@@ -142,11 +142,9 @@ def mutated(llama2: Path) -> dict[str, Any]:
 def test_no_change_of_vllms_hash_is_missed(mutated: dict[str, Any]) -> None:
     assert mutated["unchanged"]
     assert len(mutated["changed"]) > 150, "else the fields were not changed"
-    assert set(mutated["under"]) == {
-        f"config.{owner}.{field}"
-        for owner in ("model_config", "speculative_config.draft_model_config", "speculative_config.target_model_config")
-        for field in ("model", "model_weights", "revision", "code_revision", "generation_config")
-        if f"config.{owner}.{field}" in mutated["changed"]
+    assert {name.rpartition(".")[2] for name in mutated["under"]} == {
+        *("model", "model_weights", "revision", "code_revision", "generation_config"),
+        *("max_logprobs", "trust_remote_code", "disable_nccl_for_dp_synchronization"),
     }
     assert mutated["over"] == mutated["fallen"] == []
 
@@ -284,6 +282,10 @@ WHOLE = (
     other = sys.argv[2]
     shutil.copytree(path, other)
     changed("path", config=made(model=other, tokenizer=path))
+    changed("requests", config=made(max_logprobs=5, trust_remote_code=True))
+    synchronous = made(async_scheduling=False)
+    out["decides"] = [each.parallel_config.disable_nccl_for_dp_synchronization for each in (config, synchronous)]
+    changed("scheduling", config=synchronous)
     changed("runtime", config=made(
         seed=7, gpu_memory_utilization=0.3, served_model_name="x", kv_cache_memory_bytes=1 << 28, load_format="dummy",
         compilation_config={"cache_dir": other, "debug_dump_path": other},
@@ -314,6 +316,43 @@ WHOLE = (
     torch.set_num_threads(count)
     with inductor.patch({"cpp.dynamic_threads": True}):
         changed("overridden")
+    def switched(name, owner, attribute, value):
+        old = getattr(owner, attribute)
+        setattr(owner, attribute, value)
+        changed(name)
+        setattr(owner, attribute, old)
+
+    switched("tf32 of cudnn", torch.backends.cudnn, "allow_tf32", False)
+    switched("mkldnn", torch.backends.mkldnn, "deterministic", True)
+    switched("precision of mkldnn", torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    switched("precision", torch.backends, "fp32_precision", "tf32")
+    switched("reductions", torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    changed("mha")
+    torch.backends.mha.set_fastpath_enabled(True)
+    torch.use_deterministic_algorithms(True)
+    changed("deterministic")
+    torch.use_deterministic_algorithms(False)
+    with torch.autocast("cpu"):
+        changed("autocast")
+    torch.set_default_dtype(torch.float64)
+    changed("default dtype")
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(count + 1)
+    changed("threads that are not in the code")
+    torch.set_num_threads(count)
+    out["cuda"] = torch.cuda.is_initialized()
+    import time
+    began = time.perf_counter()
+    for _ in range(20):
+        torch_state.state()
+    out["seconds"] = (time.perf_counter() - began) / 20
+    points = machine._entry_points()
+    machine._entry_points = lambda: points | {"theirs": "theirs.plugin:register theirs 1.2"}
+    changed("another plugin")
+    changed("another plugin, kept out", env={"VLLM_PLUGINS": "lora_filesystem_resolver,lora_hf_hub_resolver"})
+    machine._entry_points = lambda: points
+    changed("fewer plugins", env={"VLLM_PLUGINS": "lora_hf_hub_resolver"})
     changed("depth", model=torch.nn.Sequential(*model, torch.nn.Linear(4, 4)))
     changed("class", model=torch.nn.ModuleList(model))
 
@@ -356,14 +395,19 @@ def whole(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         "twice",
         "prepared",
         "path",
+        "requests",
+        "scheduling",
         "runtime",
         "runtime variables",
+        "threads that are not in the code",
+        "another plugin, kept out",
         "overridden",
         "compiler by its path",
     ],
 )
 def test_what_cannot_change_the_code_does_not_count(whole: dict[str, Any], name: str) -> None:
     assert whole[name] == []
+    assert whole["decides"] == [True, False], "what async_scheduling changes of vLLM's hash"
 
 
 @pytest.mark.parametrize(
@@ -379,6 +423,8 @@ def test_what_cannot_change_the_code_does_not_count(whole: dict[str, Any], name:
         ("dynamo", ["dynamo.capture_scalar_outputs"]),
         ("threads", ["config.compilation.inductor_compile_config.cpp.dynamic_threads", "threads"]),
         ("other threads", ["threads"]),
+        ("another plugin", ["vllm_plugin.theirs"]),
+        ("fewer plugins", ["vllm_plugin.lora_filesystem_resolver"]),
         ("depth", ["structure"]),
         ("class", ["class", "structure"]),
         ("torch", ["torch"]),
@@ -389,6 +435,31 @@ def test_what_cannot_change_the_code_does_not_count(whole: dict[str, Any], name:
 )
 def test_what_changes_the_code_counts_and_is_named(whole: dict[str, Any], name: str, expected: list[str]) -> None:
     assert whole[name] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tf32 of cudnn", "backends.cudnn.allow_tf32"),
+        ("mkldnn", "backends.mkldnn.deterministic"),
+        ("precision of mkldnn", "backends.mkldnn.matmul.fp32_precision"),
+        ("precision", "backends.fp32_precision"),
+        ("reductions", "backends.cuda.matmul.allow_fp16_reduced_precision_reduction"),
+        ("mha", "backends.mha._is_fastpath_enabled"),
+        ("deterministic", "guards.deterministic_algorithms"),
+        ("autocast", "guards.autocast_state.enabled"),
+        ("default dtype", "guards.default_dtype"),
+    ],
+)
+def test_the_state_of_torch_counts(whole: dict[str, Any], name: str, expected: str) -> None:
+    assert f"state.{expected}" in whole[name]
+    # Switching on deterministic algorithms also sets an option of Inductor.
+    assert {factor.partition(".")[0] for factor in whole[name]} <= {"state", "inductor"}
+
+
+def test_asking_for_the_state_is_cheap_and_wakes_no_device(whole: dict[str, Any]) -> None:
+    assert not whole["cuda"]
+    assert whole["seconds"] < 0.003 * 3, "0.6 ms on an idle machine"
 
 
 def test_there_is_a_factor_for_each_part(whole: dict[str, Any]) -> None:
@@ -406,6 +477,8 @@ def test_there_is_a_factor_for_each_part(whole: dict[str, Any]) -> None:
 VARIABLES = (
     START
     + """
+    from vllm_compile_ext.key.dropped import DROPPED
+    dropped = [tuple(name.split(".", 1)) for name in DROPPED]
     known = vllm.envs.compile_factors()
     base = factors.factors(config, model)
     missed = []
@@ -414,9 +487,13 @@ VARIABLES = (
         vllm.envs.compile_factors = lambda: known | {name: value}
         if difference(base, factors.factors(config, model)) != [f"env.{name}"]:
             missed.append(name)
-    report(dict(missed=missed, dropped=list(factors.DROPPED_ENV), known=list(known), settings=[
-        name for name in factors.DROPPED_SETTINGS
-        if name.partition(".")[2] not in getattr(torch, "_" + name.partition(".")[0]).config.save_config_portable()
+    report(dict(missed=missed, dropped=[name for layer, name in dropped if layer == "env"], settings=[
+        name for layer, name in dropped
+        if layer in ("dynamo", "inductor") and name not in getattr(torch, "_" + layer).config.save_config_portable()
+    ], gone=[
+        name for layer, name in dropped
+        if layer == "flags" and not hasattr(sys.flags, name)
+        or name[:2] == "c." and not hasattr(torch._C, name[2:])
     ]))
 """
 )
@@ -426,7 +503,7 @@ def test_every_variable_that_vllm_counts_counts_but_for_the_listed_ones(llama2: 
     outcome = run(VARIABLES, str(llama2), fork=True)
     assert outcome.value, outcome.output[-3000:]
     assert sorted(outcome.value["missed"]) == sorted(outcome.value["dropped"])
-    assert outcome.value["settings"] == [], "settings that torch does not have"
+    assert outcome.value["settings"] == outcome.value["gone"] == [], "what torch or Python does not have"
 
 
 GPU = (
@@ -449,7 +526,7 @@ GPU = (
     torch.cuda.current_device = lambda: 0
     torch.version.cuda = "13.0"
     machine.version.__globals__["metadata"] = types.SimpleNamespace(
-        version=lambda name: "3.6.0", PackageNotFoundError=KeyError)
+        version=lambda name: "3.6.0", PackageNotFoundError=KeyError, entry_points=lambda group: [])
     found = factors.factors(config, model)
     torch.version.cuda, torch.version.hip = None, "7.1"
     report([found, factors.factors(config, model)])

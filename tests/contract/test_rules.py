@@ -10,6 +10,7 @@ from tests.process import run
 
 CODE = """
     import os
+    import torch
     from vllm.plugins import load_general_plugins
     load_general_plugins()
     from vllm.config import CompilationConfig, CompilationMode, VllmConfig
@@ -30,6 +31,10 @@ CODE = """
     why("size oblivious", dynamic_shapes_config={"type": "backed_size_oblivious"})
     why("custom pass", inductor_passes={"post_grad_custom_post_pass": "__main__.why"})
     why("mode", mode=CompilationMode.DYNAMO_TRACE_ONCE)
+    why("no cache", env={"VLLM_DISABLE_COMPILE_CACHE": "1"})
+    why("no cache of a configuration", inductor_compile_config={"force_disable_caches": True})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        why("no cache of torch's")
     why("no AOT", env={"VLLM_USE_AOT_COMPILE": "0"})
     why("no MEGA", env={"VLLM_USE_MEGA_AOT_ARTIFACT": "0"})
     why("no standalone", env={"VLLM_USE_STANDALONE_COMPILE": "0"})
@@ -47,6 +52,9 @@ REASONS = {
     "size oblivious": None,
     "custom pass": None,
     "mode": "mode DYNAMO_TRACE_ONCE",
+    "no cache": "VLLM_DISABLE_COMPILE_CACHE=1",
+    "no cache of a configuration": "torch's compile caches are off",
+    "no cache of torch's": "torch's compile caches are off",
     "no AOT": "VLLM_USE_AOT_COMPILE=0",
     "no MEGA": "VLLM_USE_MEGA_AOT_ARTIFACT=0",
     "no standalone": "VLLM_USE_STANDALONE_COMPILE=0",

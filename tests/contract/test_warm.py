@@ -54,6 +54,7 @@ LOOK = """
         eager=refused("--enforce-eager"),
         disabled=refused(VLLM_DISABLE_COMPILE_CACHE="1"),
         older=refused(VLLM_USE_AOT_COMPILE="0"),
+        theirs=refused(VLLM_USE_MEGA_AOT_ARTIFACT="0"),
         unsafe=refused(VLLM_COMPILE_STORE=open_store(0o777)),
         part=refused("--headless"),
         ray=checked(config, "ray"),
@@ -82,6 +83,7 @@ def test_what_cannot_be_kept_is_refused_before_anything_starts(look: Outcome) ->
     assert "--enforce-eager" in look.value["eager"]
     assert "VLLM_DISABLE_COMPILE_CACHE=1" in look.value["disabled"]
     assert "VLLM_USE_AOT_COMPILE=0" in look.value["older"]
+    assert "keeps it in its own cache: VLLM_USE_MEGA_AOT_ARTIFACT=0" in look.value["theirs"]
     assert "chmod" in look.value["unsafe"]
     assert "a part of an engine" in look.value["part"]
     assert "--distributed-executor-backend ray" in look.value["ray"]

@@ -119,6 +119,7 @@ def test_what_a_terminal_would_act_on_is_not_printed(store: Store) -> None:
     )
     shown = cli("cache", "ls") + cli("cache", "show", entry.key)
     assert "\x1b" not in shown
+    assert r"evil\x1b[2J" in shown
     assert "[bold]x[/bold] :smile:" in shown
 
 

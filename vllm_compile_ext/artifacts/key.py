@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from vllm_compile_ext.artifacts.manifest import Manifest, digest
+from vllm_compile_ext.printable import plain
 
 _WIDTH = 40  # characters of a value that fit into the line
 _SHOWN = 3  # changes that fit into the line
@@ -26,7 +27,7 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         old, new = _shorten(self.old or "", self.new or "")
-        return f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}"
+        return plain(f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}")
 
 
 def key_of(factors: Mapping[str, str]) -> str:

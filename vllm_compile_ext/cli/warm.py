@@ -26,6 +26,7 @@ from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.compilation import outcomes, scratch
 from vllm_compile_ext.compilation.outcomes import Outcome
+from vllm_compile_ext.printable import plain
 
 HELP = "\n\n".join(
     (
@@ -201,7 +202,7 @@ def _fail(made: Report, start: Start, *, shown: bool) -> None:
     """Say on stderr what went wrong, with the log where it has more to say and the user has not seen it."""
     if start.status and not shown and not any(each.what == "refused" for each in start.told):
         typer.echo("\n".join(["from vllm's log (all of it: --verbose):", *excerpt(start.lines)]), err=True)
-    typer.echo(f"error: {made.why}", err=True)
+    typer.echo(plain(f"error: {made.why}"), err=True)
 
 
 def command(

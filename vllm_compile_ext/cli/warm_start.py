@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm_compile_ext import envs
 from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
-from vllm_compile_ext.compilation import outcomes
+from vllm_compile_ext.compilation import outcomes, rules
 
 FIRST = 16 * 2**20  # bytes of the smallest KV cache that is tried
 STOP = 30.0  # seconds that the engine's processes have for ending by themselves
@@ -96,6 +96,8 @@ def check_config(config: Any, args: Namespace) -> None:
     if mode != CompilationMode.VLLM_COMPILE:
         why = "--enforce-eager" if config.model_config.enforce_eager else f"compilation mode {mode.name}"
         raise RefusedError(f"with these options no compiled code is kept: {why}")
+    if reason := rules.why_upstream(config):
+        raise RefusedError(f"vLLM compiles this model on its own path and keeps it in its own cache: {reason}")
     parallel = config.parallel_config
     if parallel.distributed_executor_backend == "ray":
         raise RefusedError(

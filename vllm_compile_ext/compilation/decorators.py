@@ -1,4 +1,8 @@
-"""`vllm.compilation.decorators`: upstream's, with the store in place of its folder of artifacts."""
+"""`vllm.compilation.decorators`: upstream's, with the store in place of its folder of artifacts.
+
+What upstream's path compiles (`rules.why_upstream`, or trace-once gave up) upstream also keeps and loads, where and how
+it does without us.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import gc
 import logging
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,10 @@ from vllm_compile_ext.artifacts.files import DamagedError
 from vllm_compile_ext.artifacts.manifest import Manifest, total
 from vllm_compile_ext.bytecode.transformed import NotSaved
 from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.compilation import outcomes, program, scratch, workers
+from vllm_compile_ext.compilation import outcomes, program, rules, scratch, workers
 from vllm_compile_ext.compilation.entry import Entry
-from vllm_compile_ext.compilation.wrapper import aot_bytecode, inspect_bytecode
+from vllm_compile_ext.compilation.wrapper import inspect_bytecode
+from vllm_compile_ext.printable import plain
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import decorators as upstream
 
@@ -36,6 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 LOADING = "load compiled code"  # the phase
+IN_UPSTREAMS_CACHE = "it was not traced once, and is kept in vLLM's own cache and not in the store"
 
 
 class _Miss(Exception):  # noqa: N818 - leaves the timer without a line about a load
@@ -50,21 +57,22 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
     """
     import vllm.envs
 
-    if model.vllm_config.compilation_config.backend == "eager":
-        return None  # never compiled, and upstream asks again at each call
+    if rules.why_upstream(model.vllm_config) is not None:
+        return _upstream_load(model, aot_compilation_path)
     try:
         with span("compute key", LOADING):
             entry = entries.of(model)
     except Exception as error:
-        logger.warning("nothing is loaded or kept: no key (%s: %s)", type(error).__name__, error)
+        logger.warning("nothing is loaded or kept: no key (%s: %s)", type(error).__name__, plain(str(error)))
         logger.debug("no key", exc_info=True)
         entry = None
-    if entry is None:
-        if vllm.envs.VLLM_FORCE_AOT_LOAD:
-            raise FileNotFoundError("VLLM_FORCE_AOT_LOAD=1, but there is no store to load from: see the line above")
-        return None
-    note("key", model=entry.model, key=entry.key, shard=entry.shard)
     path = Path(aot_compilation_path)
+    if entry is None:
+        loaded = _load_from_upstream(model, path)
+        if loaded is None and vllm.envs.VLLM_FORCE_AOT_LOAD:
+            raise FileNotFoundError("VLLM_FORCE_AOT_LOAD=1, but there is no store to load from: see the line above")
+        return loaded
+    note("key", model=entry.model, key=entry.key, shard=entry.shard)
     loaded = _load(entry, model, path)
     if loaded is not None:
         return loaded
@@ -99,10 +107,23 @@ def _timed(model: Any) -> AbstractContextManager[None]:
 
 def _load(entry: Entry, model: Any, path: Path) -> Any | None:
     with span("load", LOADING, model=entry.model, key=entry.key):
-        return _load_it(entry, model, path)
+        loaded = _load_from_store(entry, model, path)
+        if loaded is None:
+            loaded = _load_from_upstream(model, path)
+            if loaded is not None:
+                _tell(entry, "failed", IN_UPSTREAMS_CACHE)
+        return loaded
 
 
-def _load_it(entry: Entry, model: Any, path: Path) -> Any | None:
+def _load_from_upstream(model: Any, path: Path) -> Any | None:
+    """What an earlier start compiled and kept as stock does it, because trace-once gave up on this model."""
+    if sys.flags.optimize or not path.exists():
+        return None
+    workers.wait()
+    return _upstream_load(model, os.fspath(path))
+
+
+def _load_from_store(entry: Entry, model: Any, path: Path) -> Any | None:
     begin = time.perf_counter()
     try:
         with _timed(model):
@@ -110,10 +131,7 @@ def _load_it(entry: Entry, model: Any, path: Path) -> Any | None:
                 manifest = entry.find()
             if manifest is None:
                 raise _Miss
-            if manifest.about.get("form") == program.NATIVE:
-                loaded = _native(entry, manifest, model, path)
-            else:
-                loaded = _by_upstream(entry, manifest, model, path)
+            loaded = _loaded(entry, manifest, model, path)
         entry.store.use(manifest)
     except _Miss:
         return None
@@ -139,10 +157,10 @@ def _pieces(members: Iterable[str]) -> int:
     return sum(name.startswith("piece/") for name in members)
 
 
-def _native(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
+def _loaded(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
     from vllm.compilation.counter import compilation_counter
 
-    function, code = program.load_native(entry.store, manifest, model)
+    function, code = program.load(entry.store, manifest, model)
     model.vllm_config.compilation_config.traced_files.update(entries.source_files(manifest.sources))
     compilation_counter.num_aot_artifacts_loaded += 1
     pieces = _pieces(manifest.members)
@@ -152,32 +170,34 @@ def _native(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
     return function
 
 
-def _by_upstream(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
-    """Upstream's own load, from files of this process."""
-    workers.wait()
-    loaded = _upstream_load(model, str(program.unpack_upstream(entry.store, manifest)))
-    if loaded is None:
-        raise _Miss  # upstream has said why
-    inspect_bytecode(model, aot_bytecode(loaded), path)
-    return loaded
-
-
 def _tell(entry: Entry, what: outcomes.What, why: str = "") -> None:
     outcomes.tell(outcomes.Outcome(what, entry.key, entry.shard, entry.model, why))
 
 
-def _save(model: Any) -> None:
-    """Keep what was compiled, in place of upstream's `save_aot_compiled_function`; a failure costs a line."""
+def _save(model: Any, upstream_save: Callable[[Any], None]) -> None:
+    """Keep what was compiled, in place of upstream's `save_aot_compiled_function`."""
+    entry: Entry | None = model.__dict__.get(entries.NAME)
+    try:
+        if not program.is_ours(model.aot_compiled_fn):
+            if rules.why_upstream(model.vllm_config) is not None or not sys.flags.optimize:
+                upstream_save(model)
+            if entry is not None:
+                _tell(entry, "failed", IN_UPSTREAMS_CACHE)
+        elif entry is not None and entry.store.writable:
+            _keep(entry, model)
+    finally:
+        entries.release(model)
+
+
+def _keep(entry: Entry, model: Any) -> None:
+    """Write the entry; a failure costs a line."""
     from vllm.compilation.counter import compilation_counter
 
-    entry: Entry | None = model.__dict__.get(entries.NAME)
-    if entry is None or not entry.store.writable:
-        return
     try:
         compiled = model.aot_compiled_fn
         with span("save", "compile", model=entry.model):
-            form, members = program.keep(entry.store, compiled)
-            entry.commit(members, entries.sources_of(compiled), {"form": form})
+            members = program.keep(entry.store, compiled)
+            entry.commit(members, entries.sources_of(compiled))
         compilation_counter.num_aot_artifacts_saved += 1
         compilation_counter.num_compiled_artifacts_saved += _pieces(members)
         size = total(members.values())
@@ -193,8 +213,6 @@ def _save(model: Any) -> None:
         metrics.inc("store_failures_total")
         _tell(entry, "failed", why)
         note("fallback", model=entry.model, key=entry.key, why=f"not kept: {why}")
-    finally:
-        entries.release(model)
 
 
 @functools.cache
@@ -210,7 +228,8 @@ def _freeze_imports() -> None:
 def _support_torch_compile(cls: type, *args: Any, **kwargs: Any) -> type:
     _freeze_imports()
     decorated: Any = _upstream_decorate(cls, *args, **kwargs)
-    decorated.save_aot_compiled_function = _save
+    upstream_save = decorated.save_aot_compiled_function
+    decorated.save_aot_compiled_function = lambda model: _save(model, upstream_save)
     return decorated  # type: ignore[no-any-return]
 
 

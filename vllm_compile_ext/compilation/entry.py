@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import sys
@@ -17,6 +18,7 @@ from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, 
 from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest
 from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.printable import plain
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +29,8 @@ _opened: Path | None = None
 def store() -> Store | None:
     """The store of this process; None, after one line that says why, where there is none to be used."""
     global _store, _opened
-    import vllm.envs
-
-    if vllm.envs.VLLM_DISABLE_COMPILE_CACHE:
+    if sys.flags.optimize:
+        _say_optimized()
         return None
     folder = envs.store()
     if folder != _opened:
@@ -41,6 +42,12 @@ def store() -> Store | None:
         except OSError as error:
             logger.warning("every start compiles: the store %s cannot be opened (%s)", folder, error)
     return _store
+
+
+@functools.cache
+def _say_optimized() -> None:
+    # torch 2.13.0: a pass has its effect inside of an assert, and drops a store under -O.
+    logger.warning("nothing is loaded or kept: under python -O (PYTHONOPTIMIZE) torch may compile wrong code")
 
 
 class Entry:
@@ -60,8 +67,7 @@ class Entry:
         expert = f"_dp{parallel.data_parallel_index}" if parallel.enable_expert_parallel else ""
         self.shard = f"rank{parallel.rank}{expert}{_device()}"
         self.tag = f"[{getattr(model, '_compile_tag', '')}] "
-        name = getattr(config.model_config, "model", "") or ""
-        self.model = f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip()
+        self.model = name_of(model)
         self._claim = ExitStack()
 
     def find(self) -> Manifest | None:
@@ -82,7 +88,7 @@ class Entry:
             return self._miss()
         except Exception as error:  # it is only told
             logger.debug("the miss was not explained", exc_info=True)
-            return f"cache miss: {type(error).__name__}: {error}"
+            return plain(f"cache miss: {type(error).__name__}: {error}")
 
     def _miss(self) -> str:
         found = self.store.find(self.key, self.shard)
@@ -126,7 +132,7 @@ class Entry:
         """Let others write."""
         self._claim.close()
 
-    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str], about: Mapping[str, str]) -> None:
+    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str]) -> None:
         """Write the entry.  Raises `OSError`."""
         made = Manifest(
             kind="program",
@@ -138,7 +144,6 @@ class Entry:
             factors=self.factors,
             sources=dict(sources),
             members=dict(members),
-            about=dict(about),
         )
         self.store.commit(made)
 
@@ -150,6 +155,12 @@ def _device() -> str:
     if not torch.accelerator.is_available():
         return ""
     return f"_{torch.accelerator.current_accelerator()}{torch.accelerator.current_device_index()}"
+
+
+def name_of(model: Any) -> str:
+    """A model for people: its checkpoint, its class and its part in the whole."""
+    name = getattr(model.vllm_config.model_config, "model", "") or ""
+    return plain(f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip())
 
 
 def _same_class(manifest: Manifest, table: Mapping[str, str]) -> bool:

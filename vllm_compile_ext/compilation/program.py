@@ -1,37 +1,26 @@
-"""A compiled model as an entry of the store, in one of two forms.
+"""A compiled model as an entry of the store: Dynamo's bytecode, the plan and the distinct pieces.
 
-"native": Dynamo's bytecode, the plan and the distinct pieces.  Loading it is looking up and mapping.
-"upstream": the artifact that upstream's decorator pickles, and the files of Inductor that it runs; for models that
-upstream's path compiled.
+Loading it is looking up and mapping.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import pickle
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from vllm_compile_ext.artifacts.files import DamagedError
 from vllm_compile_ext.artifacts.manifest import Blob, Manifest
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.bytecode import transformed
-from vllm_compile_ext.compilation import inductor_files, pieces, scratch
+from vllm_compile_ext.compilation import pieces
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.startup.spans import span
 from vllm_compile_ext.trace import plan as plans
 
-logger = logging.getLogger(__name__)
-
-NATIVE, UPSTREAM = "native", "upstream"
-
 
 class Head(msgspec.Struct, frozen=True):
-    """What of a native program is neither code nor plan.
+    """What of a program is neither code nor plan.
 
     prefix, is_encoder: of upstream's backend.  symbols: for each distinct piece, which of its inputs are symbols.
     """
@@ -42,9 +31,7 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class _Piece(msgspec.Struct, frozen=True):
-    """See `pieces.Frozen`.  A piece that could not be frozen has no source, its record is upstream's pickle, and the
-    kinds of its kernels are the names of files that it needs in Inductor's folder.
-    """
+    """See `pieces.Frozen`."""
 
     source: str
     record: bytes
@@ -55,20 +42,14 @@ def put_piece(store: Store, piece: Any, own: Sequence[Any]) -> dict[str, dict[st
     """Keep one compiled piece (upstream's `PiecewiseBackend`, and the constants it holds): compile range -> "code" and
     its kernels.
 
-    Raises `OSError`.
+    Raises `OSError`, and `pieces.NotFrozen`.
     """
     entries = piece.range_entries.items()
-    return {str(shape): _put(store, piece, str(shape), entry.runnable, own) for shape, entry in entries}
+    return {str(shape): _put(store, entry.runnable, own) for shape, entry in entries}
 
 
-def _put(store: Store, piece: Any, shape: str, artifact: Any, own: Sequence[Any]) -> dict[str, Blob]:
-    try:
-        frozen = pieces.freeze(artifact, own)
-    except pieces.NotFrozen as why:
-        logger.info("a piece is kept in upstream's form: %s", why)
-        root = scratch.inductor()
-        files = [(str(path.relative_to(root)), path.read_bytes()) for path in inductor_files.loaded(root)]
-        frozen = pieces.Frozen("", pickle.dumps((piece.to_bytes()[shape], list(own))), files)
+def _put(store: Store, artifact: Any, own: Sequence[Any]) -> dict[str, Blob]:
+    frozen = pieces.freeze(artifact, own)
     kernels = [(kind, store.put(data)) for kind, data in frozen.kernels]
     code = store.put(msgspec.msgpack.encode(_Piece(frozen.source, frozen.record, kernels)))
     return {"code": code} | {f"kernel/{blob.digest}": blob for _, blob in kernels}
@@ -79,51 +60,34 @@ def get_piece(store: Store, code: Blob) -> Callable[..., Any]:
     with span("read and verify"):
         piece = msgspec.msgpack.decode(store.get(code), type=_Piece)
         kernels = [(kind, store.get(blob)) for kind, blob in piece.kernels]
-    if piece.source:
-        with span("map", kernels=len(kernels)):
-            return pieces.thaw(pieces.Frozen(piece.source, piece.record, kernels))
-    from torch._inductor.standalone_compile import AOTCompiledArtifact
-
-    _into_scratch(kernels)
-    data, own = pickle.loads(piece.record)
-    loaded = AOTCompiledArtifact.deserialize(pickle.loads(data))
-    return lambda *inputs: loaded(*own, *inputs)
+    with span("map", kernels=len(kernels)):
+        return pieces.thaw(pieces.Frozen(piece.source, piece.record, kernels))
 
 
-def _into_scratch(files: Iterable[tuple[str, bytes]]) -> None:
-    """Write files that were found in Inductor's folder into the one of this process, and point Inductor there."""
-    root = scratch.inductor()
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root)
-    for name, data in files:
-        path = root / name
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise DamagedError(path, "is outside of the folder of this process")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+def is_ours(compiled: Any) -> bool:
+    """Whether a compiled model (`torch._dynamo.aot_compile.AOTCompiledFunction`) was traced once, on the plugin's path.
 
-
-def keep(store: Store, compiled: Any) -> tuple[str, dict[str, Blob]]:
-    """Keep a compiled model (`torch._dynamo.aot_compile.AOTCompiledFunction`): the form, and the members.
-
-    Raises `OSError`, and `transformed.NotSaved` where the bytecode has no bytes.
+    What upstream's path compiled is upstream's to keep.
     """
-    if isinstance(compiled._artifacts.compiled_fn, PlanFunction):
-        return NATIVE, _native(store, compiled)
-    members = {"aot": store.put(type(compiled).serialize(compiled).serialized_data)}
-    root = scratch.inductor()
-    for path in inductor_files.loaded(root):
-        members[f"inductor/{path.relative_to(root)}"] = store.put(path.read_bytes())
-    return UPSTREAM, members
+    return isinstance(compiled._artifacts.compiled_fn, PlanFunction)
 
 
-def _native(store: Store, compiled: Any) -> dict[str, Blob]:
+def keep(store: Store, compiled: Any) -> dict[str, Blob]:
+    """Keep a compiled model that `is_ours`; returns the members of its entry.
+
+    Raises `OSError`, and `transformed.NotSaved` where the bytecode or a piece has no bytes.
+    """
     artifacts = compiled._artifacts
     function = artifacts.compiled_fn
     code = transformed.dumps(transformed.capture(artifacts.runtime_env, artifacts.backend_id))
     head = Head(function.prefix, function.is_encoder, [piece.sym_shape_indices for piece in function.pieces])
     members: dict[str, Blob] = {}
     for number, piece in enumerate(function.pieces):
-        for shape, parts in (function.kept.get(number) or put_piece(store, piece, function.constants[number])).items():
+        try:
+            kept = function.kept.get(number) or put_piece(store, piece, function.constants[number])
+        except pieces.NotFrozen as why:
+            raise transformed.NotSaved(f"piece {number} of {len(function.pieces)}: {why}") from None
+        for shape, parts in kept.items():
             members |= {name if name != "code" else f"piece/{number}/{shape}": blob for name, blob in parts.items()}
     members["bytecode"] = store.put(code)
     members["plan"] = store.put(plans.dumps(function.plan))
@@ -131,7 +95,7 @@ def _native(store: Store, compiled: Any) -> dict[str, Blob]:
     return members
 
 
-def load_native(store: Store, manifest: Manifest, model: Any) -> tuple[Callable[..., Any], Any]:
+def load(store: Store, manifest: Manifest, model: Any) -> tuple[Callable[..., Any], Any]:
     """The function that stands for `model.forward`, called with the model first, and its bytecode.
 
     Raises `DamagedError` where a blob is not what was written.
@@ -152,15 +116,3 @@ def load_native(store: Store, manifest: Manifest, model: Any) -> tuple[Callable[
         function = PlanFunction.of(plan, head.symbols, runnables, model.vllm_config, head.prefix, head.is_encoder)
         function.bind(model)
     return code.function(function, model.forward.__globals__), code.code
-
-
-def unpack_upstream(store: Store, manifest: Manifest) -> Path:
-    """Write the artifact and Inductor's files into the scratch folder and return the artifact's path there.
-
-    Raises `DamagedError`, `OSError`.
-    """
-    members = [(name.partition("/"), blob) for name, blob in manifest.members.items()]
-    _into_scratch((rest, store.get(blob)) for (kind, _, rest), blob in members if kind == "inductor")
-    path = scratch.folder() / "aot"
-    path.write_bytes(store.get(manifest.members["aot"]))
-    return path

@@ -15,10 +15,13 @@ from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import rules, scratch, workers
 from vllm_compile_ext.compilation.session import Differs, Session
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.printable import plain
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.upstream import wrapper as upstream
 
 logger = logging.getLogger(__name__)
+
+INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def __getattr__(name: str) -> Any:
@@ -87,15 +90,15 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             return None
         entry = self.__dict__.get(entries.NAME)
         session = Session(self, entry, args, kwargs)
+        folder = os.environ.get(INDUCTOR_FOLDER)
+        os.environ[INDUCTOR_FOLDER] = str(scratch.inductor())
         try:
             try:
                 with session.active(), span("trace"):
                     return super().aot_compile(*args, **kwargs)
             except Differs as where:
                 metrics.inc("copies_refuted_total")
-                logger.warning(
-                    "%sa copied layer is not what tracing it gives, so every layer is traced: %s", tag, where
-                )
+                logger.warning("%severy layer is traced: a copied one is not what tracing gives, %s", tag, where)
                 note("fallback", model=tag.strip(), why=f"every layer is traced: {where}")
                 session = Session(self, entry, args, kwargs, copies=False)
                 with session.active(), span("trace every layer"):
@@ -104,10 +107,12 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             if session.compiling:
                 raise
             # Whatever it is, tracing as stock does it either works or gives the error that stock gives.
-            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            why = plain(f"{type(error).__name__}: {error}".partition("\n")[0])
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, why)
             logger.debug("%strace once gave up", tag, exc_info=True)
             note("fallback", model=tag.strip(), why=f"every layer is traced: {why}")
+            if folder is not None:  # upstream's: what it keeps names files there
+                os.environ[INDUCTOR_FOLDER] = folder
             return None
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +120,6 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             return self._compile(*args, **kwargs)
 
     def _compile(self, *args: Any, **kwargs: Any) -> Any:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch.inductor())
         try:
             compiled = self._trace_once(*args, **kwargs)
             if compiled is None:

@@ -2,37 +2,27 @@
 
 vLLM decides: each of its config classes knows which of its fields count, and `VllmConfig.compute_hash` makes one digest
 of all (vLLM 0.32.0, `vllm/config/`).  Here that method runs as it is, and what the classes hash on the way is noted.
-Fields that only say where things are or what they are called are left out afterwards; `DROPPED` lists them.
+Fields that only say where things are or what they are called are left out afterwards (`dropped.DROPPED`).
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import logging
 import re
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 from vllm_compile_ext.key import readable
+from vllm_compile_ext.key.dropped import DROPPED, SECRET, counts
 
 logger = logging.getLogger(__name__)
-
-DROPPED = {
-    "ModelConfig.model": "a path or a name; what it holds stands in hf_config and in the module tree",
-    "ModelConfig.model_weights": "a path or a name, as model",
-    "ModelConfig.revision": "a name, as model",
-    "ModelConfig.code_revision": "a name; the sources of traced files are checked",
-    "ModelConfig.generation_config": "a path, or where sampling defaults come from",
-    "hf_config._name_or_path": "a path or a name, as model",
-    "hf_config.transformers_version": "one factor of its own: transformers",
-}
-# Values of other people's configs that nobody should find in a cache folder.
-SECRET = re.compile(r"api_?key|access_?key|secret|passw|credential|(auth|access|hf|hub|bearer)_?token", re.IGNORECASE)
 
 # Classes that hash a list: the names of its items, used where the fields of these names hold what was hashed.
 _LISTS = {"SchedulerConfig": ("max_num_batched_tokens", "max_num_seqs")}
@@ -101,31 +91,13 @@ def record(vllm_config: Any) -> tuple[list[Hashed], str]:
         note(data.decode(), result.hexdigest())
         return result
 
-    with _recording:
-        undo = _replace({hash_factors: noted_factors, safe_hash: noted_hash})
-        try:
-            result = str(vllm_config.compute_hash())
-        finally:
-            undo()
-    return found, result
-
-
-def _replace(new: dict[Callable[..., Any], Callable[..., Any]]) -> Callable[[], None]:
-    changed = []
-    for name, module in list(sys.modules.items()):
-        if name == "vllm.config" or name.startswith("vllm.config."):
-            for attribute in _HASHES:
-                old = vars(module).get(attribute)
-                if old in new:
-                    changed.append((module, attribute, old))
-    for module, attribute, old in changed:
-        setattr(module, attribute, new[old])
-
-    def undo() -> None:
-        for module, attribute, old in changed:
-            setattr(module, attribute, old)
-
-    return undo
+    replaced = {hash_factors: noted_factors, safe_hash: noted_hash}
+    with _recording, contextlib.ExitStack() as changes:
+        for name, module in list(sys.modules.items()):
+            for attribute in _HASHES if f"{name}.".startswith("vllm.config.") else ():
+                if (new := replaced.get(vars(module).get(attribute))) is not None:
+                    changes.enter_context(patch.object(module, attribute, new))
+        return found, str(vllm_config.compute_hash())
 
 
 def _owners(frame: FrameType | None, end: FrameType) -> list[Any]:
@@ -174,7 +146,7 @@ class _Factors:
             self._additional(part)
         elif isinstance(part.content, dict):
             kind = type(part.config).__name__
-            fields = {k: v for k, v in part.content.items() if f"{kind}.{k}" not in DROPPED and not SECRET.search(k)}
+            fields = {k: v for k, v in part.content.items() if counts(f"{kind}.{k}")}
             if not part.content:
                 self._put(name, "{}")
             for field, value in fields.items():

@@ -13,12 +13,14 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext import __version__
 from vllm_compile_ext.key import readable
+from vllm_compile_ext.key.dropped import counts
 
 # Module, and the distribution that it comes in: packages whose presence decides which operators vLLM's layers call
 # (vLLM 0.32.0, `utils/import_utils.py` and the `find_spec` calls in layers and kernels), or how a config is read.
@@ -46,6 +48,7 @@ PACKAGES = (
     ("transformers", "transformers"),
     ("triton_kernels", "triton-kernels"),
 )
+PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")  # of those that run where models do
 # Flags of /proc/cpuinfo that a compiler told `-march=native` (torch 2.13.0, `_inductor/cpp_builder.py`) may write
 # instructions for without being asked, or that torch's headers ask for.  Others come and go with the kernel.
 _FLAGS = re.compile(
@@ -57,6 +60,36 @@ _FLAGS = re.compile(
 def python() -> str:
     """'3.11.7 cpython-311-x86_64-linux-gnu': bytecode is kept, and C++ kernels are extension modules."""
     return f"{python_platform.python_version()} {sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
+
+
+def flags() -> str:
+    """The flags of this Python that count (`dropped.DROPPED`), as one text: 'optimize=0 dev_mode=False ...'."""
+    names = [name for name in dir(sys.flags) if not name.startswith(("_", "n_")) and name not in ("count", "index")]
+    return " ".join(f"{name}={getattr(sys.flags, name)}" for name in names if counts(f"flags.{name}"))
+
+
+def torch_versions(*, cpu: bool) -> dict[str, str | None]:
+    """Of torch, what it was built for, and Triton's."""
+    import torch
+
+    triton = None if cpu else version("triton", "pytorch-triton", "pytorch-triton-rocm")
+    return {
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "triton": triton,
+    }
+
+
+def threads(options: Mapping[str, Any]) -> str | None:
+    """How many threads Inductor writes into C++ kernels (torch 2.13.0, `_inductor/utils.py: parallel_num_threads`)."""
+    import torch
+    from torch._inductor import config
+
+    if options.get("cpp.dynamic_threads", config.cpp.dynamic_threads):
+        return None
+    asked = options.get("cpp.threads", config.cpp.threads)
+    return str(asked if asked >= 1 else torch.get_num_threads())
 
 
 def platform() -> str:
@@ -177,6 +210,27 @@ def version(*distributions: str) -> str:
     return "unknown"
 
 
+def vllm_plugins() -> dict[str, str]:
+    """Name -> what it is and its version, of the plugins that vLLM's loader takes (vLLM 0.32.0, `plugins/__init__.py`);
+    this one has a factor of its own.
+    """
+    import vllm.envs
+
+    wanted = vllm.envs.VLLM_PLUGINS
+    return {name: what for name, what in _entry_points().items() if wanted is None or name in wanted}
+
+
+@functools.cache
+def _entry_points() -> dict[str, str]:
+    found = [point for group in PLUGIN_GROUPS for point in metadata.entry_points(group=group)]
+    ours = __name__.partition(".")[0]
+    return {
+        point.name: f"{point.value} {point.dist.name} {point.dist.version}" if point.dist else point.value
+        for point in sorted(found)
+        if point.module.partition(".")[0] != ours
+    }
+
+
 def plugin() -> str:
     """'0.1.0 <digest of the plugin's sources>'."""
     return f"{__version__} {sources(Path(__file__).parents[1])}"
@@ -190,9 +244,10 @@ def sources(folder: Path) -> str:
     return readable.digest("\n".join(parts).encode())
 
 
-def passes(current_platform: Any) -> str:
+def passes() -> str:
     """The class that runs vLLM's graph passes, and a digest of the sources of vLLM's compiler and its passes."""
     import vllm
+    from vllm.platforms import current_platform
 
     found = [current_platform.get_pass_manager_cls(), sources(Path(vllm.__file__).parent / "compilation")]
     module = importlib.util.find_spec(found[0].rpartition(".")[0])

@@ -31,7 +31,7 @@ def digest(data: bytes) -> str:
 
 def text(value: Any) -> str:
     """`value` in at most about `LIMIT` characters."""
-    return cut(value if type(value) is str and not _LIKE_A_VALUE.fullmatch(value) else _plain(value))
+    return cut(value if type(value) is str and not _LIKE_A_VALUE.fullmatch(value) else plain(value))
 
 
 def cut(full: str) -> str:
@@ -48,6 +48,11 @@ def flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
     """
     if value is not None:
         yield from leaves(name, value)
+
+
+def flat_all(values: Mapping[str, Any]) -> dict[str, str]:
+    """As `flat`, of several."""
+    return {leaf: part for name, value in values.items() for leaf, part in flat(name, value)}
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -92,17 +97,18 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return found if found and len(found) == len(value) else None
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """`value` as one text of any length."""
     if isinstance(value, Enum):
         return str(value.name)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return repr(value)
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_plain(k)}: {_plain(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{plain(k)}: {plain(v)}' for k, v in value.items())}}}"
     if isinstance(value, Set):
-        return f"{{{', '.join(sorted(_plain(v) for v in value))}}}"
+        return f"{{{', '.join(sorted(plain(v) for v in value))}}}"
     if isinstance(value, Sequence):
-        return _member(value) or f"[{', '.join(_plain(v) for v in value)}]"
+        return _member(value) or f"[{', '.join(plain(v) for v in value)}]"
     if callable(getattr(value, "uuid", None)):
         return f"<{_qualified(type(value))} {value.uuid()}>"
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):

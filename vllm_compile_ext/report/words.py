@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import filesize
 
+from vllm_compile_ext.printable import plain as plain
 from vllm_compile_ext.startup.read import Note
 
 KEY_DIGITS = 12  # of a key, in sentences
@@ -28,11 +29,6 @@ def duration(seconds: float) -> str:
     if abs(seconds) < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s" if abs(seconds) < 599.5 else f"{seconds / 60:.1f} min"
-
-
-def plain(text: str) -> str:
-    """`text` without what a terminal would act on: a bundle's author chose it."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def size(count: int) -> str:

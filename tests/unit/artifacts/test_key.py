@@ -80,6 +80,12 @@ def test_the_line_says_what_changed() -> None:
     assert "cannot be used" in summary([])
 
 
+def test_what_a_terminal_would_act_on_is_written_out() -> None:
+    """A config.json may hold anything."""
+    line = summary([Change("config.a\n", "\x1b[31mred", "\nINFO all is well\r\u202e\x9b\u200b")])
+    assert line == r"cache miss: config.a\n \x1b[31mred -> \nINFO all is well\r\u202e\x9b\u200b"
+
+
 def test_the_line_stays_short_and_counts_the_rest() -> None:
     line = summary([Change(f"factor{index}", "a", "b") for index in range(9)])
     assert line.endswith("factor2 a -> b and 6 more")

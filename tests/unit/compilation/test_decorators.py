@@ -23,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def decorate() -> type:
-    return decorators._support_torch_compile(type("Model", (), {}))
+    return decorators._support_torch_compile(type("Model", (), {"save_aot_compiled_function": None}))
 
 
 @pytest.mark.parametrize(("parent", "expected"), [(None, ["collect", "freeze"]), (object(), ["freeze"])])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import process
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.compilation import entry
 from vllm_compile_ext.key import factors
@@ -45,6 +46,22 @@ def test_devices_have_shards_of_their_own(shard: Any) -> None:
     assert shard(data=0, device=0) != shard(data=1, device=1)
 
 
+def test_the_name_of_a_model_is_safe_to_print() -> None:
+    config = SimpleNamespace(model_config=SimpleNamespace(model="/models/\x1b[31mred\nINFO \u202em"))
+    assert entry.name_of(SimpleNamespace(vllm_config=config)) == r"\x1b[31mred\nINFO \u202em SimpleNamespace"
+
+
+def test_the_line_of_a_miss_is_safe_to_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(value: str) -> entry.Entry:
+        monkeypatch.setattr(factors, "factors", lambda config, model: {"config.model.hf_config.x": value})
+        parallel = SimpleNamespace(rank=0, data_parallel_index=0, enable_expert_parallel=False)
+        config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
+        return entry.Entry(Store.open(tmp_path / "store"), SimpleNamespace(vllm_config=config))
+
+    made("a").commit({}, {})
+    assert made("\x1b[31m\nred").miss() == r"cache miss: config.model.hf_config.x a -> \x1b[31m\nred"
+
+
 def test_a_source_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `inspect.getsource` gives it: it ends every file with a newline and heeds its encoding."""
     import importlib
@@ -65,3 +82,14 @@ def test_a_source_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / f"source_{name}.py").write_bytes(data + b"\nz = 1\n")
         (change,) = entry.changed_sources(entry.sources_of(compiled))
         assert change.name == f"source of source_{name}"
+
+
+def test_under_O_there_is_no_store(tmp_path: Path) -> None:  # noqa: N802 - the option
+    code = """
+        from vllm_compile_ext.compilation import entry
+        report([entry.store() is None, entry.store() is None])
+    """
+    for optimize, none in (("", False), ("1", True)):
+        outcome = process.run(code, PYTHONOPTIMIZE=optimize, VLLM_COMPILE_STORE=str(tmp_path / "store"))
+        assert outcome.value == [none, none], outcome.output[-3000:]
+        assert len(outcome.lines("nothing is loaded or kept: under python -O")) == int(none)

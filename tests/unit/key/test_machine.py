@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vllm_compile_ext.key import machine
+from vllm_compile_ext.key.dropped import DROPPED
 
 CPUINFO = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -67,6 +70,18 @@ def test_sources_count_and_their_place_does_not(tmp_path: Path) -> None:
     (two / "a.py").write_text("x = 2\n")
     machine.sources.cache_clear()
     assert len({machine.sources(one), renamed, machine.sources(two)}) == 3
+
+
+def test_flags_of_the_interpreter_count_but_for_the_listed_ones() -> None:
+    def flags(*options: str) -> str:
+        code = "from vllm_compile_ext.key import machine; print(machine.flags())"
+        return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    plain = flags()
+    assert flags("-q", "-B", "-b", "-X", "warn_default_encoding") == plain
+    assert len({plain, flags("-O"), flags("-OO"), flags("-X", "utf8"), flags("-X", "dev")}) == 5
+    known = {field for field in dir(sys.flags) if f"{field}=" in plain or f"flags.{field}" in DROPPED}
+    assert len(known) == sys.flags.n_fields
 
 
 def test_packages_that_are_not_there_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
