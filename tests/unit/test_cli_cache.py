@@ -114,9 +114,7 @@ def test_a_missing_store_is_an_empty_one_and_is_not_made(store: Store, tmp_path:
 
 
 def test_what_a_terminal_would_act_on_is_not_printed(store: Store) -> None:
-    entry = bundles.entry(
-        store, "evil\x1b[2J", about={"\x1b]0;x": "[bold]x[/bold] :smile:\n"}, factors={"a": "\x1b[1m"}
-    )
+    entry = bundles.entry(store, "evil\x1b[2J", factors={"a": "\x1b[1m", "\x1b]0;x": "[bold]x[/bold] :smile:\n"})
     shown = cli("cache", "ls") + cli("cache", "show", entry.key)
     assert "\x1b" not in shown
     assert r"evil\x1b[2J" in shown

@@ -115,6 +115,14 @@ def _age(path: Path, now: float) -> float:
         return 0.0
 
 
+def used(path: Path) -> float:
+    """When a file was used last, unix time; 0 when it is gone."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def _size(path: Path) -> int:
     try:
         return path.lstat().st_size

@@ -63,6 +63,12 @@ class Layout:
     def blob(self, blob: Blob) -> Path:
         return self.blobs / blob.digest[:2] / blob.digest
 
+    def variants(self, key: str, shard: str) -> list[Path]:
+        """The manifests of a key that are there, of shards that are `shard` and a suffix after a dot."""
+        check_key(key)
+        check_shard(shard)
+        return list((self.manifests / key).glob(f"{shard}.*.json"))
+
     def manifest(self, key: str, shard: str) -> Path:
         check_key(key)
         check_shard(shard)

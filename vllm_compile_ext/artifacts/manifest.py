@@ -1,6 +1,6 @@
 """A manifest: what one entry of the store is made of, and what its code was made from.  JSON; nothing in it is run.
 
-On disk it is ``{"format": 1, "seal": "<blake3 of the next value's bytes>", "manifest": {...}}``: one flipped bit and it
+On disk it is ``{"format": 2, "seal": "<blake3 of the next value's bytes>", "manifest": {...}}``: one flipped bit and it
 is damaged.  Every `Manifest` and `Blob` is checked when it is made, decoded or not, so that their names are safe in
 paths.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import msgspec
 from blake3 import blake3
 
-FORMAT = 1  # raised when a reader of the old one would misread the new one
+FORMAT = 2  # raised when a reader of the old one would misread the new one
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
@@ -72,14 +72,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """One entry of the store.  Making one raises `ManifestError` where a name is not allowed.
 
     kind: "program" (a whole model) or "piece" (one compiled piece, shared by ranks).
-    key, shard: the entry's name; the key is 64 hexadecimal digits (see `key.key_of`), the shard "rank0", "piece", ...
+    key, shard: the entry's name; the key is 64 hexadecimal digits (see `key.key_of`), the shard "rank0.<variant>",
+    "piece", ...
     model: which model, for people.
     created: unix time in seconds.
     platform: where the code can run, such as "linux-x86_64 cuda sm_90".
     factors: everything the key was made of, by name.
-    sources: blake3 of the source text of each module the code was made from, by module name.
     members: the entry's blobs by name, such as "bytecode" or "piece/0/(1, 256)".
-    about: anything else for people.
     """
 
     format: int = FORMAT
@@ -90,9 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     created: float
     platform: str
     factors: dict[str, str]
-    sources: dict[str, str]
     members: dict[str, Blob]
-    about: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         check_key(self.key)

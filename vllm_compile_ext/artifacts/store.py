@@ -83,6 +83,11 @@ class Store:
             self._told.add(error.path)
             return None
 
+    def variants(self, key: str, shard: str) -> list[Manifest]:
+        """The manifests of an entry whose shards are `shard` and a suffix after a dot, the last used first."""
+        paths = sorted(self.layout.variants(key, shard), key=lambda path: -evict.used(path))
+        return [manifest for path in paths if (manifest := self.find(key, path.stem)) is not None]
+
     def manifests(self) -> Iterator[Manifest]:
         """All that can be read; `verify` tells about the others."""
         for path in sorted(self.layout.manifests.glob("*/*.json")):

@@ -130,7 +130,7 @@ def _listing(found: list[Item], *, kinds: bool) -> Table:
 
 
 def show(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show an entry: what its key was made of, the sources and the members of each shard."""
+    """Show an entry: what its key was made of, and the members of each shard."""
     with _store.errors():
         opened = _store.open_store(store)
         full = _store.key(opened, key)
@@ -139,7 +139,7 @@ def show(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = Fals
             raise _store.UserError(f"the entry {full} cannot be read: see vllm-compile-ext cache verify")
         item = _item(opened, entries)
         if as_json:
-            shards = {e.shard: {"sources": e.sources, "members": e.members, "about": e.about} for e in entries}
+            shards = {e.shard: {"members": e.members} for e in entries}
             _store.print_json(msgspec.to_builtins(item) | {"factors": entries[0].factors, "shards": shards})
             return
         out = _store.console()
@@ -148,17 +148,9 @@ def show(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = Fals
         facts |= {"created": _store.date(item.created), "last use": used, "size": _store.size(item.size)}
         out.print(_pairs(facts))
         _section(out, "factors, which the key was made of", entries[0].factors)
-        _section(out, "sources, by the digest of their text", _short(entries[0].sources))
         for entry in entries:
             members = {n: f"{b.digest[: _store.DIGITS]}  {_store.size(b.size)}" for n, b in entry.members.items()}
             _section(out, f"{entry.shard}: members", members)
-            _section(out, f"{entry.shard}: about", entry.about)
-            if entry.sources != entries[0].sources:
-                _section(out, f"{entry.shard}: sources", _short(entry.sources))
-
-
-def _short(digests: dict[str, str]) -> dict[str, str]:
-    return {name: digest[: _store.DIGITS] for name, digest in sorted(digests.items())}
 
 
 def _section(out: Console, title: str, values: dict[str, str]) -> None:

@@ -128,7 +128,7 @@ def _load_from_store(entry: Entry, model: Any, path: Path) -> Any | None:
     try:
         with _timed(model):
             with span("look up"):
-                manifest = entry.find()
+                manifest = entry.find(model)
             if manifest is None:
                 raise _Miss
             loaded = _loaded(entry, manifest, model, path)
@@ -161,7 +161,6 @@ def _loaded(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
     from vllm.compilation.counter import compilation_counter
 
     function, code = program.load(entry.store, manifest, model)
-    model.vllm_config.compilation_config.traced_files.update(entries.source_files(manifest.sources))
     compilation_counter.num_aot_artifacts_loaded += 1
     pieces = _pieces(manifest.members)
     compilation_counter.num_compiled_artifacts_loaded += pieces
@@ -197,7 +196,7 @@ def _keep(entry: Entry, model: Any) -> None:
         compiled = model.aot_compiled_fn
         with span("save", "compile", model=entry.model):
             members = program.keep(entry.store, compiled)
-            entry.commit(members, entries.sources_of(compiled))
+            entry.commit(members)
         compilation_counter.num_aot_artifacts_saved += 1
         compilation_counter.num_compiled_artifacts_saved += _pieces(members)
         size = total(members.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import sys
 import time
@@ -12,15 +11,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from vllm_compile_ext import envs, platforms
 from vllm_compile_ext.artifacts import misses
-from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, summary
-from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest
+from vllm_compile_ext.artifacts.key import Change, closest, key_of, summary
+from vllm_compile_ext.artifacts.manifest import Blob, Manifest
 from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.key.seen import Seen, changes
 from vllm_compile_ext.printable import plain
+from vllm_compile_ext.startup.spans import span
 
 logger = logging.getLogger(__name__)
+
+VARIANTS = 4  # entries of one key that a start compares itself with, 20 ms each where a model has 80 layers
 
 _store: Store | None = None
 _opened: Path | None = None
@@ -68,19 +73,28 @@ class Entry:
         self.shard = f"rank{parallel.rank}{expert}{_device()}"
         self.tag = f"[{getattr(model, '_compile_tag', '')}] "
         self.model = name_of(model)
+        # What has changed since the entry of this key that was used last; None when there is none.
+        self.changes: list[Change] | None = None
         self._claim = ExitStack()
 
-    def find(self) -> Manifest | None:
-        """The entry, when there is one and the sources that it was made from are the ones here."""
-        found = self.store.find(self.key, self.shard) or self._by_any_compiler()
-        return None if found is None or changed_sources(found.sources) else found
+    def find(self, model: Any) -> Manifest | None:
+        """The entry whose trace read what is here now; None when there is none."""
+        self.changes = None
+        candidates = self.store.variants(self.key, self.shard)[:VARIANTS] or self._by_any_compiler()
+        for manifest in candidates:
+            with span("compare what was read"):
+                found = changes(msgspec.msgpack.decode(self.store.get(manifest.members["seen"]), type=Seen), model)
+            if not found:
+                return manifest
+            self.changes = self.changes or found
+        return None
 
-    def _by_any_compiler(self) -> Manifest | None:
-        """On a machine without a compiler: the entry that differs only by having been made with one."""
+    def _by_any_compiler(self) -> list[Manifest]:
+        """On a machine without a compiler: the entries that differ only by having been made with one."""
         if self.factors.get("compiler") != "none":
-            return None
-        mine = (m for m in self.store.manifests() if m.kind == "program" and m.shard == self.shard)
-        return next((m for m in mine if m.factors | {"compiler": "none"} == self.factors), None)
+            return []
+        mine = (m for m in self.store.manifests() if m.kind == "program" and _shard(m) == self.shard)
+        return [m for m in mine if m.factors | {"compiler": "none"} == self.factors][:VARIANTS]
 
     def miss(self) -> str:
         """Why there is no entry, in a line; recorded for ``vllm-compile-ext explain miss``."""
@@ -91,15 +105,13 @@ class Entry:
             return plain(f"cache miss: {type(error).__name__}: {error}")
 
     def _miss(self) -> str:
-        found = self.store.find(self.key, self.shard)
-        changes: list[Change] | None
-        if found is not None:
-            changes = changed_sources(found.sources)
-        else:
+        found: str | None = self.key
+        differ = self.changes
+        if differ is None:
             programs = [m for m in self.store.manifests() if m.kind == "program"]
-            mine = [m for m in programs if m.shard == self.shard and _same_class(m, self.factors)]
+            mine = [m for m in programs if _shard(m) == self.shard and _same_class(m, self.factors)]
             nearest = closest(self.factors, mine or programs)
-            found, changes = nearest if nearest else (None, None)
+            found, differ = (nearest[0].key, nearest[1]) if nearest else (None, None)
         if self.store.writable:
             try:
                 misses.record(
@@ -108,12 +120,12 @@ class Entry:
                     shard=self.shard,
                     model=self.model,
                     factors=self.factors,
-                    closest_key=found.key if found else None,
-                    changes=changes,
+                    closest_key=found,
+                    changes=differ,
                 )
             except OSError as error:
                 logger.debug("the miss was not recorded: %s", error)
-        return summary(changes)
+        return summary(differ)
 
     def claim(self) -> bool:
         """Become the one process that compiles this entry; True when another was waited for and may have done it."""
@@ -132,17 +144,16 @@ class Entry:
         """Let others write."""
         self._claim.close()
 
-    def commit(self, members: Mapping[str, Blob], sources: Mapping[str, str]) -> None:
-        """Write the entry.  Raises `OSError`."""
+    def commit(self, members: Mapping[str, Blob]) -> None:
+        """Write the entry, beside those that were made where the trace read other things.  Raises `OSError`."""
         made = Manifest(
             kind="program",
             key=self.key,
-            shard=self.shard,
+            shard=f"{self.shard}.{members['seen'].digest[:8]}",
             model=self.model,
             created=time.time(),
             platform=platforms.name(),
             factors=self.factors,
-            sources=dict(sources),
             members=dict(members),
         )
         self.store.commit(made)
@@ -161,6 +172,10 @@ def name_of(model: Any) -> str:
     """A model for people: its checkpoint, its class and its part in the whole."""
     name = getattr(model.vllm_config.model_config, "model", "") or ""
     return plain(f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip())
+
+
+def _shard(manifest: Manifest) -> str:
+    return manifest.shard.partition(".")[0]
 
 
 def _same_class(manifest: Manifest, table: Mapping[str, str]) -> bool:
@@ -188,44 +203,3 @@ def is_new(model: Any) -> bool:
     found = store()
     name = f" {type(model).__qualname__}"
     return found is None or not any(m.kind == "program" and name in m.model for m in found.manifests())
-
-
-def sources_of(compiled: Any) -> dict[str, str]:
-    """Module -> blake3 of its source, for all that Dynamo read (`torch._dynamo.package.SourceInfo`, torch 2.13.0)."""
-    return {source.module: _digest(source.content) for source in compiled.source_info().inlined_sources}
-
-
-def changed_sources(sources: Mapping[str, str]) -> list[Change]:
-    """Modules whose source is not what it was."""
-    now = {name: _source(name) for name in sources}
-    return [Change(f"source of {c.name}", c.old and c.old[:12], c.new and c.new[:12]) for c in difference(sources, now)]
-
-
-def source_files(sources: Mapping[str, str]) -> list[str]:
-    """The files of the modules."""
-    return [str(path) for path in map(_file, sources) if path is not None]
-
-
-def _file(module: str) -> Path | None:
-    loaded = sys.modules.get(module)
-    name = getattr(loaded, "__file__", None)
-    if loaded is None:
-        try:
-            spec = importlib.util.find_spec(module)
-        except Exception:  # finding it imports its packages
-            return None
-        name = spec.origin if spec is not None else None
-    return Path(name) if name else None
-
-
-def _source(module: str) -> str:
-    path = _file(module)
-    try:
-        return _digest(importlib.util.decode_source(path.read_bytes())) if path is not None else "none"
-    except (OSError, UnicodeError, SyntaxError):
-        return "unreadable"
-
-
-def _digest(source: str) -> str:
-    """Of a module's text; `inspect`, which Dynamo asks, ends every file with a newline."""
-    return digest((source.rstrip("\n") + "\n").encode(errors="surrogatepass"))

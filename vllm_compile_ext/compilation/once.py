@@ -22,6 +22,7 @@ from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piec
 from vllm_compile_ext.compilation.progress import Progress
 from vllm_compile_ext.compilation.session import Differs, Session
 from vllm_compile_ext.compilation.sharing import Shared
+from vllm_compile_ext.key.seen import NotDescribed, Seen, collect
 from vllm_compile_ext.startup.spans import note, span
 from vllm_compile_ext.trace import plan as plans
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
@@ -47,6 +48,8 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
         operators = config.splitting_ops or []
         pieces = split(graph.graph, lambda node: should_split(node, operators))
         splitting.set(pieces=len(pieces))
+    with span("describe what was read"):
+        seen = _describe(session)
     with span("fingerprint"):
         numbers, firsts, fingerprints = deduplicate(pieces, graph)
     with span("plan"):
@@ -94,7 +97,7 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
         raise
     backend._called = True
     function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
-    function.kept, function.constants = shared.kept, constants
+    function.kept, function.constants, function.seen = shared.kept, constants, seen
     function.bind(session.model)
     note(
         "compiled",
@@ -201,6 +204,14 @@ def _compile(
         time.perf_counter() - started,
     )
     return [made[number] for number in range(len(modules))]
+
+
+def _describe(session: Session) -> Seen | NotDescribed:
+    """What the trace has read, before anything of the model runs and changes it."""
+    try:
+        return collect(session.model, session.tracer)
+    except NotDescribed as why:
+        return why
 
 
 def _prove(session: Session, graph: torch.fx.Graph, values: Sequence[Any]) -> None:

@@ -9,6 +9,7 @@ from torch._dynamo.aot_compile import SerializableCallable
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
 from vllm_compile_ext.artifacts.manifest import Blob
+from vllm_compile_ext.key.seen import NotDescribed, Seen
 from vllm_compile_ext.trace import plan as plans
 from vllm_compile_ext.upstream import backends as upstream
 
@@ -30,6 +31,8 @@ class PlanFunction(SerializableCallable):
         self.kept: Mapping[int, dict[str, dict[str, Blob]]] = {}
         # The constants that each distinct piece holds, of a model that was compiled here.
         self.constants: Sequence[list[Any]] = [[] for _ in pieces]
+        # What the trace has read, or why that cannot be told.
+        self.seen: Seen | NotDescribed | None = None
         last = len(plan.calls) - 1
         # Each call site replays CUDA graphs of its own: its tensors have addresses of their own.
         sites = [

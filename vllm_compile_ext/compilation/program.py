@@ -15,6 +15,7 @@ from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.bytecode import transformed
 from vllm_compile_ext.compilation import pieces
 from vllm_compile_ext.compilation.plan_function import PlanFunction
+from vllm_compile_ext.key.seen import NotDescribed
 from vllm_compile_ext.startup.spans import span
 from vllm_compile_ext.trace import plan as plans
 
@@ -79,6 +80,8 @@ def keep(store: Store, compiled: Any) -> dict[str, Blob]:
     """
     artifacts = compiled._artifacts
     function = artifacts.compiled_fn
+    if isinstance(function.seen, NotDescribed):
+        raise transformed.NotSaved(f"its trace has read {function.seen}")
     code = transformed.dumps(transformed.capture(artifacts.runtime_env, artifacts.backend_id))
     head = Head(function.prefix, function.is_encoder, [piece.sym_shape_indices for piece in function.pieces])
     members: dict[str, Blob] = {}
@@ -90,6 +93,7 @@ def keep(store: Store, compiled: Any) -> dict[str, Blob]:
         for shape, parts in kept.items():
             members |= {name if name != "code" else f"piece/{number}/{shape}": blob for name, blob in parts.items()}
     members["bytecode"] = store.put(code)
+    members["seen"] = store.put(msgspec.msgpack.encode(function.seen))
     members["plan"] = store.put(plans.dumps(function.plan))
     members["head"] = store.put(msgspec.json.encode(head))
     return members

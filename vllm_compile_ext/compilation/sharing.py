@@ -93,7 +93,6 @@ class Shared:
                     created=time.time(),
                     platform=platforms.name(),
                     factors={"program": self.entry.key},
-                    sources={},
                     members={
                         f"{shape}/{name}": blob for shape, parts in members.items() for name, blob in parts.items()
                     },

@@ -1,7 +1,8 @@
 """Everything that can change compiled code and is known before tracing, as readable text: a store's key is made of it.
 
 `FACTORS` is the whole table, ordered by how much a row explains when it changes; `dropped.DROPPED` lists what is left
-out of it, with reasons.  Two starts with equal factors and equal sources of traced files get the same code.
+out of it, with reasons.  Two starts with equal factors, in which what the trace read is equal (seen.py), get the same
+code.
 """
 
 from __future__ import annotations
@@ -24,12 +25,6 @@ class Asked(NamedTuple):
     config: Any
     model: Any
     cpu: bool
-
-
-def _structure(asked: Asked) -> str:
-    from vllm_compile_ext.compilation import module_tree
-
-    return module_tree.structure(asked.model)
 
 
 def _class(model: Any) -> str:
@@ -59,7 +54,6 @@ FACTORS: tuple[tuple[str, Callable[[Asked], Any]], ...] = (
     ("cpu", lambda asked: dict.fromkeys(machine.processor(), "yes") if asked.cpu else None),
     ("", lambda asked: settings.of_compilers(_options(asked))),
     ("state", lambda _: torch_state.state()),
-    ("structure", _structure),
 )
 
 _preparing: threading.Thread | None = None

@@ -250,7 +250,7 @@ def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
-def _kind(variable: Any) -> type | None:
+def _kind(variable: Any) -> Any:
     """The class of what a variable stands for; None where it is not an object of its own, as `super()`."""
     from torch._dynamo.variables import UserDefinedObjectVariable
 
@@ -259,10 +259,9 @@ def _kind(variable: Any) -> type | None:
         return type(real.value)
     if real.is_tensor():
         return torch.nn.Parameter
-    try:
-        kind: Any = real.python_type()
-    except NotImplementedError:
-        return None
+    kind: Any = None
+    with contextlib.suppress(NotImplementedError):
+        kind = real.python_type()
     return kind if isinstance(kind, type) and kind is not super else None
 
 

@@ -37,7 +37,6 @@ def manifest(store: Store, name: str, data: dict[str, bytes], shard: str = "rank
         created=time.time(),
         platform="linux-x86_64 cpu",
         factors=factors(name),
-        sources={},
         members={member: store.put(content) for member, content in data.items()},
     )
 

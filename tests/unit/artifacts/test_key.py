@@ -21,7 +21,6 @@ def entry(name: str, created: float = 0.0, **factors: str) -> Manifest:
         created=created,
         platform="",
         factors=factors,
-        sources={},
         members={},
     )
 

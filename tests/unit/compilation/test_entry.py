@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from tests import process
+from vllm_compile_ext.artifacts.manifest import Blob
 from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.compilation import entry
 from vllm_compile_ext.key import factors
+
+SEEN = {"seen": Blob("0" * 64, 0)}
 
 
 @pytest.fixture
@@ -58,30 +61,8 @@ def test_the_line_of_a_miss_is_safe_to_print(tmp_path: Path, monkeypatch: pytest
         config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
         return entry.Entry(Store.open(tmp_path / "store"), SimpleNamespace(vllm_config=config))
 
-    made("a").commit({}, {})
+    made("a").commit(SEEN)
     assert made("\x1b[31m\nred").miss() == r"cache miss: config.model.hf_config.x a -> \x1b[31m\nred"
-
-
-def test_a_source_is_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `inspect.getsource` gives it: it ends every file with a newline and heeds its encoding."""
-    import importlib
-    import inspect
-
-    for name, data in {
-        "no_newline": b"x = 1",
-        "bom": b"\xef\xbb\xbfx = 1\n",
-        "latin": "# -*- coding: latin-1 -*-\nx = '\xe9'\n".encode("latin-1"),
-        "windows": b"x = 1\r\ny = 2\r\n",
-    }.items():
-        (tmp_path / f"source_{name}.py").write_bytes(data)
-        monkeypatch.syspath_prepend(str(tmp_path))
-        module = importlib.import_module(f"source_{name}")
-        source = SimpleNamespace(module=module.__name__, content=inspect.getsource(module))
-        compiled = SimpleNamespace(source_info=lambda source=source: SimpleNamespace(inlined_sources=[source]))
-        assert entry.changed_sources(entry.sources_of(compiled)) == []
-        (tmp_path / f"source_{name}.py").write_bytes(data + b"\nz = 1\n")
-        (change,) = entry.changed_sources(entry.sources_of(compiled))
-        assert change.name == f"source of source_{name}"
 
 
 def test_under_O_there_is_no_store(tmp_path: Path) -> None:  # noqa: N802 - the option
