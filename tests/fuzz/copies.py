@@ -50,7 +50,7 @@ class Result:
 
 
 @contextmanager
-def _same_state() -> Iterator[None]:
+def same_state() -> Iterator[None]:
     """What a case leaves changed is put back."""
     dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     grad = torch.is_grad_enabled()
@@ -67,18 +67,21 @@ def _flat(result: Any) -> list[torch.Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """Bit by bit, but for what a NaN carries."""
+def equal(a: Any, b: Any, tolerance: float = 0.0) -> bool:
+    """Bit by bit unless there is a tolerance, but for what a NaN carries."""
     left, right = _flat(a), _flat(b)
     return len(left) == len(right) and all(
-        x.dtype == y.dtype and x.shape == y.shape and torch.equal(torch.nan_to_num(x, 7.0), torch.nan_to_num(y, 7.0))
+        x.dtype == y.dtype
+        and x.shape == y.shape
+        and torch.allclose(x.double(), y.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
         for x, y in zip(left, right, strict=True)
     )
 
 
-def _eager(stack: Stack) -> Any:
+def eager(stack: Stack) -> list[torch.Tensor]:
+    """What the model itself gives."""
     model, args, _ = stack.make()
-    with torch.no_grad(), _same_state():
+    with torch.no_grad(), same_state():
         return copy.deepcopy(_flat(model(*args)))
 
 
@@ -90,7 +93,7 @@ def _run(s: Stitched, model: Any, args: tuple[Any, ...]) -> Any:
 def _full(stack: Stack) -> Any:
     """What tracing every layer gives.  Raises what Dynamo raises."""
     model, args, _ = stack.make()
-    with _same_state():
+    with same_state():
         got = backend_input(model, args)
     graph = got.graph_module.graph
     return _run(Stitched(None, graph, got.graph_module, list(got.example_inputs), []), model, args)  # type: ignore[arg-type]
@@ -101,11 +104,11 @@ def _unsupported(stack: Stack, expected: Any) -> str | None:
     try:
         full = _full(stack)
     except Exception as error:
-        return f"full trace: {_line(error)}"
-    return None if _equal(full, expected) else "the full trace differs from eager mode"
+        return f"full trace: {line(error)}"
+    return None if equal(full, expected) else "the full trace differs from eager mode"
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
@@ -115,24 +118,24 @@ def judge(seed: int | str, kind: str, stack: Stack, *, graphs: bool = True) -> R
     begin = time.perf_counter()
     result = Result(seed, kind, stack.what, "right", expected=stack.copies)
     try:
-        expected = _eager(stack)
+        expected = eager(stack)
     except Exception as error:
-        result.outcome, result.detail = "unsupported", f"eager mode: {_line(error)}"
+        result.outcome, result.detail = "unsupported", f"eager mode: {line(error)}"
         return result
     try:
         model, args, _ = stack.make()
-        with _same_state():
+        with same_state():
             s = stitched(model, args)
             result.copied = s.tracer.stamped
             result.detail = f"copied {s.tracer.stamped}: {(s.tracer.reasons or ['nothing said'])[0][:300]}"
             different = against_full_trace(s, model, args) if graphs and s.tracer.stamped else None
         got = _run(s, model, args)
-        if not _equal(got, expected):
+        if not equal(got, expected):
             result.outcome, result.detail = "wrong", f"copied {s.tracer.stamped}; the result differs from eager mode"
         elif different is not None:
             result.outcome, result.detail = "wrong", f"copied {s.tracer.stamped}; graph: {different[:200]}"
     except Exception as error:
-        result.outcome, result.detail = "crashed", _line(error)
+        result.outcome, result.detail = "crashed", line(error)
     if result.bad and "graph:" not in result.detail and (why := _unsupported(stack, expected)):
         result.outcome, result.detail = "unsupported", why
     result.seconds = time.perf_counter() - begin

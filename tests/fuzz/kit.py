@@ -466,6 +466,14 @@ def vary(v: Any) -> Any:
     return 4
 
 
+def text(v: Any) -> str:
+    return f"{v}"
+
+
+def shown(v: Any) -> str:
+    return f"<{v!r:>4}>"
+
+
 def first_of(v: Any) -> Any:
     return next(iter(v))
 

@@ -55,6 +55,21 @@ def views(model: Any, space: dict[str, Any]) -> None:
         layer.view = (layer.cache if i in (2, 4) else layer.other).view(64)
 
 
+def own_views(model: Any, space: dict[str, Any]) -> None:
+    """For some layers, `view` is of a buffer that the layer reads too."""
+    views(model, space)
+    for i, layer in enumerate(model.layers):
+        if i not in (2, 4):
+            layer.view = torch.full((64,), 2.0)
+
+
+def neighbours(model: Any, space: dict[str, Any]) -> None:
+    """For some layers, `view` is of the previous layer's buffer."""
+    views(model, space)
+    for i, layer in enumerate(model.layers):
+        layer.view = (model.layers[i - 1] if i in (3, 5) else layer).cache.view(64)
+
+
 def mixed(model: Any, space: dict[str, Any]) -> None:
     """The third layer's buffers are one."""
     for i, layer in enumerate(model.layers):
@@ -241,6 +256,20 @@ CASES: dict[str, Stack] = {
             "s.view.add_(1)",
             "y = y @ s.cache + s.other[0]",
             after=views,
+        ),
+        case(
+            "view updated in place of a buffer that is read, for some",
+            nothing,
+            "s.view.add_(1)",
+            "y = y @ s.cache + s.view[:8]",
+            after=own_views,
+        ),
+        case(
+            "view updated in place of the previous layer's buffer, for some",
+            nothing,
+            "s.view.add_(1)",
+            "y = y @ s.cache",
+            after=neighbours,
         ),
         case(
             "buffers of one storage for some, updated in place",

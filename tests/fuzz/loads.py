@@ -73,7 +73,8 @@ class Change:
 
     read: lines of a layer that use `s` and `y`; prepare: what gives layer `s` its state, then: what is done with the
     model `m`, both with v.  around: the state of the process.  files(v): other modules, written before each start.
-    edited(v): text of the module itself.  loads: the change must not keep kept code from being loaded.
+    edited(v): text of the module itself.  cell: it is a notebook's, without a file.  loads: after the change, kept code
+    must be loaded.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Change:
     files: Callable[[Any], dict[str, str]] = field(default=lambda v: {})
     edited: Callable[[Any, str], str] = field(default=lambda v, text: text)
     loads: bool = False
-    cell: str = ""
+    cell: bool = False
 
     @property
     def module(self) -> str:
@@ -273,7 +274,6 @@ OTHERS = (
     Change("attribute of a parameter", "y = scale(y, s.lin.weight.by)", "s.lin.weight.by = v"),
     Change("attribute of a submodule", "y = scale(y, s.lin.by)", "s.lin.by = v"),
     Change("numpy scalar", "y = y * float(s.a)", "s.a = np.float32(v)"),
-    Change("numpy scalar that decides", "y = scale(y, 2.0 if s.a.item() > 2 else 3.0)", "s.a = np.float64(v)"),
     Change("attribute of the model", model="x = scale(x, m.by)", then="m.by = v"),
     Change("object of the model", model="x = scale(x, m.by.by)", then="m.by = types.SimpleNamespace(by=v)"),
     Change("tensor that is no buffer", "y = y * s.a", "s.a = torch.full((toys.SIZE,), v)"),
@@ -538,16 +538,13 @@ OTHERS = (
         files=lambda v: {"toy_rows.json": f'[{{"by": {v}}}]'},
     ),
     # Code without a file.
-    Change("cell", "y = scale(y, 2.0)", edited=lambda v, text: text.replace("2.0", str(v)), cell="lines"),
-    Change(
-        "cell without lines", "y = scale(y, 2.0)", edited=lambda v, text: text.replace("2.0", str(v)), cell="nothing"
-    ),
+    Change("cell", "y = scale(y, 2.0)", edited=lambda v, text: text.replace("2.0", str(v)), cell=True),
     Change(
         "global of a cell",
         "y = scale(y, NUMBER)",
         then="global NUMBER; NUMBER = v",
         helpers="NUMBER = 1.0",
-        cell="lines",
+        cell=True,
     ),
     Change("function of a file, made by exec", "y = scale(y, by())", then="exec(f'def by(): return {v}', globals())"),
     # Torch.

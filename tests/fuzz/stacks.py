@@ -5,6 +5,7 @@ A `Feature` is one thing that layers have.  Of features, `Stack` makes a model; 
 
 from __future__ import annotations
 
+import dataclasses
 import linecache
 import random
 import re
@@ -119,7 +120,7 @@ class Stack:
         lines = [line for f in self.features for line in getattr(f, name)]
         return ("\n" + " " * indent).join("\n".join(lines).split("\n") if lines else ["pass"])
 
-    def make(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    def make(self, decorate: Callable[[type], type] = lambda cls: cls) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         if self._code is None:
             self._code = compile(self.source, FILE, "exec")
         linecache.cache[FILE] = (len(self.source), None, self.source.splitlines(keepends=True), FILE)
@@ -129,7 +130,7 @@ class Stack:
         space = {**vars(kit), "Base": Base, "BaseModel": BaseModel, "COUNT": 0, "PARTS": [], "TABLE": {}}
         exec(self._code, space)
         torch.manual_seed(0)
-        model = space["Model"](space["Layer"]).requires_grad_(False)
+        model = decorate(space["Model"])(space["Layer"]).requires_grad_(False)
         x = torch.randn(7, 8)
         if "holder" in self.source:
             for layer in model.layers:
@@ -209,12 +210,13 @@ def value(
         access = fill(where.access, layer)
         if where.name == "argument":
             access = f"a_{name}" if layer == "s" else f"{layer}.{name}"
-        text = re.sub(r"\by\b", "x", text) if layer != "s" else text
+        text = re.sub(r"(?<!')\by\b", "x", text) if layer != "s" else text
         return fill(text.replace("$", access), layer)
 
     read = read or rng.choice(kind.reads)
     again = rng.choice(kind.reads)
-    use = USES[0] if kind.tensors or re.search(r"\b[xy]\b", read) else rng.choice(USES)
+    number = not (kind.tensors or "tensor" in kind.name or re.search(r"\b[xy]\b|torch", read))
+    use = rng.choice(USES) if number else USES[0]
     feature = Feature(
         f"{kind.name} as {where.name.replace('NAME', name)}, {ks[0]}, read by {read!r}, first by {first}"
         + (", shared" if shared else ""),
@@ -389,7 +391,6 @@ def _counting(rng: random.Random, ks: list[int]) -> Feature:
             (["y = y * next(s.numbers)"], []),
             (["s.seen = y.shape[1]", "y = y * s.seen", "s.seen = None"], []),
             (["y = y + s.holder[0].carry", "s.holder[0].carry = y * 0.5"], []),
-            (["s.kept = y", "y = y + s.nxt[0].kept if isinstance(s.nxt[0].kept, torch.Tensor) else y"], []),
         ]
     )
 
@@ -397,9 +398,9 @@ def _counting(rng: random.Random, ks: list[int]) -> Feature:
         shared, queue, numbers = {"n": 1}, [1, 2, 3, 4, 5, 6], iter(range(1, 9))
         model.carry = torch.zeros(8)
         for i, layer in enumerate(model.layers):
-            layer.calls, layer.level, layer.kept, layer.seen = ks[i], 1, None, None
+            layer.calls, layer.level, layer.seen = ks[i], 1, None
             layer.shared, layer.queue, layer.numbers = shared, queue, numbers
-            layer.nxt = [model.layers[(i + (-1 if "kept" in lines[0] else 1)) % LAYERS]]
+            layer.nxt = [model.layers[(i + 1) % LAYERS]]
 
     return Feature(f"changes state: {'; '.join(lines)}", prepare, head=head, lines=lines)
 
@@ -441,7 +442,6 @@ def _identity(rng: random.Random, ks: list[int]) -> Feature:
             ("s.tag is s.holder[0].tag", "sentinel"),
             ("s.tag == s.holder[0].tag", "sentinel"),
             ("hash(s) == s.hashes[0]", "layer"),
-            ("s.lin.weight.data_ptr() == s.pointer", "weight"),
         ]
     )
 
@@ -475,7 +475,6 @@ def _identity(rng: random.Random, ks: list[int]) -> Feature:
             layer.parts = list(parts) if what != "lin" else tuple(parts)
             layer.some_ref = [kit.weakref.ref(chosen[0])]
             layer.hashes = [hash(chosen[0])]
-            layer.pointer = chosen[0].lin.weight.data_ptr()
 
     return Feature(f"identity: {condition}, layers {some}", prepare, lines=[f"y = y * (2 if {condition} else 1)"])
 
@@ -826,8 +825,22 @@ def generate(seed: int) -> tuple[str, Stack]:
     return "benign", benign(rng, ALIKE[(seed // 20 * 4 + turn - 16) % len(ALIKE)])
 
 
-# Kinds of which reading does not change the value, and of which one value is as good as another that is alike.
-ALIKE = tuple(k for k in values.KINDS if k.name not in ("iterator", "factory", "context variable", "weak reference"))
+# Kinds of which one value is as good as another that is alike, read without changing it.
+UNLIKE = (
+    "iterator",
+    "factory",
+    "weak reference",
+    "method of a container",
+    "code of one name",
+    "array",
+    "module",
+    "name object",
+)
+ALIKE = tuple(
+    dataclasses.replace(k, reads=tuple(r for r in k.reads if "holder" not in r))
+    for k in values.KINDS
+    if k.name not in UNLIKE
+)
 
 
 def benign(rng: random.Random, kind: Kind) -> Stack:

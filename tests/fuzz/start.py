@@ -68,7 +68,6 @@ def _cell(change: loads.Change, v: Any) -> types.ModuleType:
     module, text = types.ModuleType(change.module), change.text(v)
     sys.modules[change.module] = module
     name = f"/tmp/ipykernel_1/{change.module}.py"
-    if change.cell == "lines":
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     exec(compile(text, name, "exec", dont_inherit=True), module.__dict__)
     return module

@@ -6,7 +6,7 @@ In the text of a reading `$` stands for the expression that gives the value, in 
 from __future__ import annotations
 
 import collections
-import contextvars
+import copy
 import datetime
 import fractions
 import functools
@@ -45,7 +45,7 @@ def kind(name: str, make: Callable[[int], Any], *reads: str, variants: int = 6, 
 
 
 def options(name: str, values: tuple[Any, ...], *reads: str) -> Kind:
-    return Kind(name, lambda k: values[k], reads, len(values))
+    return Kind(name, lambda k: copy.deepcopy(values[k]), reads, len(values))
 
 
 def makers(name: str, values: tuple[Callable[[], Any], ...], *reads: str) -> Kind:
@@ -63,7 +63,7 @@ NUMBER = (
     "(2 if $ in (1, 3) else 1)",
     "bool($)",
     "len(str($ * 100))",
-    "len(f'{$ * 100}')",
+    "len(text($ * 100))",
     "matched($)",
     "{0: 1, 1: 3}.get($, 2)",
     "(not $)",
@@ -153,11 +153,6 @@ def kept(make: Callable[[Any], Any], value: Any) -> Any:
 KEPT: list[Any] = []
 
 
-def variable(k: int) -> contextvars.ContextVar[Any]:
-    made: contextvars.ContextVar[Any] = contextvars.ContextVar("made", default=float(k))
-    return made
-
-
 def deleted(k: int) -> Any:
     """The attribute is missing in odd variants."""
     return Box(by3=2.0) if k % 2 else Box(by=1.0)
@@ -172,7 +167,7 @@ KINDS: tuple[Kind, ...] = (
     kind("float", lambda k: k / 2, *NUMBER),
     options("signed zero", (0.0, -0.0), "math.copysign(1, $)", "len(str($))", "(2 if str($)[0] == '-' else 1)"),
     options("signed zeros in a tuple", ((1, 0.0), (1, -0.0)), "math.copysign(1, $[1])", "len(str($[1]))"),
-    options("signed zeros in a dict", ({"k": 0.0}, {"k": -0.0}), "math.copysign(1, $['k'])", "len(f\"{$['k']}\")"),
+    options("signed zeros in a dict", ({"k": 0.0}, {"k": -0.0}), "math.copysign(1, $['k'])", "len(text($['k']))"),
     options("nan or not", (1.0, NAN), "(2 if $ != $ else 1)", "(2 if math.isnan($) else 1)", "len(str($))"),
     options("sign of nan", (NAN, -NAN), "math.copysign(1, $)"),
     options("infinity", (1.0, float("inf"), float("-inf")), "(2 if math.isinf($) else 1)", "min(max($, -2), 2)"),
@@ -184,7 +179,7 @@ KINDS: tuple[Kind, ...] = (
         "(2 if $ is True else 1)",
         "len(str($))",
         "(2 if type($) is float else 1)",
-        "len(f'{$}')",
+        "len(text($))",
         "type($)(2.5)",
         "len(type($).__name__)",
         "(torch.ones((), dtype=torch.int64) * $).to(torch.float64).mul(0.3)",
@@ -194,10 +189,13 @@ KINDS: tuple[Kind, ...] = (
     options(
         "types in a dict", ({"k": 1}, {"k": 1.0}, {"k": True}), "vary($['k'])", "vary($.get('k'))", "vary(named(**$))"
     ),
+    options("list or tuple", ([1, 2], (1, 2)), "(2 if isinstance($, list) else 1)", "len(str($))"),
     options(
-        "list or tuple", ([1, 2], (1, 2)), "(2 if isinstance($, list) else 1)", "len(str($))", "len(type($).__name__)"
+        "dict or ordered",
+        ({"k": 1}, collections.OrderedDict(k=1)),
+        "(type($) is dict)",
+        "(2 if isinstance($, collections.OrderedDict) else 1)",
     ),
-    options("dict or ordered", ({"k": 1}, collections.OrderedDict(k=1)), "len(type($).__name__)", "(type($) is dict)"),
     options("set or frozenset", ({1}, frozenset({1})), "(2 if isinstance($, frozenset) else 1)", "(type($) is set)"),
     options("str or bytes", ("a", b"a"), "(2 if isinstance($, str) else 1)", "(2 if $ == 'a' else 1)"),
     kind(
@@ -208,7 +206,7 @@ KINDS: tuple[Kind, ...] = (
         "(ord($[-1]) - 47)",
         "(2 if $ in ('n1', 'n2') else 1)",
         "(2 if $ == 'n1' else 1)",
-        "len(f'{$!r}' * int($[1]))",
+        "len(shown($) * int($[1]))",
         "{'n0': 1, 'n1': 2}.get($, 3)",
         "matched($)",
         "(2 if $ > 'n2' else 1)",
@@ -219,10 +217,12 @@ KINDS: tuple[Kind, ...] = (
         "(2 if $.upper() == 'N1' else 1)",
         "int('%s' % $[1])",
     ),
-    kind("str of another length", lambda k: "a" * (k + 1), "len($)", "len(f'{$}')", "len('-'.join($))", "$.count('a')"),
+    kind(
+        "str of another length", lambda k: "a" * (k + 1), "len($)", "len(text($))", "len('-'.join($))", "$.count('a')"
+    ),
     kind("path in a str", lambda k: f"/tmp/n{k}", "int($[-1])", "(2 if $.endswith('1') else 1)"),
     kind(
-        "bytes", lambda k: bytes([k + 1, 1]), "$[0]", "(2 if $ == bytes([1, 1]) else 1)", "int.from_bytes($[:1], 'big')"
+        "bytes", lambda k: bytes([k + 1, 1]), "$[0]", "(2 if $ == b'\\x01\\x01' else 1)", "int.from_bytes($[:1], 'big')"
     ),
     options("None or a number", (None, 1, 2), "(1 if $ is None else 2)", "($ or 3)", "matched($)", "($ is not None)"),
     kind("complex", lambda k: complex(k, 1), "$.real", "abs($)", "(2 if $ == 1 + 1j else 1)"),
@@ -277,7 +277,6 @@ KINDS: tuple[Kind, ...] = (
         "($ + [1])[1]",
         "$.copy()[1]",
         "(2 if $ == [1, 2] else 1)",
-        "copy.copy($)[1]",
     ),
     kind("longer list", lambda k: [1, *[2] * k], *(r for r in SEQUENCE if "[1]" not in r and "(1)" not in r)),
     kind("list of lists", lambda k: [[1], [0, k]], "$[1][1]", "sum($[1])", "sum(map(sum, $))", "len(sorted($)[0])"),
@@ -288,7 +287,6 @@ KINDS: tuple[Kind, ...] = (
     kind(
         "deque", lambda k: collections.deque([1, k]), "$[1]", "sum($)", "len($)", "last($)", "list($)[1]", "looped($)"
     ),
-    kind("maxlen of a deque", lambda k: collections.deque([1], maxlen=k + 1), "$.maxlen"),
     kind(
         "set",
         lambda k: {1, k + 2},
@@ -550,14 +548,11 @@ KINDS: tuple[Kind, ...] = (
     ),
     kind("torch method", lambda k: (torch.Tensor.relu, torch.Tensor.cos)[k], "$(y)", variants=2),
     kind("operator", lambda k: (operator.add, operator.mul)[k], "$(y, 3.0)", "$(2, 3)", variants=2),
-    kind("itemgetter", lambda k: operator.itemgetter(k), "$((1, 2, 4, 8, 16, 32))"),
-    kind("attrgetter", lambda k: operator.attrgetter(("real", "imag")[k]), "$(1 + 2j)", variants=2),
     kind("list of functions", lambda k: [kit.default(float(k))], "$[0]()", "sum(f() for f in $)"),
     kind("dict of functions", lambda k: {"k": kit.closure(float(k))}, "$['k']()", "$['k'](1)"),
     kind("cached function", lambda k: functools.lru_cache(kit.default(float(k))), "$()"),
-    kind("numpy float", lambda k: np.float64(k), "float($)", "$.item()", "(2 if $ > 2 else 1)", "$"),
-    kind("numpy float32", lambda k: np.float32(k), "float($)", "(2 if $ > 2 else 1)"),
-    kind("numpy int", lambda k: np.int64(k), "int($)", "(2 if $ == 1 else 1)"),
+    kind("numpy float", lambda k: np.float64(k), "torch.as_tensor($)", "$.ndim"),
+    kind("numpy float32", lambda k: np.float32(k), "torch.as_tensor($)"),
     kind(
         "numpy dtype", lambda k: (np.dtype("float32"), np.dtype("int8"))[k], "(2 if $ == np.float32 else 1)", variants=2
     ),
@@ -569,7 +564,7 @@ KINDS: tuple[Kind, ...] = (
         "float($.shape[0])",
     ),
     kind("size", lambda k: torch.Size([k + 1, 2]), "$[0]", "$.numel()", "sum($)", "unpacked($)", "len($)"),
-    kind("tensor", tensor, "$", "$.sum()", "($ * 2)", "y @ torch.diag($)", tensors=True),
+    kind("tensor", tensor, "$", "$.sum()", "($ * 2)", "torch.matmul(y, torch.diag($))", tensors=True),
     kind("tensors in a list", lambda k: [tensor(0), tensor(k)], "$[1]", "$[-1].sum()", "sum($)", tensors=True),
     kind("tensors in a dict", lambda k: {"k": tensor(k)}, "$['k']", "$.get('k')", "first_of($.values())", tensors=True),
     kind("tensors in an object", lambda k: Box(by=tensor(k)), "$.by", "$.get()", tensors=True),
@@ -615,9 +610,8 @@ KINDS: tuple[Kind, ...] = (
     ),
     kind("attribute of a tensor", lambda k: kit.extra(tensor(0), float(k)), "$.extra"),
     kind("weak reference", lambda k: kept(weakref.ref, Box(by=float(k))), "$().by"),
-    kind("context variable", variable, "$.get()"),
     kind("name object", lambda k: kit.Name(f"n{k}"), "attn(y, $)"),
-    kind("iterator", lambda k: iter([float(k)]), "next($)", "list($)[0]"),
+    kind("iterator", lambda k: iter([float(k)] * 20), "next($)"),
     kind("generator expression's list", lambda k: tuple(float(v) for v in range(k + 1)), "len($)", "sum($)", "max($)"),
 )
 
@@ -680,7 +674,7 @@ PLACES: tuple[Place, ...] = (
     place("uncompared field", "@.NAME.by", _set(kit.Uncompared)),
     place("equal object", "@.NAME.held", _set(lambda v: kit.AlwaysEqual(held=v))),
     place("descriptor", "@.NAME.by", _set(kit.Described)),
-    place("class attribute", "@.NAME.by", _set(lambda v: kit.subclass(v)()), own=False),
+    place("class attribute", "@.NAME.by[0]", _set(lambda v: kit.subclass([v])()), own=False),
     place("named tuple", "@.NAME.by", _set(kit.Scale)),
     place("dict", "@.NAME['held']", _set(lambda v: {"held": v})),
     place("dict by get", "@.NAME.get('held')", _set(lambda v: {"u": 1, "held": v})),
@@ -710,5 +704,5 @@ PLACES: tuple[Place, ...] = (
     place("global table by name", "TABLE_NAME[@.name]", lambda s, name, v, t: t.__setitem__(s.name, v), own=False),
     place("global table by layer", "TABLE_NAME[@]", lambda s, name, v, t: t.__setitem__(s, v), own=False),
     place("global table by number", "TABLE_NAME[@.idx]", lambda s, name, v, t: t.__setitem__(s.idx, v), own=False),
-    place("argument", "a_NAME", _set(lambda v: v)),
+    place("argument", "a_NAME", _set(lambda v: v), own=False),
 )
