@@ -69,7 +69,7 @@ def _differs(stack: Stack, expected: list[torch.Tensor], tolerance: float) -> st
     """What is wrong with the compiled model; None where it gives what the model gives."""
     torch._dynamo.reset()
     decorate = toys.support_torch_compile(dynamic_arg_dims={"x": 0})
-    config = toys.config("root", cudagraph_capture_sizes=[])
+    config = toys.config("root", cudagraph_capture_sizes=[], splitting_ops=["t::attn"])
     try:
         with set_current_vllm_config(config):
             model, args, _ = stack.make(decorate)

@@ -265,6 +265,13 @@ CASES: dict[str, Stack] = {
             after=own_views,
         ),
         case(
+            "view updated in place of a buffer that is read, for some, in pieces",
+            nothing,
+            "s.view.add_(1)",
+            "y = attn(y @ s.cache + s.view[:8], Name(s.name))",
+            after=own_views,
+        ),
+        case(
             "view updated in place of the previous layer's buffer, for some",
             nothing,
             "s.view.add_(1)",
