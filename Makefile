@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint fix clean distclean tools
+.PHONY: help venv demo test fuzz lint fix clean distclean tools
 
 PYTHON ?= python3
 CXX    ?= g++
@@ -31,6 +31,9 @@ demo: $(STAMP) | tools  ## start `vllm serve` stock, ours cold, ours warm and co
 test: lint | tools  ## lint, types and all tests (many minutes on 2 cores: the integration tests start real engines)
 	@echo "==> pytest: unit tests in seconds, then tests with a real engine"
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(STAMP) | tools  ## many layers that differ, many changes between starts: is anything copied or loaded that must not be?
+	@status=0; $(BIN)/python -m tests.fuzz.copies || status=1; $(BIN)/python -m tests.fuzz.loads || status=1; exit $$status
 
 lint: $(STAMP)  ## ruff and mypy
 	@echo "==> ruff and mypy (under a minute)"

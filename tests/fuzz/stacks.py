@@ -1,0 +1,868 @@
+"""Stacks of layers, as the text of their code and what each layer is given: what makes layers differ, and what may not.
+
+A `Feature` is one thing that layers have.  Of features, `Stack` makes a model; it can be made again and again, alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.fuzz import kit, values
+from tests.fuzz.values import Kind, Place
+
+LAYERS = 6
+FILE = "tests/fuzz/generated.py"
+TEMPLATE = """\
+class Layer(Base):
+    def forward(self, x{params}):
+        s = self
+        {head}
+        y = s.lin(x)
+        {lines}
+        return {returns}
+
+
+class Model(BaseModel):
+    def forward(self, x{inputs}):
+        m = self
+        {ahead}
+        for n, layer in enumerate(self.layers):
+            {before}
+            {call}
+            {after}
+        return x
+"""
+
+
+class Base(nn.Module):
+    """A layer that has a number and a name, as layers have; who reads them is no kind of any other."""
+
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.idx = i
+        self.name = f"layers.{i}"
+
+
+class BaseModel(nn.Module):
+    def __init__(self, kind: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind(i) for i in range(LAYERS))
+        self.value = 1
+        self.log: list[Any] = []
+        self.probe = kit.Probe()
+
+
+@dataclass
+class Feature:
+    """Lines of a layer's and the model's code, and what is prepared.
+
+    call: the expression of the call, in which `CALL` stands for that of other features.  args, inputs: names or
+    expressions of further arguments of a layer, of the model.  `prepare(model, space)` gets the globals of the code.
+    copies: how many of the six layers may be copied at least, where that is known.
+    """
+
+    what: str
+    prepare: Callable[[Any, dict[str, Any]], None] = lambda model, space: None
+    head: Sequence[str] = ()
+    lines: Sequence[str] = ()
+    ahead: Sequence[str] = ()
+    before: Sequence[str] = ()
+    after: Sequence[str] = ()
+    around: str = ""
+    call: str = ""
+    returns: str = ""
+    args: Sequence[tuple[str, str]] = ()
+    inputs: Sequence[tuple[str, Callable[[Any], Any]]] = ()
+    copies: int | None = None
+
+
+@dataclass
+class Stack:
+    """One case: `make` gives a model, its arguments and the globals of its code, each time the same."""
+
+    what: str
+    features: Sequence[Feature]
+    copies: int | None = None
+    source: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = self.features
+        call = next((f.call for f in parts if f.call), "x = CALL")
+        args = [value for f in parts for _, value in f.args]
+        call = call.replace("CALL", f"layer({', '.join(['x', *args])})")
+        around = [f.around for f in parts if f.around]
+        if around:
+            call = f"with {', '.join(around)}:\n                {call}"
+        self.source = TEMPLATE.format(
+            params="".join(f", {name}" for f in parts for name, _ in f.args),
+            inputs="".join(f", {name}" for f in parts for name, _ in f.inputs),
+            head=self._lines("head", 8),
+            lines=self._lines("lines", 8),
+            ahead=self._lines("ahead", 8),
+            before=self._lines("before", 12),
+            after=self._lines("after", 12),
+            returns=next((f.returns for f in parts if f.returns), "y"),
+            call=call,
+        )
+        self._code: Any = None
+
+    def _lines(self, name: str, indent: int) -> str:
+        lines = [line for f in self.features for line in getattr(f, name)]
+        return ("\n" + " " * indent).join("\n".join(lines).split("\n") if lines else ["pass"])
+
+    def make(self, decorate: Callable[[type], type] = lambda cls: cls) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        if self._code is None:
+            self._code = compile(self.source, FILE, "exec")
+        linecache.cache[FILE] = (len(self.source), None, self.source.splitlines(keepends=True), FILE)
+        kit.Current.value, kit.Current.stack = 1.0, []
+        values.KEPT.clear()
+        kit.CLASSES.clear()
+        space = {**vars(kit), "Base": Base, "BaseModel": BaseModel, "COUNT": 0, "PARTS": [], "TABLE": {}}
+        exec(self._code, space)
+        torch.manual_seed(0)
+        model = decorate(space["Model"])(space["Layer"]).requires_grad_(False)
+        x = torch.randn(7, 8)
+        if "holder" in self.source:
+            for layer in model.layers:
+                layer.holder = [model]
+        for feature in self.features:
+            feature.prepare(model, space)
+        inputs = [value(model) for f in self.features for _, value in f.inputs]
+        return model, (x, *inputs), space
+
+
+# How layers differ: the variant of each.
+
+Pattern = tuple[str, list[int]]
+
+
+def same() -> Pattern:
+    return "all alike", [0] * LAYERS
+
+
+def pattern(rng: random.Random, variants: int) -> Pattern:
+    """Variants of the layers, at least two of them."""
+    other = rng.randrange(1, variants)
+    base = rng.choice([k for k in range(variants) if k != other])
+    which = rng.randrange(5)
+    if which == 0:
+        at = rng.randrange(LAYERS)
+        return f"layer {at} differs", [other if i == at else base for i in range(LAYERS)]
+    if which == 1:
+        return "each differs", [i % variants for i in range(LAYERS)]
+    if which == 2:
+        period = rng.choice([2, 3])
+        return f"periodic by {period}", [(base, other, 0)[i % period] for i in range(LAYERS)]
+    if which == 3:
+        return "the last differs", [base] * (LAYERS - 1) + [other]
+    at = rng.randrange(2, LAYERS - 1)
+    return f"from layer {at} on", [other if i >= at else base for i in range(LAYERS)]
+
+
+# Values.
+
+FIRST = (
+    "nobody",
+    "nobody",
+    "nobody",
+    "the model, before",
+    "the model, the holder alone",
+    "the model, the value alone",
+    "the model, after",
+    "the model, ahead",
+    "another module",
+    "the layer, otherwise",
+)
+USES = (
+    "y = y * (1 + 0.25 * ({}))",
+    "y = y + 0.5 * ({})",
+    "y = y + torch.sin(x * ({}))",
+    "y = y * 1.5 if ({}) > 1 else y",
+)
+
+
+def value(
+    rng: random.Random,
+    kind: Kind,
+    where: Place,
+    ks: Pattern,
+    first: str = "nobody",
+    name: str = "v",
+    shared: bool = False,
+    read: str | None = None,
+) -> Feature:
+    """A value of `kind` at `where`, of a variant for each layer.  shared: equal variants are one object."""
+
+    def fill(text: str, layer: str) -> str:
+        return text.replace("NAME", name).replace("@", layer)
+
+    def reading(text: str, layer: str) -> str:
+        access = fill(where.access, layer)
+        if where.name == "argument":
+            access = f"a_{name}" if layer == "s" else f"{layer}.{name}"
+        text = re.sub(r"(?<!')\by\b", "x", text) if layer != "s" else text
+        return fill(text.replace("$", access), layer)
+
+    read = read or rng.choice(kind.reads)
+    again = rng.choice(kind.reads)
+    number = not (kind.tensors or "tensor" in kind.name or re.search(r"\b[xy]\b|torch", read))
+    use = rng.choice(USES) if number else USES[0]
+    feature = Feature(
+        f"{kind.name} as {where.name.replace('NAME', name)}, {ks[0]}, read by {read!r}, first by {first}"
+        + (", shared" if shared else ""),
+        lines=[use.format(reading(read, "s"))],
+    )
+    outside = reading(again, "layer")
+    used = f"x = x * (1 + 0.125 * ({outside}))" if rng.random() < 0.5 else f"seen_{name} = {outside}"
+    if first == "the model, before":
+        feature.before = [used]
+    elif first == "the model, the value alone":
+        feature.before = [f"seen_{name} = {reading('$', 'layer')}"]
+    elif first == "the model, the holder alone":
+        whole = where.access.startswith("@.NAME") and where.access != "@.NAME"
+        feature.before = [f"seen_{name} = layer.{name if whole else 'lin'}"]
+    elif first == "the model, after":
+        feature.after = [used]
+    elif first == "the model, ahead":
+        feature.ahead = ["for layer in self.layers:", "    " + used]
+    elif first == "another module":
+        feature.before = [f"x = m.probe(x, {outside})"]
+    elif first == "the layer, otherwise":
+        feature.head = [f"before_{name} = {reading(again, 's')}"] if not re.search(r"\by\b", again) else []
+    if where.name == "argument":
+        feature.args = [(f"a_{name}", f"layer.{name}")]
+
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        made: dict[int, Any] = {}
+        table = space.setdefault(f"TABLE_{name}", {})
+        for k, layer in zip(ks[1], model.layers, strict=True):
+            item = made.setdefault(k, kind.make(k)) if shared else kind.make(k)
+            where.put(layer, name, item, table)
+
+    feature.prepare = prepare
+    return feature
+
+
+# What nobody reads, and names: layers that have only this may be copied.
+
+
+def unread(where: str) -> Feature:
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        for i, layer in enumerate(model.layers):
+            if where == "the layer":
+                layer.unread, layer.unread_table = i, {"a": [i]}
+            elif where == "a submodule":
+                layer.lin.unread = f"lin.{i}"
+            elif where == "a deep submodule":
+                values.deep(layer, "unread", {i}, None)
+            elif where == "a read object":
+                layer.mixed.unread = i
+            elif where == "a read dict":
+                layer.mixed_table["unread"] = i
+            else:
+                layer.unread_function = lambda y, k=i: y * k
+                layer.unread_object = kit.Box(by=i, inner=kit.Box(by=str(i)))
+
+    feature = Feature(f"unread attributes of {where}")
+    if where == "a read object":
+        feature.lines = ["y = y * s.mixed.scale"]
+    if where == "a read dict":
+        feature.lines = ["y = y * s.mixed_table['scale']"]
+
+    def both(model: Any, space: dict[str, Any]) -> None:
+        for layer in model.layers:
+            layer.mixed, layer.mixed_table = kit.Box(scale=1.5), {"scale": 1.5}
+        prepare(model, space)
+
+    feature.prepare = both
+    return feature
+
+
+UNREAD = ("the layer", "a submodule", "a deep submodule", "a read object", "a read dict", "functions and objects")
+
+
+def tensors(rng: random.Random) -> Feature:
+    which = rng.randrange(5)
+
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        for i, layer in enumerate(model.layers):
+            t = torch.full((8,), 1.0 + i)
+            if which == 0:
+                layer.register_buffer("t", t)
+            elif which == 1:
+                layer.t = t
+            elif which == 2:
+                layer.ts = [t, t * 2]
+            elif which == 3:
+                layer.table = {"t": t}
+            else:
+                layer.norm = nn.LayerNorm(8).requires_grad_(False)
+                layer.norm.weight.copy_(t)
+
+    line = ("y + s.t", "y * s.t", "y * s.ts[0] + s.ts[1]", "y * s.table['t']", "s.norm(y)")[which]
+    return Feature(f"tensors ({line})", prepare, lines=[f"y = {line}"])
+
+
+NAMED = Feature("a name into an op", lines=["y = attn(y, Name(s.name))"])
+
+
+# What is not a value at a place.
+
+
+def each(f: Callable[[Any, int], Any]) -> Callable[[Any, dict[str, Any]], None]:
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        for i, layer in enumerate(model.layers):
+            f(layer, i)
+
+    return prepare
+
+
+def _context(rng: random.Random, ks: list[int]) -> Feature:
+    chosen = tuple(i for i, k in enumerate(ks) if k)
+    condition = f"n in {chosen}"
+    around, lines = rng.choice(
+        [
+            (f"torch.autocast('cpu', torch.bfloat16, enabled={condition})", ["y = y.float()"]),
+            (f"torch.set_grad_enabled({condition})", ["y = y * (2 if torch.is_grad_enabled() else 1)"]),
+            (f"(Doubles() if {condition} else contextlib.nullcontext())", ["y = torch.sin(y)"]),
+            (f"using({ks}[n] + 1.0)", ["y = y * Current.value"]),
+            (f"Using({ks}[n] + 1.0)", ["y = y * Current.value"]),
+        ]
+    )
+    return Feature(f"context {around}", around=around, lines=lines)
+
+
+def _switch(rng: random.Random, ks: list[int]) -> Feature:
+    before, after, lines = rng.choice(
+        [
+            (
+                "torch.use_deterministic_algorithms(bool({k}))",
+                "torch.use_deterministic_algorithms(False)",
+                ["y = y * (2 if torch.are_deterministic_algorithms_enabled() else 1)"],
+            ),
+            ("Current.value = {k} + 1.0", "Current.value = 1.0", ["y = y * Current.value"]),
+            ("m.value = {k}", "m.value = 1", ["y = y * s.holder[0].value"]),
+            ("layer.training = bool({k})", "layer.training = True", ["y = y * (2 if s.training else 1)"]),
+            ("layer.lin.scale = {k}", "pass", ["y = y * s.lin.scale"]),
+            ("Current.stack.append({k})", "pass", ["y = y * (1 + sum(Current.stack))"]),
+            ("Current.stack.append({k})", "Current.stack.pop()", ["y = y * (1 + Current.stack[-1])"]),
+            ("m.log.append({k})", "m.log.pop()", ["y = y * (1 + last(s.holder[0].log))"]),
+            ("global COUNT; COUNT = {k}", "pass", ["y = y * (1 + COUNT)"]),
+            ("TABLE['k'] = {k}", "pass", ["y = y * (1 + TABLE['k'])"]),
+            ("layer.late = {k} + 1", "del layer.late", ["y = y * s.late"]),
+            ("setattr(m, 'flag', {k})", "pass", ["y = y * (1 + getattr(s.holder[0], 'flag', 0))"]),
+        ]
+    )
+    before = before.replace("{k}", f"{ks}[n]")
+    feature = Feature(f"switched by {before!r}, {after!r}", lines=lines)
+    if "global" in before:
+        feature.ahead, before = ["global COUNT"], before.split("; ")[1]
+    feature.before, feature.after = [before], [after]
+    return feature
+
+
+def _counting(rng: random.Random, ks: list[int]) -> Feature:
+    """Layers that change Python's state, and read it."""
+    lines, head = rng.choice(
+        [
+            (["s.calls = s.calls + 1", "y = y * s.calls"], []),
+            (["s.holder[0].value += 1", "y = y * s.holder[0].value"], []),
+            (["y = y * (1 + len(s.holder[0].log))", "s.holder[0].log.append(1)"], []),
+            (["y = y * (1 + COUNT)", "COUNT += 1"], ["global COUNT"]),
+            (["y = y * (1 + len(PARTS))", "PARTS.append(s)"], []),
+            (["TABLE[len(TABLE)] = 1", "y = y * len(TABLE)"], []),
+            (["Current.value = Current.value + 0.5", "y = y * Current.value"], []),
+            (["Current.stack.append(1)", "y = y * len(Current.stack)"], []),
+            (["y = y * s.nxt[0].level", "s.nxt[0].level = s.level + 1"], []),
+            (["s.shared['n'] = s.shared['n'] + 1", "y = y * s.shared['n']"], []),
+            (["s.shared['n'] = 2", "y = y * s.shared['n']", "s.shared['n'] = 1"], []),
+            (["y = y * s.queue.pop()"], []),
+            (["y = y * s.queue[-1]", "s.queue.append(s.queue[-1] + 1)"], []),
+            (["y = y * next(s.numbers)"], []),
+            (["s.seen = y.shape[1]", "y = y * s.seen", "s.seen = None"], []),
+            (["y = y + s.holder[0].carry", "s.holder[0].carry = y * 0.5"], []),
+        ]
+    )
+
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        shared, queue, numbers = {"n": 1}, [1, 2, 3, 4, 5, 6], iter(range(1, 9))
+        model.carry = torch.zeros(8)
+        for i, layer in enumerate(model.layers):
+            layer.calls, layer.level, layer.seen = ks[i], 1, None
+            layer.shared, layer.queue, layer.numbers = shared, queue, numbers
+            layer.nxt = [model.layers[(i + 1) % LAYERS]]
+
+    return Feature(f"changes state: {'; '.join(lines)}", prepare, head=head, lines=lines)
+
+
+def _identity(rng: random.Random, ks: list[int]) -> Feature:
+    some = [i for i, k in enumerate(ks) if k]
+    condition, what = rng.choice(
+        [
+            ("s is s.some[0]", "layer"),
+            ("s in s.some", "layer"),
+            ("s in s.some_set", "layer"),
+            ("s == s.some[0]", "layer"),
+            ("id(s) in s.ids", "layer"),
+            ("id(s) == s.ids[0]", "layer"),
+            ("s.holder[0].layers[s.which] is s", "layer"),
+            ("s.some_ref[0]() is s", "layer"),
+            ("s.lin is s.some[0].lin", "layer"),
+            ("s.lin in s.parts", "lin"),
+            ("s.lin in PARTS", "lin"),
+            ("any(s.lin is p for p in PARTS)", "lin"),
+            ("s.lin.weight is s.parts[0]", "weight"),
+            ("s.lin.weight is PARTS[0]", "weight"),
+            ("any(s.lin.weight is p for p in PARTS)", "weight"),
+            ("s.lin.bias is PARTS[0]", "bias"),
+            ("s.cfg is PARTS[0]", "cfg"),
+            ("any(s.cfg is p for p in PARTS)", "cfg"),
+            ("s.cfg is s.holder[0].layers[s.which].cfg", "cfg"),
+            ("s.box is PARTS[0]", "box"),
+            ("s.box == PARTS[0]", "box"),
+            ("s.box in PARTS", "box"),
+            ("s.box is SHARED", "shared box"),
+            ("s.box is s.holder[0].box", "model box"),
+            ("id(s.box) in s.ids", "box"),
+            ("s.lin is s.lin2", "tied module"),
+            ("s.lin.weight is s.lin2.weight", "tied weight"),
+            ("s.cfg is s.cfg2", "tied dict"),
+            ("s.first is s", "self"),
+            ("s.f == s.holder[0].layers[s.which].f", "method"),
+            ("s.tag is s.holder[0].tag", "sentinel"),
+            ("s.tag == s.holder[0].tag", "sentinel"),
+            ("hash(s) == s.hashes[0]", "layer"),
+        ]
+    )
+
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        layers = list(model.layers)
+        model.box, model.tag = kit.Box(by=1), object()
+        for i, layer in enumerate(layers):
+            mine = i in some
+            layer.cfg = {"k": 1}
+            layer.cfg2 = layer.cfg if mine else {"k": 1}
+            layer.box = {"shared box": kit.SHARED, "model box": model.box}.get(what) if mine else None
+            layer.box = layer.box or kit.Box(by=1)
+            layer.tag = model.tag if mine else object()
+            layer.first = layer if mine else layers[0]
+            layer.f = kit.Box.get.__get__(layer.box)
+            layer.lin2 = layer.lin
+            if "tied" in what:
+                layer.lin2 = layer.lin if mine else nn.Linear(8, 8).requires_grad_(False)
+                if mine and what == "tied weight":
+                    layer.lin2 = nn.Linear(8, 8).requires_grad_(False)
+                    layer.lin2.weight = layer.lin.weight
+        chosen = [layers[i] for i in some] or [layers[0]]
+        of = {"lin": lambda s: s.lin, "weight": lambda s: s.lin.weight, "bias": lambda s: s.lin.bias}
+        of |= {"cfg": lambda s: s.cfg, "box": lambda s: s.box}
+        parts = [of.get(what, lambda s: s)(s) for s in chosen]
+        space["PARTS"].extend(parts)
+        for layer in layers:
+            layer.which = layers.index(chosen[0])
+            layer.some, layer.some_set = list(chosen), set(chosen)
+            layer.ids = [id(p) for p in parts]
+            layer.parts = list(parts) if what != "lin" else tuple(parts)
+            layer.some_ref = [kit.weakref.ref(chosen[0])]
+            layer.hashes = [hash(chosen[0])]
+
+    return Feature(f"identity: {condition}, layers {some}", prepare, lines=[f"y = y * (2 if {condition} else 1)"])
+
+
+def _aliasing(rng: random.Random, ks: list[int]) -> Feature:
+    some = [i for i, k in enumerate(ks) if k] or [3]
+    which = rng.choice(
+        [
+            "weights tied in some",
+            "weights tied with the first",
+            "buffers shared by some",
+            "buffers of one storage",
+            "buffer is a view in some",
+            "the model's buffer",
+            "buffer updated in place",
+            "shared buffer updated in place",
+            "view updated in place",
+            "the first's buffer as argument",
+            "its own buffer as argument",
+            "the previous layer's buffer as argument",
+            "the next layer's buffer as argument",
+            "a view of its buffer as argument",
+            "a buffer as argument to some",
+            "the model's argument is a buffer",
+            "the model's argument is a view of a buffer",
+            "an argument is updated in place",
+            "an argument is transposed in place",
+            "the argument twice",
+            "the first's weight as argument",
+            "a result is a buffer",
+            "a result is the argument in some",
+        ]
+    )
+    lines, call, args, inputs, after, returns = ["y = y * s.scale + s.other"], "", [], [], [], ""
+
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        layers = list(model.layers)
+        model.register_buffer("scale", torch.full((8,), 3.0))
+        pool = torch.arange(1.0, 97.0).div(16).reshape(12, 8)
+        for i, layer in enumerate(layers):
+            layer.register_buffer("scale", torch.full((8,), 1.0 + i))
+            layer.register_buffer("other", torch.full((8,), 0.5 * i))
+            layer.lin2 = nn.Linear(8, 8).requires_grad_(False)
+            if which == "weights tied in some" and i in some:
+                layer.lin2.weight = layer.lin.weight
+            elif which == "weights tied with the first" and i in some:
+                layer.lin.weight = layers[0].lin.weight
+            elif which == "buffers shared by some" and i in some:
+                layer.other = layer.scale
+            elif which == "buffers of one storage":
+                layer.scale, layer.other = pool[i], pool[i + (6 if i in some else 0)]
+            elif which in ("buffer is a view in some", "view updated in place") and i in some:
+                layer.other = layer.scale.view(8)
+            elif (which == "the model's buffer" or which == "shared buffer updated in place") and i in some:
+                layer.scale = model.scale
+
+    if which == "weights tied in some":
+        lines = ["y = y + s.lin2(x)"]
+    elif which in ("buffer updated in place", "shared buffer updated in place"):
+        lines = ["s.scale.add_(1)", "y = y * s.scale"]
+    elif which == "view updated in place":
+        lines = ["s.other.add_(1)", "y = y * s.scale + s.other"]
+    elif which == "the model's argument is a buffer":
+        inputs = [("extra", lambda model: model.layers[some[0]].scale)]
+        args = [("a", "extra")]
+        lines = ["y = y * a + s.scale"] if rng.random() < 0.5 else ["s.scale.add_(1)", "y = y * a + s.scale"]
+    elif which == "the model's argument is a view of a buffer":
+        inputs = [("extra", lambda model: model.layers[some[0]].scale[:])]
+        args, lines = [("a", "extra")], ["s.scale.add_(1)", "y = y * a + s.scale"]
+    elif which == "a buffer as argument to some":
+        args, lines = [("a", f"layer.scale if n in {tuple(some)} else m.scale")], ["y = y * a + s.scale"]
+    elif "argument is updated" in which or "transposed" in which:
+        # Only some get an argument of their own.
+        args = [("a", "x * 1.5" if "updated" in which else f"m.square + (n in {tuple(some)})")]
+        lines = ["a.add_(1)", "y = y + a"] if "updated" in which else ["a.t_()", "y = y @ a", "a.t_()"]
+        base = prepare
+
+        def prepare(model: Any, space: dict[str, Any]) -> None:
+            base(model, space)
+            model.square = torch.arange(64.0).div(64).reshape(8, 8)
+
+    elif which == "the argument twice":
+        args, lines = [("a", f"x if n in {tuple(some)} else x * 2")], ["y = y + a * x"]
+    elif which == "the first's weight as argument":
+        args, lines = [("a", "m.layers[0].lin.weight")], ["y = y @ a + s.lin.weight.sum()"]
+    elif which == "a result is a buffer":
+        returns, call, lines = "y, s.scale", "x, kept = CALL", []
+        after = ["x = x * kept + layer.other"]
+    elif which == "a result is the argument in some":
+        lines, after = ["y = x if s.idx in s.chosen else y"], []
+        inner = prepare
+
+        def prepare(model: Any, space: dict[str, Any]) -> None:
+            inner(model, space)
+            for layer in model.layers:
+                layer.chosen = tuple(some)
+
+    elif "as argument" in which:
+        owner = {
+            "the first's buffer as argument": "m.layers[0].scale",
+            "its own buffer as argument": "layer.scale",
+            "the previous layer's buffer as argument": "m.layers[n - 1].scale",
+            "the next layer's buffer as argument": "m.layers[(n + 1) % 6].scale",
+            "a view of its buffer as argument": "layer.scale[:]",
+        }[which]
+        args = [("a", owner)]
+        lines = rng.choice(
+            [["y = y * a + s.scale"], ["s.scale.add_(1)", "y = y * a"], ["y = y * a", "s.other.add_(a)"]]
+        )
+    return Feature(
+        f"aliasing: {which}, layers {some}: {'; '.join(lines)}",
+        prepare,
+        lines=lines,
+        call=call,
+        args=args,
+        inputs=inputs,
+        after=after,
+        returns=returns,
+    )
+
+
+def _modules(rng: random.Random, ks: list[int]) -> Feature:
+    which = rng.choice(
+        [
+            "no bias in some",
+            "a buffer is None in some",
+            "a submodule is None in some",
+            "another class inside some",
+            "__class__ changed in some",
+            "forward patched in some",
+            "forward patched inside some",
+            "forward patched with numbers",
+            "a method patched in some",
+            "hook on some",
+            "hook inside some",
+            "pre-hook on some",
+            "hooks with numbers",
+            "hooks inside with numbers",
+            "keyword hook on some",
+            "two hooks in another order",
+            "another width inside some",
+            "another dtype inside some",
+            "strides of a weight in some",
+            "weight requires grad in some",
+            "more modules in some",
+            "modules in another order",
+            "number of modules",
+            "eps of a norm",
+            "slope of an activation",
+            "kind of activation",
+            "dropout's training flag",
+            "a list of numbers in a module list",
+            "attribute of a submodule in some",
+            "state of a submodule, by named_children",
+            "parameters counted",
+        ]
+    )
+    lines, head = [], []
+
+    def change(layer: Any, i: int) -> None:
+        k = ks[i]
+        if which == "no bias in some" and k:
+            layer.lin = nn.Linear(8, 8, bias=False)
+        elif which == "a buffer is None in some":
+            layer.register_buffer("buf", None if k else torch.full((8,), 2.0))
+        elif which == "a submodule is None in some":
+            layer.extra = None if k else nn.Linear(8, 8)
+        elif which == "another class inside some" and k:
+            layer.lin = kit.TripleLinear(8, 8)
+        elif which == "__class__ changed in some" and k:
+            layer.lin.__class__ = kit.TripleLinear
+        elif which == "forward patched in some" and k:
+            layer.forward = _patched(layer.lin, 5)
+        elif which == "forward patched inside some" and k:
+            layer.lin.forward = _patched(layer.lin, 5)
+        elif which == "forward patched with numbers":
+            layer.lin.forward = _patched(layer.lin, k + 1)
+        elif which == "a method patched in some" and k:
+            layer.lin.extra_repr = lambda: "patched"
+            layer.lin.scaled = lambda y: y * 3
+        elif which == "hook on some" and k:
+            layer.register_forward_hook(lambda s, a, o: o * 2)
+        elif which == "hook inside some" and k:
+            layer.lin.register_forward_hook(lambda s, a, o: o * 2)
+        elif which == "pre-hook on some" and k:
+            layer.lin.register_forward_pre_hook(lambda s, a: (a[0] * 2,))
+        elif which == "hooks with numbers":
+            layer.register_forward_hook(_hook(k + 1))
+        elif which == "hooks inside with numbers":
+            layer.lin.register_forward_hook(_hook(k + 1))
+        elif which == "keyword hook on some" and k:
+            layer.register_forward_hook(lambda s, a, kw, o: o * 2, with_kwargs=True)
+        elif which == "two hooks in another order":
+            hooks = [lambda s, a, o: o * 2, lambda s, a, o: o + 1]
+            for hook in hooks[::-1] if k else hooks:
+                layer.lin.register_forward_hook(hook)
+        elif which == "another width inside some":
+            width = 16 if k else 8
+            layer.up, layer.down = nn.Linear(8, width), nn.Linear(width, 8)
+        elif which == "another dtype inside some":
+            layer.extra = nn.Linear(8, 8, dtype=torch.float64 if k else torch.float32)
+        elif which == "strides of a weight in some" and k:
+            layer.lin.weight = nn.Parameter(layer.lin.weight.t().contiguous().t())
+        elif which == "weight requires grad in some":
+            layer.extra = nn.Linear(8, 8)
+            layer.extra.weight.requires_grad_(bool(k))
+        elif which == "more modules in some" and k:
+            layer.parts = nn.ModuleList([nn.Linear(8, 8), nn.ReLU()])
+        elif which == "modules in another order":
+            parts = [nn.Tanh(), nn.Linear(8, 8)]
+            layer.parts = nn.Sequential(*(parts[::-1] if k else parts))
+        elif which == "number of modules":
+            layer.parts = nn.Sequential(*(nn.Tanh() for _ in range(k + 1)))
+        elif which == "eps of a norm":
+            layer.extra = nn.LayerNorm(8, eps=1e-5 if not k else 0.1 * k)
+        elif which == "slope of an activation":
+            layer.extra = nn.LeakyReLU(0.1 * (k + 1))
+        elif which == "kind of activation":
+            layer.extra = (nn.Tanh, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.GELU, nn.ELU)[k]()
+        elif which == "dropout's training flag":
+            layer.extra = nn.Linear(8, 8).train(bool(k))
+        elif which == "a list of numbers in a module list":
+            layer.parts = nn.ModuleList([nn.Tanh()])
+            layer.parts.by = [1, k]
+        elif which == "attribute of a submodule in some" and k:
+            layer.lin.scale = 2
+        elif which == "state of a submodule, by named_children" and k:
+            layer.more = nn.Tanh()
+        elif which == "parameters counted" and k:
+            layer.more = nn.Linear(8, 8)
+        layer.requires_grad_(which == "weight requires grad in some" and bool(k))
+
+    lines = {
+        "a buffer is None in some": ["y = y if s.buf is None else y * s.buf"],
+        "a submodule is None in some": ["y = y if s.extra is None else s.extra(y)"],
+        "a method patched in some": ["y = s.lin.scaled(y) if hasattr(s.lin, 'scaled') else y"],
+        "another width inside some": ["y = s.down(torch.sin(s.up(y)))"],
+        "another dtype inside some": ["y = s.extra(y.to(s.extra.weight.dtype)).float()"],
+        "strides of a weight in some": ["y = y * (2 if s.lin.weight.is_contiguous() else 1)"],
+        "weight requires grad in some": ["y = y * (2 if s.extra.weight.requires_grad else 1)"],
+        "more modules in some": ["for part in getattr(s, 'parts', ()):", "    y = part(y)"],
+        "modules in another order": ["y = s.parts(y)"],
+        "number of modules": [rng.choice(["y = s.parts(y)", "y = y * len(s.parts)", "for p in s.parts: y = p(y)"])],
+        "eps of a norm": ["y = s.extra(y)"],
+        "slope of an activation": ["y = s.extra(y)"],
+        "kind of activation": ["y = s.extra(y)"],
+        "dropout's training flag": ["y = y * (2 if s.extra.training else 1)"],
+        "a list of numbers in a module list": ["y = y * s.parts.by[1]"],
+        "attribute of a submodule in some": ["y = y * getattr(s.lin, 'scale', 1)"],
+        "state of a submodule, by named_children": ["y = y * len(list(s.named_children()))"],
+        "parameters counted": ["y = y * (0.1 * len(list(s.parameters())))"],
+    }.get(which, [])
+    return Feature(f"modules: {which}, {ks}", each(change), head=head, lines=lines)
+
+
+def _patched(lin: Any, k: int) -> Callable[[Any], Any]:
+    return lambda x: nn.functional.linear(x, lin.weight) * k
+
+
+def _hook(k: int) -> Callable[..., Any]:
+    return lambda s, a, o: o * k
+
+
+def _calls(rng: random.Random, ks: list[int]) -> Feature:
+    """The model calls its layers differently."""
+    some = tuple(i for i, k in enumerate(ks) if k)
+    which = rng.randrange(14)
+    c = f"n in {some}"
+    if which == 0:
+        return Feature(f"a number as argument, {ks}", args=[("k", f"{ks}[n]")], lines=["y = y * (1 + k)"])
+    if which == 1:
+        return Feature("the number of the layer as argument", args=[("k", "n")], lines=["y = y * (1 + k)"])
+    if which == 2:
+        return Feature(
+            f"None to some, {some}", args=[("r", f"None if {c} else x")], lines=["y = y if r is None else y + r"]
+        )
+    if which == 3:
+        return Feature(
+            "a keyword to some", args=[("k=1", f"*(), **({{'k': 3}} if {c} else {{}})")], lines=["y = y * k"]
+        )
+    if which == 4:
+        return Feature("a list as argument", args=[("k", f"[1, {ks}[n]]")], lines=["y = y * sum(k)"])
+    if which == 5:
+        return Feature("a dict as argument", args=[("k", f"{{'a': {ks}[n] + 1}}")], lines=["y = y * k['a']"])
+    if which == 6:
+        return Feature("another type as argument", args=[("k", f"1 if {c} else 1.0")], lines=["y = y * vary(k)"])
+    if which == 7:
+        return Feature("a function as argument", args=[("f", f"torch.sin if {c} else torch.cos")], lines=["y = f(y)"])
+    if which == 8:
+        return Feature("a layer as argument", args=[("other", "m.layers[n - 1]")], lines=["y = y + other.lin(x)"])
+    if which == 9:
+        return Feature("called twice", call="x = CALL + CALL")
+    if which == 10:
+        return Feature(f"another shape to some, {some}", args=[("a", f"x if {c} else x[:1]")], lines=["y = y + a"])
+    if which == 11:
+        return Feature(
+            f"another dtype to some, {some}",
+            args=[("a", f"x.double() if {c} else x")],
+            lines=["y = (y + a / 3).float()"],
+        )
+    if which == 12:
+        return Feature("a flag of the model", before=[f"m.value = {ks}[n]"], lines=["y = y * (1 + s.holder[0].value)"])
+    return Feature(
+        "a partial as argument", args=[("f", f"functools.partial(give, {ks}[n] + 1)")], lines=["y = y * f()"]
+    )
+
+
+SPECIALS: tuple[Callable[[random.Random, list[int]], Feature], ...] = (
+    _context,
+    _switch,
+    _counting,
+    _identity,
+    _identity,
+    _aliasing,
+    _aliasing,
+    _modules,
+    _modules,
+    _calls,
+)
+
+
+def generate(seed: int) -> tuple[str, Stack]:
+    """The class of a case (`value`, `special`, `two`, `benign`) and its stack."""
+    rng = random.Random(seed)
+    kinds, places = values.KINDS, values.PLACES
+    turn = seed % 20
+    features: list[Feature]
+    if turn < 9:
+        kind = kinds[(seed // 20 * 9 + turn) % len(kinds)]
+        features = [
+            value(
+                rng, kind, rng.choice(places), pattern(rng, kind.variants), rng.choice(FIRST), shared=rng.random() < 0.3
+            )
+        ]
+        return "value", Stack(_what(features), features)
+    if turn < 13:
+        features = [rng.choice(SPECIALS)(rng, pattern(rng, rng.choice([2, 6]))[1])]
+        return "special", Stack(_what(features), features)
+    if turn < 16:
+        features = []
+        for name in ("v", "w"):
+            kind = rng.choice(kinds)
+            ks = pattern(rng, kind.variants) if rng.random() < 0.7 else same()
+            features.append(value(rng, kind, rng.choice(places), ks, rng.choice(FIRST), name, rng.random() < 0.3))
+        if rng.random() < 0.4:
+            features[rng.randrange(2)] = rng.choice(SPECIALS)(rng, pattern(rng, rng.choice([2, 6]))[1])
+        return "two", Stack(_what(features), features)
+    return "benign", benign(rng, ALIKE[(seed // 20 * 4 + turn - 16) % len(ALIKE)])
+
+
+# Kinds of which one value is as good as another that is alike, read without changing it.
+UNLIKE = (
+    "iterator",
+    "factory",
+    "weak reference",
+    "method of a container",
+    "code of one name",
+    "array",
+    "module",
+    "name object",
+)
+ALIKE = tuple(
+    dataclasses.replace(k, reads=tuple(r for r in k.reads if "holder" not in r))
+    for k in values.KINDS
+    if k.name not in UNLIKE
+)
+
+
+def benign(rng: random.Random, kind: Kind) -> Stack:
+    """Layers of which all later ones of a kind may be copied."""
+    own = [p for p in values.PLACES if p.own]
+    copies = LAYERS - 1
+    ks: Pattern = same()
+    if rng.random() < 0.25 and not kind.tensors:
+        copies = LAYERS - 2
+        ks = "periodic by 2", [i % 2 for i in range(LAYERS)]
+    elif kind.tensors and rng.random() < 0.5:
+        ks = "each differs", list(range(LAYERS))
+    features = [value(rng, kind, rng.choice(own), ks, shared=rng.random() < 0.3)]
+    if rng.random() < 0.3:
+        features.append(value(rng, rng.choice(ALIKE), rng.choice(own), same(), name="w"))
+    features += [unread(w) for w in rng.sample(UNREAD, rng.randrange(1, 4))]
+    if rng.random() < 0.6:
+        features.append(tensors(rng))
+    if rng.random() < 0.5:
+        features.append(NAMED)
+    return Stack(_what(features), features, copies)
+
+
+def _what(features: Sequence[Feature]) -> str:
+    return " + ".join(f.what for f in features)

@@ -1,0 +1,33 @@
+"""Kept code is loaded where nothing that it depends on has changed, and nowhere else: see `loads.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import process
+from tests.fuzz import loads, starts
+from tests.fuzz.starts import Starts
+
+pytestmark = pytest.mark.engine  # they start none, but compile
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Starts:
+    return starts.starts(tmp_path_factory.mktemp("loads"))
+
+
+@pytest.mark.parametrize("name", loads.CHANGES)
+def test_a_change_between_two_starts(three: Starts, name: str) -> None:
+    found = starts.wrong(three, name)
+    assert not found, "; ".join(found)
+
+
+def test_nothing_is_kept_without_assertions(tmp_path: Path) -> None:
+    """Under `python -O` an upstream pass leaves out a store: the code that it makes is wrong."""
+    outcome = process.run(loads.START, "0", "number", folder=tmp_path, PYTHONOPTIMIZE="1")
+    assert outcome.code == 0, outcome.output[-5000:]
+    assert "error" not in outcome.value["number"], outcome.value
+    assert outcome.value["number"]["kept"] == 0
+    assert not starts.wrong(starts.starts(tmp_path, ["number"]), "number"), "the next starts keep and load"
