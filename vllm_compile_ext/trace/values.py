@@ -158,7 +158,8 @@ def look(value: Any, accessed: Accessed) -> Look | None:
         return _tensor(value, accessed)
     if kind is type(os.environ):
         wanted = sorted(value if accessed.variables is None else accessed.variables)
-        return Look((kind,), [(f"[{name!r}]", value.get(name)) for name in wanted])
+        coding = [(".encodekey", value.encodekey), (".decodevalue", value.decodevalue)]
+        return Look((kind,), coding + [(f"[{name!r}]", value.get(name)) for name in wanted])
     if isinstance(value, type):
         return Look((type, value.__module__, value.__qualname__), list(class_attributes(value, accessed)))
     if isinstance(value, types.ModuleType):  # torch.ops and what is below it
@@ -396,6 +397,7 @@ _KNOWN: dict[type, Any] = {
     functools.partial: _partial,
     functools.partialmethod: _fixed("func", "args", "keywords"),
     type(functools.lru_cache(lambda: None)): _fixed("__wrapped__"),
+    type(collections.namedtuple("_", "a").a): lambda v: ((v.__reduce__()[1][0],), []),
     weakref.ref: lambda v: ((), [("()", v())]),
     torch.Size: _sequence(tuple),
     np.dtype: _text,

@@ -35,7 +35,6 @@ def entry(store: Store, name: str, shard: str = "rank0", **changes: Any) -> Mani
         "created": 1_700_000_000.0,
         "platform": PLATFORM,
         "factors": {"model": name, "torch": "2.13.0"},
-        "sources": {"vllm.model": "ef" * 32},
     }
     made = Manifest(**(values | changes))
     files.write(store.layout.manifest(made.key, made.shard), encode(made), store.layout.tmp)

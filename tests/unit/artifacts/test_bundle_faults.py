@@ -357,11 +357,11 @@ def test_a_manifest_whose_blobs_are_missing(target: Store, good: bytes) -> None:
 
 
 def test_a_manifest_of_a_newer_format(target: Store, good: bytes) -> None:
-    data = bundles.replaced(good, 2, b'{"format": 2, "anything": 1}')
-    assert "was written in format 2, this version reads 1" in refused(target, data)
+    data = bundles.replaced(good, 2, b'{"format": 3, "anything": 1}')
+    assert "was written in format 3, this version reads 2" in refused(target, data)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[" * 10000, b'{"format": 1, "seal": "", "manifest": {}}'])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[" * 10000, b'{"format": 2, "seal": "", "manifest": {}}'])
 def test_what_is_no_manifest(target: Store, good: bytes, data: bytes) -> None:
     assert "has a member 'manifests/" in refused(target, bundles.replaced(good, 2, data))
 

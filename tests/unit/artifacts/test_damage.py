@@ -160,7 +160,7 @@ def test_links_are_replaced_and_not_followed_when_writing(store: Store, tmp_path
 
 @pytest.mark.parametrize(
     "data",
-    [b'{"format": 2, "seal": "", "manifest": {}}', b'{"format": 3, "everything": ["else"]}'],
+    [b'{"format": 4, "seal": "", "manifest": {}}', b'{"format": 3, "everything": ["else"]}'],
 )
 def test_a_manifest_of_a_newer_format_is_a_miss_that_says_so(
     store: Store, written: program.Manifest, data: bytes, caplog: pytest.LogCaptureFixture

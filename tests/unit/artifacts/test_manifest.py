@@ -25,7 +25,6 @@ def made(**changes: Any) -> Manifest:
         "created": 1.5,
         "platform": "linux-x86_64 cpu AVX512",
         "factors": {"torch": "2.13.0"},
-        "sources": {"vllm.model": "ef" * 32},
         "members": {"bytecode": BLOB, "piece/0/(1, 256)": BLOB},
     }
     return Manifest(**(values | changes))
@@ -34,7 +33,7 @@ def made(**changes: Any) -> Manifest:
 GOOD = encode(made())
 
 
-def sealed(inner: bytes, outer: str = '"format": 1') -> bytes:
+def sealed(inner: bytes, outer: str = '"format": 2') -> bytes:
     """A file whose seal is right, whatever it seals."""
     return b'{%s, "seal": "%s", "manifest": %s}' % (outer.encode(), digest(inner).encode(), inner)
 
@@ -69,10 +68,10 @@ def test_every_flipped_bit_is_noticed() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        encode(made(format=2)),
-        b'{"format": 2}',
+        encode(made(format=3)),
+        b'{"format": 3}',
         b'{"format": 99, "entries": [{"anything": null}]}',
-        sealed(inner(new_field=1), '"format": 2'),
+        sealed(inner(new_field=1), '"format": 3'),
     ],
 )
 def test_a_newer_format_says_so(data: bytes) -> None:
