@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -676,7 +677,8 @@ def main(arguments: list[str]) -> int:
     """Make the three starts for all changes, or for the named ones, and print what did not hold."""
     from tests.fuzz import starts
 
-    three = starts.starts(Path(starts.folder()), arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        three = starts.starts(Path(folder), arguments)
     bad = 0
     for name in arguments or CHANGES:
         if why := starts.wrong(three, name):

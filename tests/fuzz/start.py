@@ -58,7 +58,7 @@ def _start(change: loads.Change, state: int) -> dict[str, Any]:
                 "again": float((model(x) - expected).abs().max()) / size,
             }
         except Exception as error:
-            found["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+            found["error"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
     found |= {"loaded": counts["num_aot_artifacts_loaded"], "kept": counts["num_aot_artifacts_saved"]}
     return found
 

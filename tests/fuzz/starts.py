@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,6 @@ from tests import process
 from tests.fuzz import loads
 
 Starts = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
-
-
-def folder() -> str:
-    return tempfile.mkdtemp(prefix="loads-")
 
 
 def starts(folder: Path, names: Sequence[str] = ()) -> Starts:

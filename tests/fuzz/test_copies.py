@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 
 from tests.fuzz import copies, known
 from tests.fuzz.copies import Result
 
 SEEDS = range(200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unlogged() -> Iterator[None]:
+    """pytest would keep all that Dynamo says."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
