@@ -75,7 +75,7 @@ def test_every_flipped_bit_is_noticed() -> None:
     ],
 )
 def test_a_newer_format_says_so(data: bytes) -> None:
-    with pytest.raises(FormatError, match=r"format (2|99), this version reads 1"):
+    with pytest.raises(FormatError, match=r"format (3|99), this version reads 2"):
         decode(data)
 
 

@@ -50,8 +50,8 @@ class Stitched:
         return [*self.inputs, *(e.value for e in self.extras)]
 
 
-def stitched(model: nn.Module, args: tuple[Any, ...], lookups: Any = ()) -> Stitched:
-    tracer = Tracer(model, lookups=lookups)
+def stitched(model: nn.Module, args: tuple[Any, ...], lookups: Any = (), tables: Any = ()) -> Stitched:
+    tracer = Tracer(model, lookups=lookups, tables=tables)
     got = backend_input(model, args, tracer)
     assert not watch.installed()
     graph, inputs = got.graph_module.graph, list(got.example_inputs)
