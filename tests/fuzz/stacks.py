@@ -267,8 +267,6 @@ def unread(where: str) -> Feature:
                 values.deep(layer, "unread", {i}, None)
             elif where == "a read object":
                 layer.mixed.unread = i
-            elif where == "a read dict":
-                layer.mixed_table["unread"] = i
             else:
                 layer.unread_function = lambda y, k=i: y * k
                 layer.unread_object = kit.Box(by=i, inner=kit.Box(by=str(i)))
@@ -276,19 +274,17 @@ def unread(where: str) -> Feature:
     feature = Feature(f"unread attributes of {where}")
     if where == "a read object":
         feature.lines = ["y = y * s.mixed.scale"]
-    if where == "a read dict":
-        feature.lines = ["y = y * s.mixed_table['scale']"]
 
     def both(model: Any, space: dict[str, Any]) -> None:
         for layer in model.layers:
-            layer.mixed, layer.mixed_table = kit.Box(scale=1.5), {"scale": 1.5}
+            layer.mixed = kit.Box(scale=1.5)
         prepare(model, space)
 
     feature.prepare = both
     return feature
 
 
-UNREAD = ("the layer", "a submodule", "a deep submodule", "a read object", "a read dict", "functions and objects")
+UNREAD = ("the layer", "a submodule", "a deep submodule", "a read object", "functions and objects")
 
 
 def tensors(rng: random.Random) -> Feature:

@@ -209,7 +209,8 @@ class _Traced:
             kinds.check_source(source)
         for guard in guards:
             if kinds.is_identity(guard):
-                self.seen.identities.append(_resolve(self.tx, guard.originating_source))
+                value = _resolve(self.tx, guard.originating_source)
+                self.seen.identities.append((value, value))
 
     def finish(self, result: Any, before: set[fx.Node]) -> None:
         """Describe results and inputs.  Raises `NotOnce` when copies cannot have their like."""
@@ -263,8 +264,8 @@ class _Traced:
         return origins
 
     def _check_identity(self, same: Same) -> None:
-        for value in self.seen.identities:
-            if value is watch.UNKNOWN or same.holds(value):
+        for one, other in self.seen.identities:
+            if all(value is watch.UNKNOWN or same.holds(value) for value in (one, other)):
                 raise NotOnce("the trace depends on which object something is")
         if not same.own.keys().isdisjoint(same.counterparts):
             raise NotOnce("a part of one layer is a part of the other, in another place")
@@ -354,8 +355,8 @@ def _is_changed(tx: Any, node: fx.Node) -> bool:
     if node.op != "placeholder" or not isinstance(fake, torch.Tensor) or fake.layout != torch.strided:
         return False
     real = _resolve(tx, getattr(node.meta.get("grapharg"), "source", None))
-    if not isinstance(real, torch.Tensor):
-        return True
+    if not isinstance(real, torch.Tensor):  # numpy's, of which nothing can be changed in place
+        return False
     sizes = (*fake.shape, *fake.stride(), fake.storage_offset())
     symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
     return not symbolic and sizes != (*real.shape, *real.stride(), real.storage_offset())

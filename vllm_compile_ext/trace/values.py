@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import abc
 import collections
+import datetime
+import decimal
 import enum
 import functools
 import os
+import re
 import struct
 import types
 import typing
@@ -33,8 +36,10 @@ class Look(NamedTuple):
     parts: list[tuple[str, Any]]
 
 
-# Who reads one of these may read every attribute of the object.
-WHOLE = frozenset({"__dict__", "vars", "dir", "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"})
+ALL = "*"  # stands for every attribute
+# Who reads one of these may read every attribute of the object; what is read by its `__dict__` is told.
+_WHOLE = frozenset({ALL, "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"})
+_WHOLE_BY_STRING = _WHOLE | {"__dict__"}
 
 
 class Accessed:
@@ -82,7 +87,7 @@ class Accessed:
         if changes != self.changes:
             names = frozenset({"forward", *self.by_kind[kind], *self.strings})
             self._names[kind] = self.changes, names
-        if not WHOLE.isdisjoint(names):
+        if not (_WHOLE.isdisjoint(names) and _WHOLE_BY_STRING.isdisjoint(self.strings)):
             return list(own.items())
         return [(k, own[k]) for k in own if k in names]
 
@@ -341,6 +346,10 @@ def _text(value: Any) -> tuple[Any, ...]:
     return (str(value),), []
 
 
+def _repr(value: Any) -> tuple[Any, ...]:
+    return (repr(value),), []
+
+
 def _partial(value: Any) -> tuple[Any, ...]:
     parts = [(f".{step}", getattr(value, step)) for step in ("func", "args", "keywords", "__dict__")]
     return (), parts
@@ -397,7 +406,13 @@ _KNOWN: dict[type, Any] = {
     functools.partial: _partial,
     functools.partialmethod: _fixed("func", "args", "keywords"),
     type(functools.lru_cache(lambda: None)): _fixed("__wrapped__"),
-    type(collections.namedtuple("_", "a").a): lambda v: ((v.__reduce__()[1][0],), []),
+    datetime.date: _repr,
+    datetime.datetime: _repr,
+    datetime.time: _repr,
+    datetime.timedelta: _repr,
+    decimal.Decimal: _repr,
+    re.Pattern: lambda v: ((v.pattern, v.flags), []),
+    type(collections.namedtuple("_", ["a"]).__dict__["a"]): lambda v: ((v.__reduce__()[1][0],), []),
     weakref.ref: lambda v: ((), [("()", v())]),
     torch.Size: _sequence(tuple),
     np.dtype: _text,

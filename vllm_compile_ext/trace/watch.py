@@ -6,7 +6,8 @@ leave.  Each thread's innermost Tracer is the one that is told.  Names are those
 * `variables.UnspecializedNNModuleVariable.call_function`: a call of an nn.Module;
 * `variables.script_object.OpaqueObjectClassVariable.call_function`: the making of an opaque object;
 * `symbolic_convert.InliningInstructionTranslator.build_inline_tracer`: each function that is traced into;
-* `variables.builtin.GetAttrBuiltinVariable`, `HasAttrBuiltinVariable`, `misc.PythonModuleVariable`: attributes;
+* `variables.builtin.GetAttrBuiltinVariable`, `HasAttrBuiltinVariable`, `misc.PythonModuleVariable`,
+  `dicts.SideEffectsProxyDict` (an object's `__dict__`), `symbolic_convert` `_load_global`: attributes and globals;
 * `variables.object_protocol.{vt_identity_compare, generic_hash_impl}`, `BuiltinVariable.call_id`: which object it is;
 * `variables.functions.invoke_and_store_as_constant`: functions that run while tracing, which read what they like;
 * `torch.fx.node._side_effectful_functions`: nodes that dead code elimination must not drop.
@@ -29,7 +30,7 @@ import torch
 import torch.fx as fx
 
 from vllm_compile_ext.trace.bodies import keep_alive, region
-from vllm_compile_ext.trace.values import OWN_OF_MODULES, Accessed, is_atom
+from vllm_compile_ext.trace.values import ALL, OWN_OF_MODULES, Accessed, is_atom
 
 UNKNOWN: Any = object()  # a value that cannot be found again
 NEW: Any = object()  # a value that the trace made
@@ -48,13 +49,13 @@ class Seen:
     """What a trace, or a part of it, has looked at.
 
     functions: those that were traced into.  globals: (name of a Python module, attribute or global of it) that was
-    read, with its value; the name is None where the globals are of no module.  identities: objects of which the trace
-    asked which ones they are, `UNKNOWN` among them where that cannot be said.
+    read, with its value; the name is None where the globals are of no module.  identities: two objects of which the
+    trace asked whether they are one, or twice the same one whose identity it used; `UNKNOWN` where that cannot be said.
     """
 
     functions: dict[int, types.FunctionType] = field(default_factory=dict)
     globals: dict[tuple[str | None, str], Any] = field(default_factory=dict)
-    identities: list[Any] = field(default_factory=list)
+    identities: list[tuple[Any, Any]] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
 
     def roots(self) -> Iterator[Any]:
@@ -119,7 +120,7 @@ def installed() -> bool:
 
 def _install() -> None:
     from torch._dynamo import symbolic_convert
-    from torch._dynamo.variables import builtin, functions, misc, nn_module, object_protocol, script_object
+    from torch._dynamo.variables import builtin, dicts, functions, misc, nn_module, object_protocol, script_object
 
     _patch(nn_module.UnspecializedNNModuleVariable, "call_function", _module_call)
     _patch(script_object.OpaqueObjectClassVariable, "call_function", _opaque_call)
@@ -130,6 +131,8 @@ def _install() -> None:
     _patch(symbolic_convert.InliningInstructionTranslator, "_load_global", _global)
     _patch(misc.PythonModuleVariable, "var_getattr", _module_attribute)
     _patch(misc.PythonModuleVariable, "call_obj_hasattr", _module_attribute)
+    for name in ("__getitem__", "__contains__", "__iter__", "__len__"):
+        _patch(dicts.SideEffectsProxyDict, name, _of_dict)
     _patch(builtin.BuiltinVariable, "call_id", _identity)
     _patch(builtin.BuiltinVariable, "call_function", _builtin_call)
     for owner, name in (
@@ -244,10 +247,20 @@ def _attribute(original: Callable[..., Any]) -> Callable[..., Any]:
             if name.is_python_constant() and type(name.as_python_constant()) is str:
                 accessed.add(_kind(args[0]), name.as_python_constant())
             else:
-                accessed.add(None, "__dict__")
+                accessed.add(None, ALL)
         return original(self, tx, args, kwargs)
 
     return call_function
+
+
+def _of_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    def read(self: Any, *key: Any) -> Any:
+        if _local.stack:
+            name = self._maybe_unwrap_key(*key) if key else ALL
+            _local.stack[-1].accessed.add(_kind(self.item), name if type(name) is str else ALL)
+        return original(self, *key)
+
+    return read
 
 
 def _kind(variable: Any) -> Any:
@@ -281,10 +294,10 @@ def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
             from torch._dynamo.variables import VariableTracker
 
             values = [found_value(a) for a in args if isinstance(a, VariableTracker)]
-            # `x is None` asks for the type of x, which is compared.
-            if not any(v is None or type(v) is bool for v in values):
+            # `x is None` asks for the type of x, which is compared; what the trace made is no other object.
+            if not any(v is NEW or is_atom(v) for v in values):
                 for seen in _local.stack[-1].parts:
-                    seen.identities += [v for v in values if v is not NEW and not is_atom(v)]
+                    seen.identities.append((values[0], values[-1]))
         return original(*args)
 
     return about
@@ -292,14 +305,14 @@ def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _builtin_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.fn in (vars, dir) and _local.stack:
-            _local.stack[-1].accessed.add(_kind(args[0]) if args else None, "__dict__")
+        if self.fn is dir and _local.stack:
+            _local.stack[-1].accessed.add(_kind(args[0]) if args else None, ALL)
         # Equal numbers and strings may be one object or two, and are the same to all but `is` and `id`.
         if self.fn in (operator.is_, operator.is_not, id) and _local.stack:
             values = [found_value(a) for a in args]
             if all(is_atom(v) and v is not None and type(v) is not bool for v in values):
                 for seen in _local.stack[-1].parts:
-                    seen.identities.append(UNKNOWN)
+                    seen.identities.append((UNKNOWN, UNKNOWN))
         return original(self, tx, args, kwargs)
 
     return call_function
