@@ -53,6 +53,20 @@ def _qwen3next(folder: Path) -> Path:  # linear attention, which takes the layer
     return make(folder, _config("Qwen3NextConfig", "Qwen3NextForCausalLM", **values))
 
 
+def _deepseek(folder: Path) -> Path:  # a dense layer, then mixtures of experts; multi-head latent attention
+    values = {"hidden_size": 128, "num_hidden_layers": 5, "intermediate_size": 256, "moe_intermediate_size": 64}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    values |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "topk_method": "greedy"}
+    values |= {
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    }
+    return make(folder, _config("DeepseekV2Config", "DeepseekV2ForCausalLM", **values))
+
+
 def _llama(layers: int) -> Callable[[Path], Path]:
     return lambda folder: llama(folder, "llama8", num_hidden_layers=layers)
 
@@ -67,4 +81,5 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "opt": _opt,
     "bert": _bert,
     "qwen3next": _qwen3next,
+    "deepseek": _deepseek,
 }

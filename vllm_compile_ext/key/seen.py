@@ -74,7 +74,7 @@ def collect(model: torch.nn.Module, tracer: Any) -> Seen:
             raise NotDescribed(f"the function {'.'.join(place)}, which is not found under its name")
         roots.append(place)
         walk.root(place)
-    names = {f"{k.__module__}.{k.__qualname__}": sorted(v) for k, v in accessed.by_kind.items() if v}
+    names = {_name(kind): sorted(found) for kind, found in accessed.by_kind.items() if found}
     return Seen(
         names,
         sorted(s for s in accessed.strings if len(s) <= _LONGEST),
@@ -102,12 +102,16 @@ def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
     return [Change(n, old.get(n), new.get(n)) for n in names] or [Change("what the trace read", None, None)]
 
 
-class _ByName(dict[type, frozenset[str]]):
+def _name(kind: type | None) -> str:
+    return "" if kind is None else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class _ByName(dict[type | None, frozenset[str]]):
     def __init__(self, names: dict[str, list[str]]) -> None:
         self.names = {kind: frozenset(found) for kind, found in names.items()}
 
-    def __missing__(self, kind: type) -> frozenset[str]:
-        found = self[kind] = self.names.get(f"{kind.__module__}.{kind.__qualname__}", frozenset())
+    def __missing__(self, kind: type | None) -> frozenset[str]:
+        found = self[kind] = self.names.get(_name(kind), frozenset())
         return found
 
 

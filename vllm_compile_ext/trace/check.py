@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from vllm_compile_ext.trace.signature import metadata
 
@@ -15,7 +16,8 @@ def difference(a: fx.Graph, a_inputs: Sequence[Any], b: fx.Graph, b_inputs: Sequ
     """The first difference between two graphs, None when they are the same: node for node, with the metadata of values.
 
     Placeholders correspond when their values (`a_inputs`, `b_inputs`, real ones, in order) are the same objects, or
-    equal where they are not tensors.  For a stitched graph that is Dynamo's inputs, then the extras' values.
+    equal where they are not tensors.  For a stitched graph that is Dynamo's inputs, then the extras' values.  A size is
+    its expression, whichever node has it: Dynamo merges equal ones when it finishes a graph.
     """
     values: dict[Any, fx.Node] = {}
     for node, value in zip(b.find_nodes(op="placeholder"), b_inputs, strict=True):
@@ -27,13 +29,13 @@ def difference(a: fx.Graph, a_inputs: Sequence[Any], b: fx.Graph, b_inputs: Sequ
             env[node] = found
         elif node.users:
             return f"no input for {node.name}"
-    left, right = ([n for n in g.nodes if n.op != "placeholder"] for g in (a, b))
+    left, right = ([n for n in g.nodes if n.op != "placeholder" and _size(n) is None] for g in (a, b))
     for x, y in zip(left, right, strict=False):
         if (x.op, x.target) != (y.op, y.target):
             return f"{x.format_node()} / {y.format_node()}"
         env[x] = y
-        mine = fx.node.map_arg((x.args, x.kwargs), lambda n: env.get(n, n))
-        if repr(mine) != repr((y.args, y.kwargs)) or [env.get(n) for n in x.all_input_nodes] != y.all_input_nodes:
+        mine, theirs = (_words(x, env), _words(y, {}))
+        if mine != theirs:
             return f"{x.format_node()} / {y.format_node()}"
         if (mine := _meta(x.meta.get("example_value"))) != (other := _meta(y.meta.get("example_value"))):
             return f"{x.name}: {mine} / {other}"
@@ -55,3 +57,27 @@ def _meta(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(map(_meta, value))
     return str(value)
+
+
+def _size(node: fx.Node) -> str | None:
+    """The expression of a node that is a size of the inputs, None for any other node."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.SymInt) or free_unbacked_symbols(value):
+        return None
+    return f"size {value.node.expr}"
+
+
+def _words(node: fx.Node, env: dict[fx.Node, fx.Node]) -> Any:
+    """The arguments of a node: other nodes by what they correspond to, sizes by what they are."""
+    found = fx.node.map_arg((node.args, node.kwargs), lambda n: _Word(_size(n) or env.get(n, n)))
+    return repr(found)
+
+
+class _Word:
+    """What stands for a node among arguments."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return self.value if isinstance(self.value, str) else f"{self.value.name} {id(self.value)}"

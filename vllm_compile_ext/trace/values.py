@@ -39,19 +39,18 @@ class Look(NamedTuple):
 ALL = "*"  # stands for every attribute
 # Who reads one of these may read every attribute of the object; what is read by its `__dict__` is told.
 _WHOLE = frozenset({ALL, "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"})
-_WHOLE_BY_STRING = _WHOLE | {"__dict__"}
 
 
 class Accessed:
     """The attributes that a trace has accessed so far, or may have: an attribute that is not among them was not.
 
-    by_kind: class -> names that were read of an object of exactly this class.  strings: all strings in the code that
-    was traced, and names that were read of something whose class is not known.  said: all names in the code.
+    by_kind: class -> names that were read of an object of exactly this class; None -> of something whose class is not
+    known.  strings: all strings in the code that was traced.  said: all names in it, and all that was read.
     variables: those of the environment that were asked for; None for all.
     """
 
     def __init__(self) -> None:
-        self.by_kind: dict[type, set[str]] = collections.defaultdict(set)
+        self.by_kind: dict[type | None, set[str]] = collections.defaultdict(set)
         self.strings: set[str] = set()
         self.said: set[str] = set()
         self.variables: set[str] | None = set()
@@ -66,7 +65,7 @@ class Accessed:
 
     def add(self, kind: type | None, name: str) -> None:
         """`name` was read of an object of class `kind`; None where that is not known."""
-        self._add(self.strings if kind is None else self.by_kind[kind], {name})
+        self._add(self.by_kind[kind], {name})
         self._add(self.said, {name})
 
     def add_variable(self, name: str | None) -> None:
@@ -85,9 +84,10 @@ class Accessed:
         """The attributes among `own`, of an object of class `kind`, that may have been accessed."""
         changes, names = self._names.get(kind, (-1, frozenset()))
         if changes != self.changes:
-            names = frozenset({"forward", *self.by_kind[kind], *self.strings})
+            names = frozenset({"forward", *self.by_kind[kind], *self.by_kind[None]})
+            names = frozenset({ALL}) if not _WHOLE.isdisjoint(names) else names | self.strings
             self._names[kind] = self.changes, names
-        if not (_WHOLE.isdisjoint(names) and _WHOLE_BY_STRING.isdisjoint(self.strings)):
+        if ALL in names:
             return list(own.items())
         return [(k, own[k]) for k in own if k in names]
 
