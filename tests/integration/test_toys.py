@@ -89,6 +89,14 @@ WORKS = """
     out["given up counts"] = counts
     Tracer.on_call = real
 
+    from vllm_compile_ext.compilation import session
+    equal = session.difference
+    session.difference = lambda *graphs: "relu / sin"
+    with toys.counted() as counts:
+        out["refuted"] = toys.off(toys.build(toys.Plain, toys.config("refuted")))
+    out["refuted counts"] = counts
+    session.difference = equal
+
     # The index of upstream's pieces in the user's folder numbers them differently.
     os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     toys.off(toys.build(toys.Plain, toys.config("index 0", cache_dir="index")))
@@ -195,6 +203,16 @@ def test_a_model_that_trace_once_gives_up_on_is_compiled_as_stock_does_it(works:
         assert "INFO" in line
 
 
+def test_a_copy_that_is_not_its_trace_costs_one_trace_more(works: Works, value: dict[str, Any]) -> None:
+    """The net under the proof: then every layer is traced, and the result is kept like any other."""
+    assert value["refuted"] == pytest.approx(0, abs=1e-5)
+    if value is works.cold.value:
+        (line,) = works.cold.lines("every layer is traced: a copied one is not what tracing gives, relu / sin")
+        assert "WARNING" in line
+        assert works.cold.lines("traced 0 layers and copied 0")
+    assert value["refuted counts"]["num_aot_artifacts_loaded"] == int(value is not works.cold.value)
+
+
 def test_an_index_of_upstreams_pieces_is_not_taken_for_ours(works: Works) -> None:
     assert works.cold.value["index"] == pytest.approx(0, abs=1e-5)
     assert works.cold.value["index counts"]["num_inductor_compiles"] == 3
@@ -238,7 +256,7 @@ def test_code_that_is_edited_between_starts_is_compiled_again(tmp_path: Path) ->
     assert [counts["num_aot_artifacts_loaded"] for _, counts, _ in values] == [0, 1, 0]
     assert [counts["num_inductor_compiles"] for _, counts, _ in values] == [3, 0, 2], "the last piece is what it was"
     assert values[0][2] == values[1][2] != values[2][2]
-    assert outcome.lines("cache miss: source of edited")
+    assert outcome.lines("cache miss: Layer.forward has other code")
 
 
 FAILS = """

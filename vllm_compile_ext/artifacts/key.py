@@ -26,6 +26,8 @@ class Change(NamedTuple):
     new: str | None
 
     def __str__(self) -> str:
+        if self.old is None and self.new is None:  # the name says it all
+            return plain(self.name)
         old, new = _shorten(self.old or "", self.new or "")
         return plain(f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}")
 

@@ -7,6 +7,7 @@ to load looks all of it up again, in itself: one line that differs is a miss tha
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 import zlib
@@ -99,7 +100,24 @@ def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
     old = dict(_split(zlib.decompress(seen.lines).decode("utf-8", "surrogatepass").split("\n")))
     new = dict(_split(walk.lines))
     names = [n for n in dict.fromkeys((*new, *old)) if old.get(n) != new.get(n)]
-    return [Change(n, old.get(n), new.get(n)) for n in names] or [Change("what the trace read", None, None)]
+    return [_change(n, old.get(n), new.get(n)) for n in names] or [
+        Change("what the trace read has changed", None, None)
+    ]
+
+
+_FUNCTION = "builtins.function "
+_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+def _change(path: str, old: str | None, new: str | None) -> Change:
+    """A difference for people: `layers.3.mlp.scale: 1.0 -> 2.0`."""
+    name = _STEP.sub(r".\1", path).removeprefix(".") or "the model"
+    if old and new and old.startswith(_FUNCTION) and new.startswith(_FUNCTION):
+        was, now = (text.split(" ")[1:3] for text in (old, new))
+        if was == now:
+            return Change(f"{name} has other code", None, None)
+        return Change(f"{name} is another function (replaced by {'.'.join(now)})".replace("'", ""), None, None)
+    return Change(f"{name}:", old, new)
 
 
 def _name(kind: type | None) -> str:
@@ -192,7 +210,7 @@ class _Walk:
             else:
                 self.value(outer + step, part)
         if kind.__flags__ & (1 << 9) and not issubclass(kind, type):
-            self.value(f"type({outer})", kind)
+            self.value(kind.__qualname__ if self.with_paths else "type", kind)
 
 
 def _text(value: Any) -> str:

@@ -217,7 +217,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_SEEN = {
+SEEN = {
     *_STRUCTURE,
     *_HOOKS,
     "_forward_hooks_with_kwargs",  # by number; which hook it is is seen
@@ -239,7 +239,7 @@ def _module(kind: type, own: dict[str, Any], accessed: Accessed, ordinary: bool)
         for hook in own.get(key, {}).values():
             yield f".{key}", hook
     for key, value in accessed.of(kind, own) if ordinary else own.items():
-        if key not in _SEEN:
+        if key not in SEEN:
             yield f".{key}", value
 
 

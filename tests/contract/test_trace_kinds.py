@@ -1,0 +1,55 @@
+"""The closed tables of Dynamo's sources and guards, and the places that are hooked, against the installed torch."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.trace.models import stack
+from vllm_compile_ext.trace import kinds, values, watch
+from vllm_compile_ext.trace.tracer import Tracer
+
+
+def test_every_kind_of_source_is_in_the_table() -> None:
+    from torch._dynamo import source
+    from torch._guards import ChainedSource, Source
+
+    found = {n for n, v in vars(source).items() if inspect.isclass(v) and issubclass(v, Source)}
+    assert found - {Source.__name__, ChainedSource.__name__} == set(kinds.SOURCES)
+
+
+def test_every_kind_of_guard_is_in_the_table() -> None:
+    from torch._dynamo.guards import GuardBuilder
+
+    assert {n for n in vars(GuardBuilder) if n.isupper()} == set(kinds.GUARDS)
+
+
+def test_every_place_that_is_hooked_is_there() -> None:
+    """`_install` raises where one is gone; without this test that would be a line in a log."""
+    with Tracer(stack()).install():
+        assert watch.installed()
+    assert not watch.installed()
+
+
+def test_what_a_module_has_of_its_own_is_known() -> None:
+    """A new attribute of nn.Module would be one of the layer's, and so seen or not by its name."""
+    structure = {"_parameters", "_buffers", "_modules"}
+    assert structure < set(vars(nn.Module()))
+    assert {k for k in vars(nn.Module()) if "hooks" in k} == {k for k in values.SEEN if "hooks" in k}
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList, nn.Sequential])
+def test_attributes_of_torchs_modules_are_read_under_their_names_only(kind: type) -> None:
+    assert values.is_ordinary(kind)
+
+
+def test_the_state_that_dynamo_guards_can_be_read() -> None:
+    from torch._C._dynamo.guards import GlobalStateGuard
+
+    before = GlobalStateGuard().__getstate__()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert GlobalStateGuard().__getstate__() != before
+    assert GlobalStateGuard().__getstate__() == before

@@ -1,0 +1,124 @@
+"""What a trace read is described, looked up again and compared; what cannot be looked up is not kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.trace.capture import stitched
+from tests.unit.trace.models import stack
+from vllm_compile_ext.key.seen import NotDescribed, Seen, changes, collect
+
+NUMBER = 2.0
+
+
+@pytest.fixture
+def module() -> Iterator[types.ModuleType]:
+    made = types.ModuleType("module_of_a_test")
+    exec("import os, torch\nK = 2.0\ndef helper(x, k=3.0):\n    return x * K * k\n", vars(made))
+    sys.modules[made.__name__] = made
+    yield made
+    del sys.modules[made.__name__]
+
+
+def read(model: nn.Module) -> Seen:
+    seen = collect(model, stitched(model, (torch.randn(5, 8),)).tracer)
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(seen), type=Seen)
+
+
+def uses_global(self: Any, x: Any) -> Any:
+    return self.lin(x) * NUMBER
+
+
+def test_nothing_has_changed() -> None:
+    model = stack(scale=float)
+    assert changes(read(model), model) == []
+
+
+def test_weights_and_unread_attributes_are_not_read() -> None:
+    model = stack()
+    seen = read(model)
+    other = stack(unread=lambda i: i)
+    nn.init.ones_(other.layers[3].lin.weight)
+    # Each stack makes a class of its own.
+    for layer in other.layers:
+        layer.__class__ = type(model.layers[0])
+    other.__class__ = type(model)
+    assert changes(seen, other) == []
+
+
+def test_a_copied_layers_attribute_is_named_with_both_values() -> None:
+    model = stack(lambda s, x: s.lin(x) * s.scale, scale=lambda i: 1.0)
+    seen = read(model)
+    model.layers[3].scale = 2.0  # it was copied
+    (change,) = changes(seen, model)
+    assert str(change) == "layers.3.scale: 1.0 -> 2.0"
+
+
+def test_a_global(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stack(uses_global)
+    seen = read(model)
+    monkeypatch.setitem(globals(), "NUMBER", -2.0)
+    (change,) = changes(seen, model)
+    assert str(change) == f"{__name__}.NUMBER: 2.0 -> -2.0"
+
+
+def test_a_constant_and_a_default_of_another_module(module: Any) -> None:
+    model = stack(lambda s, x: s.helper(s.lin(x)), helper=lambda i: module.helper)
+    seen = read(model)
+    module.K = 3.0
+    assert [str(c) for c in changes(seen, model)] == ["module_of_a_test.K: 2.0 -> 3.0"]
+    module.K = 2.0
+    assert changes(seen, model) == []
+    module.helper.__defaults__ = (4.0,)
+    assert any("__defaults__" in c.name for c in changes(seen, model))
+
+
+def test_a_function_that_another_plugin_replaced() -> None:
+    model = stack()
+    seen = read(model)
+
+    def patched(self: Any, x: Any) -> Any:
+        return self.lin(x)
+
+    type(model.layers[0]).forward = patched
+    found = [str(c) for c in changes(seen, model)]
+    assert any("forward is another function (replaced by tests.unit.key.test_seen." in c for c in found), found
+
+
+def reads_variable(self: Any, x: Any) -> Any:
+    return self.lin(x) * float(os.environ.get("VARIABLE_OF_A_TEST", "1"))
+
+
+def test_only_variables_that_were_asked_for_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VARIABLE_OF_A_TEST", raising=False)
+    model = stack(reads_variable)
+    seen = read(model)
+    monkeypatch.setenv("UNREAD_VARIABLE_OF_A_TEST", "1")
+    assert changes(seen, model) == []
+    monkeypatch.setenv("VARIABLE_OF_A_TEST", "2")
+    (change,) = changes(seen, model)
+    assert "VARIABLE_OF_A_TEST" in change.name
+    assert change[1:] == ("None", "'2'")
+
+
+def test_code_of_no_module_is_not_kept() -> None:
+    space: dict[str, Any] = {}
+    exec("K = 2.0\ndef forward(self, x):\n    return self.lin(x) * K\n", space)
+    with pytest.raises(NotDescribed, match="the global K of code that is in no module"):
+        read(stack(space["forward"]))
+
+
+def test_a_value_of_an_unknown_type_is_not_kept() -> None:
+    model = stack(lambda s, x: s.lin(x) * len(s.view), view=lambda i: b"ab")
+    model.layers[0].view = model.layers[1].view = memoryview(b"ab")
+    with pytest.raises((NotDescribed, torch._dynamo.exc.TorchDynamoException), match="memoryview"):
+        read(model)
