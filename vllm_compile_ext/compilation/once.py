@@ -49,7 +49,7 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
         pieces = split(graph.graph, lambda node: should_split(node, operators))
         splitting.set(pieces=len(pieces))
     with span("describe what was read"):
-        seen = _describe(session)
+        seen = _describe(session, graph.graph)
     with span("fingerprint"):
         numbers, firsts, fingerprints = deduplicate(pieces, graph)
     with span("plan"):
@@ -85,7 +85,7 @@ def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[An
     # An index that upstream's path left in the user's `cache_dir` numbers other pieces.
     backend.compiler_manager.cache.clear()
     _write_graph(folder, plan, modules)
-    shared = Shared(session.entry, fingerprints)
+    shared = Shared(session.entry, fingerprints, None if isinstance(seen, NotDescribed) else seen.called)
     constants = [constants_of(module) for module in modules]  # before Inductor gets the modules
     values = [*inputs, *(extra.value for extra in extras)]
     prove = functools.partial(_prove, session, graph.graph, values)
@@ -206,10 +206,10 @@ def _compile(
     return [made[number] for number in range(len(modules))]
 
 
-def _describe(session: Session) -> Seen | NotDescribed:
+def _describe(session: Session, graph: torch.fx.Graph) -> Seen | NotDescribed:
     """What the trace has read, before anything of the model runs and changes it."""
     try:
-        return collect(session.model, session.tracer)
+        return collect(session.model, session.tracer, graph)
     except NotDescribed as why:
         return why
 

@@ -28,12 +28,16 @@ class Shared:
     """The distinct pieces of one model in the store.
 
     fingerprints: one a piece, None where a piece is like no other.  entry: None where nothing is kept.
+    called: digest of what operators do by Python (`Seen.called`), None where that is not known: nothing is shared then.
     kept: piece -> compile range -> members, of those that are in the store.
     """
 
-    def __init__(self, entry: Entry | None, fingerprints: Sequence[str | None]) -> None:
-        self.entry = entry
-        self.keys = [key_of({"program": entry.key, "piece": f}) if f and entry else None for f in fingerprints]
+    def __init__(self, entry: Entry | None, fingerprints: Sequence[str | None], called: str | None) -> None:
+        self.entry = entry if called else None
+        self.keys = [
+            key_of({"program": entry.key, "piece": piece, "called": called}) if piece and entry and called else None
+            for piece in fingerprints
+        ]
         self.kept: dict[int, dict[str, dict[str, Blob]]] = {}
         self.loaded = 0
         self._locks = ExitStack()

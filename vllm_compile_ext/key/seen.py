@@ -16,11 +16,12 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.fx as fx
 from blake3 import blake3
 
 from vllm_compile_ext.artifacts.key import Change
 from vllm_compile_ext.trace.same_kind import storage_of
-from vllm_compile_ext.trace.values import ATOMS, Accessed, atom, look
+from vllm_compile_ext.trace.values import ATOMS, Accessed, atom, is_torchs, look
 
 
 class NotDescribed(Exception):  # noqa: N818 - an answer, not an error
@@ -31,7 +32,8 @@ class Seen(msgspec.Struct, frozen=True):
     """What a trace has read.
 
     by_kind, strings, said, variables: as in `Accessed`, classes by their names.  roots: (module, name) of each global
-    and function.  digest: of the values; lines: the same with their paths, packed, for people.
+    and function, and of what the graph calls (`_OPERATOR`).  digest: of the values; lines: the same with their paths,
+    packed, for people.  called: digest of what the graph calls, which a piece of it depends on.
     """
 
     by_kind: dict[str, list[str]]
@@ -41,6 +43,7 @@ class Seen(msgspec.Struct, frozen=True):
     roots: list[tuple[str, str]]
     digest: str
     lines: bytes
+    called: str
 
 
 _LONGEST = 200  # characters of a string in the code that may name an attribute; longer ones are documentation
@@ -48,15 +51,21 @@ _LONGEST = 200  # characters of a string in the code that may name an attribute;
 _COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx")
 
 
-def collect(model: torch.nn.Module, tracer: Any) -> Seen:
-    """What the trace of `model` by `tracer` has read.  Raises `NotDescribed`."""
+def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
+    """What the trace of `model` by `tracer`, which gave `graph`, has read.  Raises `NotDescribed`."""
     accessed: Accessed = tracer.accessed
     seen = tracer.seen
-    roots: list[tuple[str, str]] = []
+    if "__subclasses__" in accessed.said:
+        raise NotDescribed("which classes there are (__subclasses__)")
+    calls = sorted(set(_calls(graph)))
+    called = _Walk(accessed, with_paths=False)
+    for place in calls:
+        called.root(place)
+    roots: list[tuple[str, str]] = list(calls)
     for (module, name), value in seen.globals.items():
         if module is None:
             raise NotDescribed(f"the global {name} of code that is in no module")
-        if module.startswith(_COMPILER):
+        if _is_compilers(module):
             continue
         if _find(module, name) is not value and type(value) not in ATOMS:
             raise NotDescribed(f"{module}.{name}, which is another object each time")
@@ -64,11 +73,11 @@ def collect(model: torch.nn.Module, tracer: Any) -> Seen:
     walk = _Walk(accessed, with_paths=True)
     walk.all(model, roots)
     for foreign in seen.foreign:
-        if isinstance(foreign.fn, types.FunctionType):
-            seen.functions.setdefault(id(foreign.fn), foreign.fn)
+        if foreign.fn not in tracer.lookups:
+            raise NotDescribed(f"what {getattr(foreign.fn, '__qualname__', foreign.fn)} did while the model was traced")
     for function in seen.functions.values():
         module = function.__module__ or ""
-        if id(function) in walk.numbers or module.startswith(_COMPILER):
+        if id(function) in walk.numbers or _is_compilers(module):
             continue
         place = (module, function.__qualname__)
         if _find(*place) is not function:
@@ -84,7 +93,52 @@ def collect(model: torch.nn.Module, tracer: Any) -> Seen:
         roots,
         _digest(_Walk(accessed, with_paths=False).all(model, roots)),
         zlib.compress("\n".join(walk.lines).encode("utf-8", "surrogatepass"), 1),
+        _digest(called.lines),
     )
+
+
+_OPERATOR = "torch.ops of"  # stands for a module: what Python has registered for an operator
+
+
+def _calls(graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    """What the graph calls without Dynamo having traced into it, but what torch's version stands for."""
+    for node in graph.nodes:
+        target: Any = node.target
+        if node.op == "call_method":
+            yield "torch", f"Tensor.{target}"
+        elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+            name = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+            if not name.startswith(("aten::", "prims::", "prim::")):
+                yield _OPERATOR, name
+        elif isinstance(target, types.FunctionType) and not is_torchs(target.__module__):
+            raise NotDescribed(f"what {target.__module__}.{target.__qualname__} does, which is called without a trace")
+
+
+def _registered(name: str) -> tuple[Any, ...]:
+    """What Python has registered for an operator: its fake implementation, and a decomposition.
+
+    Raises `NotDescribed` for one that is made of others by a function of its own: it is compiled, and not traced.
+    torch 2.13, _library/simple_registry.py and _decomp/__init__.py.
+    """
+    from torch._decomp import decomposition_table
+    from torch._library.simple_registry import singleton
+
+    whole, (name, _, _) = name, name.partition(".")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(whole, "CompositeImplicitAutograd"):
+        raise NotDescribed(f"what the operator {name} is made of")
+    namespace, _, op = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), op)
+    kernel = singleton.find(name).fake_impl.kernel
+    decompositions = (decomposition_table.get(getattr(packet, o)) for o in packet.overloads())
+    return *_without_torchs(kernel and kernel.func), *decompositions
+
+
+def _without_torchs(function: Any) -> list[Any]:
+    """The functions that torch's own wrappers have been put around; the wrappers count how often they run."""
+    if not (isinstance(function, types.FunctionType) and is_torchs(function.__module__)):
+        return [function]
+    inner = [cell.cell_contents for cell in function.__closure__ or ()]
+    return [found for f in inner if isinstance(f, types.FunctionType) for found in _without_torchs(f)]
 
 
 def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
@@ -124,6 +178,10 @@ def _name(kind: type | None) -> str:
     return "" if kind is None else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _is_compilers(module: str) -> bool:
+    return module.startswith(tuple(f"{name}." for name in _COMPILER)) or module in _COMPILER
+
+
 class _ByName(dict[type | None, frozenset[str]]):
     def __init__(self, names: dict[str, list[str]]) -> None:
         self.names = {kind: frozenset(found) for kind, found in names.items()}
@@ -153,6 +211,8 @@ def _split(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 def _find(module: str, name: str) -> Any:
     """What is under a name now; None where there is nothing."""
+    if module == _OPERATOR:
+        return _registered(name)
     if module in sys.modules:
         found: Any = sys.modules[module]
     else:  # torch.ops.aten and its like

@@ -20,8 +20,10 @@ def difference(a: fx.Graph, a_inputs: Sequence[Any], b: fx.Graph, b_inputs: Sequ
     its expression, whichever node has it: Dynamo merges equal ones when it finishes a graph.
     """
     values: dict[Any, fx.Node] = {}
+    theirs: dict[fx.Node, fx.Node] = {}  # two inputs of one value are one
     for node, value in zip(b.find_nodes(op="placeholder"), b_inputs, strict=True):
-        values.setdefault(_key(value, node), node)
+        first = values.setdefault(_key(value, node), node)
+        theirs[node] = first
     env: dict[fx.Node, fx.Node] = {}
     for node, value in zip(a.find_nodes(op="placeholder"), a_inputs, strict=True):
         found = values.get(_key(value, node))
@@ -34,8 +36,7 @@ def difference(a: fx.Graph, a_inputs: Sequence[Any], b: fx.Graph, b_inputs: Sequ
         if (x.op, x.target) != (y.op, y.target):
             return f"{x.format_node()} / {y.format_node()}"
         env[x] = y
-        mine, theirs = (_words(x, env), _words(y, {}))
-        if mine != theirs:
+        if _words(x, env) != _words(y, theirs):
             return f"{x.format_node()} / {y.format_node()}"
         if (mine := _meta(x.meta.get("example_value"))) != (other := _meta(y.meta.get("example_value"))):
             return f"{x.name}: {mine} / {other}"

@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vllm_compile_ext.trace.bodies import NotOnce
+from vllm_compile_ext.trace.values import atom, is_atom
 
 
 def expression(value: Any) -> str:
@@ -41,7 +42,10 @@ def metadata(value: torch.Tensor) -> tuple[Any, ...]:
 def storage(node: fx.Node) -> int | None:
     """Identity of the storage of a node's fake tensor, None when it has none."""
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    except NotImplementedError:  # as under vmap
+        return None
 
 
 class Arguments:
@@ -54,8 +58,13 @@ class Arguments:
         self.nodes: list[fx.Node] = []
         self.variables: list[Any] = []
         self.effects = tx.output.side_effects
-        described = (tuple(map(self._one, args)), tuple((k, self._one(v)) for k, v in sorted(kwargs.items())))
+        self.tx = tx
+        # The tensors from outside of the trace among `nodes`, None for those that the trace made.
+        self.real: list[torch.Tensor | None] = []
+        described = (tuple(map(self._one, args)), tuple((k, self._one(v)) for k, v in kwargs.items()))
         storages = [storage(n) for n in self.nodes]
+        if None in storages:
+            raise NotOnce("an argument is a tensor without a storage")
         aliases = tuple(storages.index(s) for s in storages)
         self.signature = (described, aliases)
 
@@ -67,17 +76,34 @@ class Arguments:
             if self.effects.store_attr_mutations.get(v):
                 raise NotOnce("an argument is a tensor with attributes set while tracing")
             node = v.as_proxy().node
+            fake = node.meta["example_value"]
+            if getattr(fake, "constant", None) is not None:
+                raise NotOnce("an argument is a tensor whose value the trace knows")
             if node not in self.nodes:
                 self.nodes.append(node)
                 self.variables.append(v)
-            return ("tensor", type(v).__name__, self.nodes.index(node), metadata(node.meta["example_value"]))
+                self.real.append(self._real(v))
+            number = self.nodes.index(node)
+            kind = getattr(v, "class_type", None)
+            return ("tensor", type(v).__name__, kind, number, metadata(fake))
         if isinstance(v, kinds.SymNodeVariable):
             return ("sym", expression(v.sym_num))
         if isinstance(v, kinds.ConstantVariable):
-            return ("const", type(v.value), repr(v.value))
+            return ("const", atom(v.value) if is_atom(v.value) else (type(v.value), repr(v.value)))
         if type(v) is kinds.TupleVariable:
             return ("tuple", tuple(map(self._one, v.items)))
         raise NotOnce(f"an argument is a {type(v).__name__}")
+
+    def _real(self, variable: Any) -> torch.Tensor | None:
+        if variable.source is None:
+            return None
+        try:
+            value = self.tx.output.resolve_source_value(variable.source)
+        except Exception as error:
+            raise NotOnce(f"an argument, {variable.source.name}, cannot be found") from error
+        if not isinstance(value, torch.Tensor):
+            raise NotOnce(f"an argument is a {type(value).__name__} that is a graph input")
+        return value
 
 
 def results(variable: Any, nodes: set[fx.Node], args: list[fx.Node]) -> Any:
@@ -96,7 +122,7 @@ def results(variable: Any, nodes: set[fx.Node], args: list[fx.Node]) -> Any:
         return ("node", node)
     if isinstance(v, kinds.ConstantVariable):
         return ("const", v.value)
-    if type(v) in (kinds.TupleVariable, kinds.ListVariable):
+    if type(v) in (kinds.TupleVariable, kinds.ListVariable) and v.source is None:
         return ("seq", type(v), [results(i, nodes, args) for i in v.items])
     raise NotOnce(f"returns a {type(v).__name__}")
 

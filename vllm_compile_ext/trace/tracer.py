@@ -195,6 +195,7 @@ class _Traced:
         self.body = body
         self.seen = seen
         self.sources = sources
+        self.arguments = arguments
         self.opaque: list[Opaque] = []
         self.outside: Reach | None = None  # what the body's code could reach, and what objects of both layers could
         self.memo: dict[int, Reach] = {}
@@ -229,6 +230,8 @@ class _Traced:
             if foreign.fn not in self.tracer.lookups:
                 raise NotOnce(f"a function runs while it is traced: {getattr(foreign.fn, '__name__', foreign.fn)}")
             self.opaque += [o for v in foreign.variables if (o := _unused(tx, v)) is not None]
+        if self.seen.inspected and any(what.origins for what in self.opaque):
+            raise NotOnce("looks at an opaque object that it made of the layer's name")
         tracer = tx.output.root_tracer
         tx.output.create_proxy("call_function", keep_alive, tuple(fx.Proxy(n, tracer) for n in outs), {})
 
@@ -239,6 +242,11 @@ class _Traced:
             raise NotOnce(f"called differently: {first_difference(body.signature, arguments.signature)}")
         if body.state != state:
             raise NotOnce(f"Python's state has changed: {state.since(body.state)}")
+        for one, other in zip(self.arguments.real, arguments.real, strict=True):
+            if one is None or other is None:
+                _check_like_made(one if other is None else other, self.tracer.accessed)
+            elif one is not other:
+                compare(one, other, self.tracer.accessed)
         same = compare(body.layer, layer, self.tracer.accessed, self._lifted())
         self._check_identity(same)
         self._check_memory(same, (*body.args, *arguments.nodes))
@@ -343,6 +351,21 @@ def _by_storage(root: torch.nn.Module) -> dict[int, set[int]]:
     return found
 
 
+# What a tensor from outside may have, and one that the trace made has not.
+_OF_OUTSIDE = {"_base", "_is_view", "_version", "is_inference", "is_leaf", "grad", "grad_fn", "data_ptr", "is_shared"}
+
+
+def _check_like_made(tensor: torch.Tensor | None, accessed: Accessed) -> None:
+    """Raises `NotOnce` unless code that has `accessed` what it has cannot tell an argument from outside from one that
+    the trace made: the first layer often gets the former, the others the latter."""
+    if tensor is None:
+        return
+    said = sorted(_OF_OUTSIDE & accessed.said)
+    own = [k for k, _ in accessed.of(torch.nn.Parameter, vars(tensor)) if not k.startswith("_dynamo")]
+    if said or own or type(tensor) is not torch.Tensor:
+        raise NotOnce(f"an argument is from outside, and code reads {', '.join([*said, *own]) or 'its class'}")
+
+
 def _inputs(nodes: Iterable[fx.Node]) -> dict[fx.Node, Any]:
     """What is known of tensors from outside of a body; `t_()` and the like change it."""
     values = ((n, n.meta.get("example_value")) for n in nodes)
@@ -437,15 +460,18 @@ def _origin(tx: Any, source: Any) -> tuple[Any, Any] | None:
     return None if base is None else (tx.output.resolve_source_value(base), key)
 
 
+_SYMBOLIC = torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool
+
+
 def _check_symbols(body: Body) -> None:
     """Raises `NotOnce` when the body makes sizes (`nonzero` and the like do): each copy would need its own."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     values = [n.meta.get("example_value") for n in (*body.args, *body.inputs)]
-    known = free_unbacked_symbols([v for v in values if isinstance(v, torch.Tensor | torch.SymInt)])
+    known = free_unbacked_symbols([v for v in values if isinstance(v, _SYMBOLIC)])
     for node in body.nodes:
         value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor | torch.SymInt) and free_unbacked_symbols(value) - known:
+        if isinstance(value, _SYMBOLIC) and free_unbacked_symbols(value) - known:
             raise NotOnce(f"makes a size that depends on data, {node.name}")
 
 

@@ -94,6 +94,7 @@ class Accessed:
 
 # What nn.Module's own methods read is its structure, or has a name that their caller says.
 OWN_OF_MODULES = {f.__code__ for f in vars(torch.nn.Module).values() if isinstance(f, types.FunctionType)}
+OWN_OF_MODULES |= {c for code in OWN_OF_MODULES for c in code.co_consts if isinstance(c, types.CodeType)}
 
 
 @functools.cache
@@ -120,7 +121,16 @@ def code_digest(code: types.CodeType) -> str:
     parts: list[Any] = []
     for const in code.co_consts:
         parts.append(code_digest(const) if isinstance(const, types.CodeType) else _constant(const))
-    about = (code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags)
+    about = (
+        code.co_name,
+        code.co_qualname,
+        code.co_code,
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        code.co_flags,
+    )
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_exceptiontable)
     return blake3(repr((about, counts, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -165,8 +175,12 @@ def look(value: Any, accessed: Accessed) -> Look | None:
         wanted = sorted(value if accessed.variables is None else accessed.variables)
         coding = [(".encodekey", value.encodekey), (".decodevalue", value.decodevalue)]
         return Look((kind,), coding + [(f"[{name!r}]", value.get(name)) for name in wanted])
+    if kind is types.FunctionType:
+        return _function(value, accessed)
     if isinstance(value, type):
-        return Look((type, value.__module__, value.__qualname__), list(class_attributes(value, accessed)))
+        return _class(value, accessed)
+    if isinstance(value, tuple) and hasattr(kind, "n_sequence_fields"):  # as sys.version_info
+        return Look((kind,), _items(tuple.__iter__(value)))
     if isinstance(value, types.ModuleType):  # torch.ops and what is below it
         return Look((kind, value.__name__), [])
     if isinstance(value, enum.Enum):
@@ -189,7 +203,7 @@ def _object(value: Any, accessed: Accessed) -> Look | None:
     parts: list[tuple[str, Any]] = []
     if base is not object:
         if base in ATOMS:
-            head = (kind, *atom(base(value) if base is not str else str.__str__(value)))
+            head = (kind, *atom(_PLAIN_OF[base](value)))  # a class may have a method of its own for `float(value)`
         else:
             own, parts = _KNOWN[base](value)
             head = (kind, *own)
@@ -211,19 +225,14 @@ def _object(value: Any, accessed: Accessed) -> Look | None:
 
 # Always to be seen: code that iterates over a module says no names of what is in it, and hooks run without being named.
 _STRUCTURE = ("_parameters", "_buffers", "_modules")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SEEN = {
     *_STRUCTURE,
     *_HOOKS,
-    "_forward_hooks_with_kwargs",  # by number; which hook it is is seen
+    "_forward_hooks_with_kwargs",  # by the hooks' numbers: seen with each hook
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
-    "_non_persistent_buffers_set",
+    "_non_persistent_buffers_set",  # seen in order: a set of strings has another one in each process
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -236,8 +245,9 @@ def _module(kind: type, own: dict[str, Any], accessed: Accessed, ordinary: bool)
         for name, part in own.get(key, {}).items():
             yield f".{key}[{name!r}]", part
     for key in _HOOKS:
-        for hook in own.get(key, {}).values():
-            yield f".{key}", hook
+        for number, hook in own.get(key, {}).items():
+            yield f".{key}", (hook, number in own.get(f"{key}_with_kwargs", ()))
+    yield "._non_persistent_buffers_set", tuple(sorted(own.get("_non_persistent_buffers_set", ())))
     for key, value in accessed.of(kind, own) if ordinary else own.items():
         if key not in SEEN:
             yield f".{key}", value
@@ -304,7 +314,7 @@ def _cell(cell: Any) -> Any:
 _DYNAMOS = ("_torchdynamo_wrapper_id", "_torchdynamo_inline")
 
 
-def _function(f: Any) -> tuple[Any, ...]:
+def _function(f: Any, accessed: Accessed) -> Look:
     # torch 2.13, _dynamo/eval_frame.py: what `torch.compile` or `disable` makes of a function is traced as that one.
     wrapped = f.__dict__.get("_torchdynamo_orig_callable")
     parts: list[tuple[str, Any]] = [
@@ -313,7 +323,10 @@ def _function(f: Any) -> tuple[Any, ...]:
     if not wrapped:
         parts += [(".__defaults__", f.__defaults__), (".__kwdefaults__", f.__kwdefaults__)]
         parts += [(f".__closure__[{i}].cell_contents", _cell(c)) for i, c in enumerate(f.__closure__ or ())]
-    return (f.__module__, f.__qualname__, code_digest(f.__code__)), parts
+    if "__annotations__" in accessed.said:
+        parts.append((".__annotations__", f.__annotations__))
+    head = (types.FunctionType, f.__module__, f.__qualname__, f.__name__, f.__doc__, code_digest(f.__code__))
+    return Look(head, parts)
 
 
 def _items(values: Any) -> list[tuple[str, Any]]:
@@ -388,7 +401,6 @@ _KNOWN: dict[type, Any] = {
     collections.deque: _deque,
     types.MappingProxyType: _mapping(types.MappingProxyType),
     types.SimpleNamespace: lambda v: ((), [(f".{k}", x) for k, x in v.__dict__.items()]),
-    types.FunctionType: _function,
     types.MethodType: _fixed("__func__", "__self__"),
     types.CellType: lambda v: ((), [(".cell_contents", _cell(v))]),
     types.CodeType: lambda v: ((v.co_qualname, code_digest(v)), []),
@@ -405,6 +417,9 @@ _KNOWN: dict[type, Any] = {
     classmethod: _fixed("__func__"),
     functools.partial: _partial,
     functools.partialmethod: _fixed("func", "args", "keywords"),
+    functools.cached_property: _fixed("func", "attrname"),
+    np.ufunc: lambda v: ((v.__name__,), []),
+    torch._library.custom_ops.CustomOpDef: lambda v: ((v._qualname,), [("", v._init_fn), ("", v._abstract_fn)]),
     type(functools.lru_cache(lambda: None)): _fixed("__wrapped__"),
     datetime.date: _repr,
     datetime.datetime: _repr,
@@ -421,7 +436,15 @@ _KNOWN: dict[type, Any] = {
 }
 _BASES = (int, float, str, bytes, complex, list, tuple, set, frozenset, dict, collections.OrderedDict)
 _BASES += (collections.defaultdict, collections.deque, types.SimpleNamespace)  # type: ignore[assignment]
-_METACLASSES = {type, abc.ABCMeta, type(typing.Protocol)}
+_PLAIN_OF: dict[type, Any] = {
+    int: int.__index__,
+    float: float.__float__,
+    complex: complex.__pos__,
+    str: str.__str__,
+    bytes: lambda v: bytes.__getitem__(v, slice(None)),
+}
+PLAIN_METACLASSES = {type, abc.ABCMeta, enum.EnumType, type(torch.Tensor), type(torch.nn.Parameter)}
+_METACLASSES = PLAIN_METACLASSES | {type(typing.Protocol)}
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
@@ -499,6 +522,14 @@ def _is_plain_dataclass(kind: type) -> bool:
     return isinstance(equal, types.FunctionType) and equal.__code__.co_filename == "<string>"
 
 
+# Dynamo traces into these, as into any function, and runs none of them by itself.
+_TRACED = {
+    "__repr__", "__str__", "__format__", "__len__", "__bool__", "__iter__", "__next__", "__reversed__", "__getitem__",
+    "__contains__", "__enter__", "__exit__", "__setattr__", "__delattr__", "__setitem__", "__delitem__",
+}  # fmt: skip
+_INLINED = (types.FunctionType, staticmethod, classmethod, type, functools.cached_property, functools.partialmethod)
+
+
 @functools.cache
 def is_ordinary(kind: Any) -> bool:
     """Whether attributes of `kind` are read under their names only: no class of it defines a method that Python calls
@@ -511,12 +542,14 @@ def is_ordinary(kind: Any) -> bool:
             continue
         harmless = _HARMLESS | _GENERATED if _is_plain_dataclass(one) else _HARMLESS
         for name, value in vars(one).items():
+            if name in _TRACED and type(value) is types.FunctionType:
+                continue
             if name.startswith("__") and name.endswith("__") and name not in harmless:
                 return False
             if isinstance(value, property):
                 if not all(f is None or type(f) is types.FunctionType for f in (value.fget, value.fset, value.fdel)):
                     return False
-            elif isinstance(value, types.FunctionType | staticmethod | classmethod | type):
+            elif isinstance(value, _INLINED):
                 continue
             elif isinstance(value, types.GetSetDescriptorType | types.MemberDescriptorType):
                 if name not in ("__dict__", "__weakref__"):
@@ -526,19 +559,33 @@ def is_ordinary(kind: Any) -> bool:
     return True
 
 
-def class_attributes(kind: type, accessed: Accessed) -> Iterator[tuple[str, Any]]:
-    """What code finds in `kind` and its bases under names that it has said, and the methods that Python calls itself.
+def is_torchs(module: str | None) -> bool:
+    """Whether a module's name is torch's: its sources are a factor of every key."""
+    return module == "torch" or str(module).startswith("torch.")
 
-    Of torch's own classes only `forward`: their sources are torch's version, and each function that is traced into is
-    looked up under its name.
+
+def _class(kind: Any, accessed: Accessed) -> Look:
+    """What code finds in `kind` under names that it has said, and methods that Python calls; then its bases.
+
+    Of torch's own classes only `forward`, and what others have put there.
     """
-    seen: set[str] = set()
-    for one in kind.__mro__:
-        if not one.__flags__ & _HEAP:
-            continue
-        ours = not one.__module__.startswith("torch")
-        for name, value in vars(one).items():
-            special = name[:2] == "__" == name[-2:] and type(value) is types.FunctionType and name != "__init__"
-            if name not in seen and (name == "forward" or (ours and (special or name in accessed.said))):
-                seen.add(name)
-                yield f".{name}", value
+    ours = not is_torchs(kind.__module__)
+    parts: list[tuple[str, Any]] = []
+    if kind.__flags__ & _HEAP:
+        for name, value in vars(kind).items():
+            special = name[:2] == "__" == name[-2:] and name not in _HARMLESS - {"__call__", "__class_getitem__"}
+            special = special and isinstance(value, types.FunctionType | classmethod | staticmethod | property)
+            if not ours and name != "forward":
+                function = getattr(value, "__func__", value)
+                special = isinstance(function, types.FunctionType) and not is_torchs(function.__module__)
+            said = name in accessed.said or (name[:2] != "__" and issubclass(kind, type))  # a metaclass is not traced
+            if name == "forward" or special or (said and (ours or type(value) in ATOMS)):
+                parts.append((f".{name}", value))
+        parts += [(f".__bases__[{i}]", base) for i, base in enumerate(kind.__bases__)]
+    meta: Any = type(kind)
+    if meta not in _METACLASSES and not is_torchs(meta.__module__):
+        parts.append((".__class__", meta))
+    if not accessed.said.isdisjoint({"fields", "asdict", "astuple", "__dataclass_fields__"}):
+        for name, field in vars(kind).get("__dataclass_fields__", {}).items():
+            parts += [(f".{name}.{step}", getattr(field, step)) for step in ("default", "default_factory", "metadata")]
+    return Look((type, kind.__module__, kind.__qualname__, kind.__name__), parts)

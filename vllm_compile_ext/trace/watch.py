@@ -15,6 +15,7 @@ leave.  Each thread's innermost Tracer is the one that is told.  Names are those
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import operator
@@ -30,7 +31,7 @@ import torch
 import torch.fx as fx
 
 from vllm_compile_ext.trace.bodies import keep_alive, region
-from vllm_compile_ext.trace.values import ALL, OWN_OF_MODULES, Accessed, is_atom
+from vllm_compile_ext.trace.values import ALL, OWN_OF_MODULES, PLAIN_METACLASSES, Accessed, is_atom
 
 UNKNOWN: Any = object()  # a value that cannot be found again
 NEW: Any = object()  # a value that the trace made
@@ -51,12 +52,14 @@ class Seen:
     functions: those that were traced into.  globals: (name of a Python module, attribute or global of it) that was
     read, with its value; the name is None where the globals are of no module.  identities: two objects of which the
     trace asked whether they are one, or twice the same one whose identity it used; `UNKNOWN` where that cannot be said.
+    A global that is not there is None.
     """
 
     functions: dict[int, types.FunctionType] = field(default_factory=dict)
     globals: dict[tuple[str | None, str], Any] = field(default_factory=dict)
     identities: list[tuple[Any, Any]] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
+    inspected: bool = False  # an opaque object was looked at, not only handed to an operator
 
     def roots(self) -> Iterator[Any]:
         """What code could reach but by its arguments: functions that ran, globals, attributes of modules."""
@@ -131,6 +134,10 @@ def _install() -> None:
     _patch(symbolic_convert.InliningInstructionTranslator, "_load_global", _global)
     _patch(misc.PythonModuleVariable, "var_getattr", _module_attribute)
     _patch(misc.PythonModuleVariable, "call_obj_hasattr", _module_attribute)
+    for fn, name in ((operator.is_, "is"), (operator.is_not, "is not")):
+        _patch_item(symbolic_convert.compare_op_handlers, name, _comparison(fn))
+    for name in ("var_getattr", "call_method", "hash_impl", "richcompare_impl", "is_python_equal"):
+        _patch(script_object.TorchScriptObjectVariable, name, _opaque)
     for name in ("__getitem__", "__contains__", "__iter__", "__len__"):
         _patch(dicts.SideEffectsProxyDict, name, _of_dict)
     _patch(builtin.BuiltinVariable, "call_id", _identity)
@@ -164,6 +171,17 @@ def _patch(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[
     def undo() -> None:
         if vars(owner).get(name) is ours:  # else somebody has patched it since: theirs calls ours, which does nothing
             setattr(owner, name, original)
+
+    _undo.append(undo)
+
+
+def _patch_item(table: dict[str, Any], key: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = table[key]
+    ours = table[key] = make(original)
+
+    def undo() -> None:
+        if table.get(key) is ours:
+            table[key] = original
 
     _undo.append(undo)
 
@@ -230,11 +248,13 @@ def _environment(listener: Listener, code: types.CodeType, args: Any) -> None:
 
 def _global(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_global(self: Any, inst: Any) -> Any:
-        if _local.stack and inst.argval in self.f_globals:
-            name = self.f_globals.get("__name__")
+        name = self.f_globals.get("__name__") or ""
+        if _local.stack and not name.startswith("namedtuple_"):  # which has what `namedtuple` made for it alone
             module = name if getattr(sys.modules.get(name), "__dict__", None) is self.f_globals else None
             for seen in _local.stack[-1].parts:
-                seen.globals[module, inst.argval] = self.f_globals[inst.argval]
+                seen.globals[module, inst.argval] = self.f_globals.get(inst.argval)
+                if inst.argval not in self.f_globals:
+                    seen.globals["builtins", inst.argval] = getattr(builtins, inst.argval, None)
         return original(self, inst)
 
     return load_global
@@ -282,7 +302,7 @@ def _module_attribute(original: Callable[..., Any]) -> Callable[..., Any]:
     def of_module(self: Any, tx: Any, name: str) -> Any:
         if _local.stack:
             for seen in _local.stack[-1].parts:
-                seen.globals[self.value.__name__, name] = getattr(self.value, name, NEW)
+                seen.globals[self.value.__name__, name] = getattr(self.value, name, None)
         return original(self, tx, name)
 
     return of_module
@@ -296,8 +316,7 @@ def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
             values = [found_value(a) for a in args if isinstance(a, VariableTracker)]
             # `x is None` asks for the type of x, which is compared; what the trace made is no other object.
             if not any(v is NEW or is_atom(v) for v in values):
-                for seen in _local.stack[-1].parts:
-                    seen.identities.append((values[0], values[-1]))
+                _note(values[0], values[-1])
         return original(*args)
 
     return about
@@ -305,17 +324,64 @@ def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _builtin_call(original: Callable[..., Any]) -> Callable[..., Any]:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.fn is dir and _local.stack:
-            _local.stack[-1].accessed.add(_kind(args[0]) if args else None, ALL)
-        # Equal numbers and strings may be one object or two, and are the same to all but `is` and `id`.
-        if self.fn in (operator.is_, operator.is_not, id) and _local.stack:
-            values = [found_value(a) for a in args]
-            if all(is_atom(v) and v is not None and type(v) is not bool for v in values):
-                for seen in _local.stack[-1].parts:
-                    seen.identities.append((UNKNOWN, UNKNOWN))
+        if _local.stack and args:
+            _asked(self.fn, args)
         return original(self, tx, args, kwargs)
 
     return call_function
+
+
+def _comparison(fn: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def compare(tx: Any, args: Any, kwargs: Any) -> Any:
+            if _local.stack:
+                _asked(fn, args)
+            return original(tx, args, kwargs)
+
+        return compare
+
+    return make
+
+
+# Equal ones may be one object or two, as the interpreter likes, and are the same to all but `is` and `id`.
+_SHARED_BY_CHANCE = (int, float, complex, str, bytes, tuple, frozenset, range)
+
+
+def _asked(fn: Any, args: Any) -> None:
+    """A builtin that may tell more of its arguments than their attributes is called."""
+    if fn in (operator.is_, operator.is_not, id):
+        values = [found_value(a) for a in args]
+        if all(isinstance(v, _SHARED_BY_CHANCE) and type(v) is not bool for v in values):
+            _note(UNKNOWN, UNKNOWN)
+    elif fn is dir:
+        _local.stack[-1].accessed.add(_kind(args[0]), ALL)
+    elif fn in (repr, str, format, ascii):
+        value = found_value(args[0])
+        kind: Any = type(value)
+        if value is not NEW and kind.__repr__ is object.__repr__:  # which has its address
+            _note(value, value)
+    elif fn in (isinstance, issubclass) and len(args) > 1:
+        kinds = found_value(args[1])
+        for kind in kinds if type(kinds) is tuple else (kinds,):
+            meta: Any = type(kind)
+            if isinstance(kind, type) and (meta not in PLAIN_METACLASSES or getattr(kind, "_is_protocol", False)):
+                # Its answer may depend on any attribute, which is read outside of the trace.
+                _local.stack[-1].accessed.add(_kind(args[0]), ALL)
+
+
+def _note(one: Any, other: Any) -> None:
+    for seen in _local.stack[-1].parts:
+        seen.identities.append((one, other))
+
+
+def _opaque(original: Callable[..., Any]) -> Callable[..., Any]:
+    def looked_at(*args: Any, **kwargs: Any) -> Any:
+        if _local.stack:
+            for seen in _local.stack[-1].parts:
+                seen.inspected = True
+        return original(*args, **kwargs)
+
+    return looked_at
 
 
 def found_value(variable: Any) -> Any:
@@ -331,7 +397,7 @@ def found_value(variable: Any) -> Any:
     if isinstance(variable, ConstantVariable):
         return variable.value
     if variable.source is None:
-        return getattr(variable, "value", NEW)
+        return vars(variable).get("value", NEW)
     try:
         return InstructionTranslator.current_tx().output.resolve_source_value(variable.source)
     except Exception:  # a source of Dynamo's own making, which no expression leads to

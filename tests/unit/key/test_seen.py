@@ -30,7 +30,8 @@ def module() -> Iterator[types.ModuleType]:
 
 
 def read(model: nn.Module) -> Seen:
-    seen = collect(model, stitched(model, (torch.randn(5, 8),)).tracer)
+    traced = stitched(model, (torch.randn(5, 8),))
+    seen = collect(model, traced.tracer, traced.graph)
     return msgspec.msgpack.decode(msgspec.msgpack.encode(seen), type=Seen)
 
 
