@@ -232,7 +232,7 @@ ACTIVE = (
 # What is changed while a model compiles and put back afterwards, by the module that does it.
 WHILE_COMPILING = (
     (
-        "torch._dynamo.variables: UnspecializedNNModuleVariable.call_function and two more (trace/hooks.py)",
+        "torch._dynamo.variables: UnspecializedNNModuleVariable.call_function, and what else trace/watch.py lists",
         "a repeated layer is traced once",
     ),
     (
