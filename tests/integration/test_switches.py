@@ -134,7 +134,7 @@ CODE = """
     for found in list(old.manifests()):
         if found.kind == "program":
             members = {"aot": found.members["plan"], "inductor/x.so": found.members["head"]}
-            old.commit(msgspec.structs.replace(found, members=members, about={"form": "upstream"}))
+            old.commit(msgspec.structs.replace(found, members=members))
     out["an older form"] = [start("a", VLLM_COMPILE_STORE=str(Path("store").absolute())) for _ in range(2)]
     out["cache_dir"] = [start("c", compilation={"cache_dir": "mine"}), start("c", compilation={"cache_dir": "mine"})]
     out["files"]["cache_dir"] = files("mine")

@@ -10,17 +10,17 @@ import re
 
 _PATH, _HOST, _RANK = "a path", "a host, a port or an address", "a rank or where a process is placed"
 _LABEL, _LOG = "says how something is called or where it was built", "logging"
-_FOUND = "decides what can be imported; what is imported counts: packages, plugins, sources"
+_FOUND = "decides what can be imported; what is imported counts: packages, plugins, what the trace read"
 
 DROPPED = {
     # Fields of vLLM's configuration, by the class that hashes them, and keys of a model's own config.json.
     "ModelConfig.model": "a path or a name; what it holds stands in hf_config and in the module tree",
     "ModelConfig.model_weights": "a path or a name, as model",
     "ModelConfig.revision": "a name, as model",
-    "ModelConfig.code_revision": "a name; the sources of traced files are checked",
+    "ModelConfig.code_revision": "a name; what was traced of it is compared (seen.py)",
     "ModelConfig.generation_config": "a path, or where sampling defaults come from",
     "ModelConfig.max_logprobs": "how many logprobs a request may ask for; the sampler is not in a model's graph",
-    "ModelConfig.trust_remote_code": "what the code says stands in hf_config, in the class and in the traced sources",
+    "ModelConfig.trust_remote_code": "what the code says stands in hf_config, in the class and in what the trace read",
     "ParallelConfig.disable_nccl_for_dp_synchronization": "how data parallel ranks agree on the size of a batch, "
     "between steps; where it is not given, async_scheduling decides it",
     "hf_config._name_or_path": "a path or a name, as model",

@@ -45,7 +45,7 @@ _NO_IDENTITY = (tuple, frozenset, str, bytes, types.MethodType, torch.Size, rang
 def compare(one: Any, other: Any, accessed: Accessed, lifted: Collection[tuple[int, str]] = ()) -> Same:
     """What corresponds in two layers.  Raises `Different` where they are not proven to be of the same kind.
 
-    names: what the trace's code has said.  lifted: (id of an object, step) of strings of `one` that the trace used for
+    accessed: what the trace has accessed.  lifted: (id of an object, step) of strings of `one` that the trace used for
     nothing but to make a graph input.
     """
     walk = _Walk(accessed, frozenset(lifted))
