@@ -112,7 +112,7 @@ CODE = """
     out["files"]["theirs"] = files("theirs")
 
     def given_up():
-        from vllm_compile_ext.trace.regions import Tracer
+        from vllm_compile_ext.trace.tracer import Tracer
         Tracer.on_call = lambda *args: 1 / 0
         off = toys.off(toys.build(toys.Plain, toys.config("given-up")))
         counts = [counter.num_aot_artifacts_loaded, counter.num_inductor_compiles, counter.num_aot_artifacts_saved]
