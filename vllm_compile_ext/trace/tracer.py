@@ -431,7 +431,9 @@ def _classify(tx: Any, node: fx.Node, new: bool) -> torch.Tensor | Opaque | None
         raise NotOnce(f"input {node.name} has no access expression")
     if isinstance(source, SyntheticLocalSource):
         return _opaque(tx, source)
-    value = tx.output.resolve_source_value(source)
+    value = _resolve(tx, source)
+    if value is watch.UNKNOWN:
+        raise NotOnce(f"input {node.name} cannot be found by its expression")
     if not isinstance(value, torch.Tensor):
         if new:
             raise NotOnce(f"reads a {type(value).__name__} that is a graph input")

@@ -183,6 +183,8 @@ def look(value: Any, accessed: Accessed) -> Look | None:
         return Look((kind,), _items(tuple.__iter__(value)))
     if isinstance(value, types.ModuleType):  # torch.ops and what is below it
         return Look((kind, value.__name__), [])
+    if torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup):
+        return Look((kind, value.group_name, value.size(), value.rank()), [])
     if isinstance(value, enum.Enum):
         return Look((kind, value._name_), [(".value", value._value_)])
     if isinstance(value, np.ndarray):
