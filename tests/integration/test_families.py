@@ -53,7 +53,7 @@ def compare(name: str, folder: Path, options: dict[str, Any], *, fork: bool = Fa
     assert once.logprobs == full.logprobs == warm.logprobs
     assert once.vectors == full.vectors == warm.vectors
     assert once.tokens or once.vectors
-    assert once.counters["num_compiled_artifacts_saved"] == full.counters["num_compiled_artifacts_saved"]
+    assert once.counters["num_compiled_artifacts_saved"] <= full.counters["num_compiled_artifacts_saved"]
     assert (warm.loaded, warm.compiled) == (1, 0)
 
     assert full.output.lines("every layer is traced", "asked for by a test")

@@ -18,6 +18,7 @@ import msgspec
 import torch
 import torch.fx as fx
 from blake3 import blake3
+from torch._dynamo.trace_rules import _maybe_init_lazy_module
 
 from vllm_compile_ext.artifacts.key import Change
 from vllm_compile_ext.trace.same_kind import storage_of
@@ -55,8 +56,6 @@ def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
     """What the trace of `model` by `tracer`, which gave `graph`, has read.  Raises `NotDescribed`."""
     accessed: Accessed = tracer.accessed
     seen = tracer.seen
-    if "__subclasses__" in accessed.said:
-        raise NotDescribed("which classes there are (__subclasses__)")
     calls = sorted(set(_calls(graph)))
     called = _Walk(accessed, with_paths=False)
     for place in calls:
@@ -70,6 +69,7 @@ def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
         if _find(module, name) is not value and type(value) not in ATOMS:
             raise NotDescribed(f"{module}.{name}, which is another object each time")
         roots.append((module, name))
+    roots += [(kind.__module__, f"{kind.__qualname__}.__subclasses__()") for kind in seen.listed]
     walk = _Walk(accessed, with_paths=True)
     walk.all(model, roots)
     for foreign in seen.foreign:
@@ -144,6 +144,8 @@ def _without_torchs(function: Any) -> list[Any]:
 def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
     """What is not as it was when `seen` was collected."""
     accessed = _accessed(seen)
+    for module in {module.partition(".")[0] for module, _ in seen.roots}:  # Dynamo lets einops fill its tables first
+        _maybe_init_lazy_module(types.SimpleNamespace(__module__=module))
     try:
         if _digest(_Walk(accessed, with_paths=False).all(model, seen.roots)) == seen.digest:
             return []
@@ -154,9 +156,15 @@ def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
     old = dict(_split(zlib.decompress(seen.lines).decode("utf-8", "surrogatepass").split("\n")))
     new = dict(_split(walk.lines))
     names = [n for n in dict.fromkeys((*new, *old)) if old.get(n) != new.get(n)]
+    # Numbers follow from what came before.
+    names = [n for n in names if not (_is_number(old.get(n)) and _is_number(new.get(n)))] or names
     return [_change(n, old.get(n), new.get(n)) for n in names] or [
         Change("what the trace read has changed", None, None)
     ]
+
+
+def _is_number(text: str | None) -> bool:
+    return text is not None and text.startswith("number ")
 
 
 _FUNCTION = "builtins.function "
@@ -219,7 +227,8 @@ def _find(module: str, name: str) -> Any:
         outer, _, module = module.rpartition(".")
         found = _find(outer, module) if outer else None
     for part in name.split("."):
-        found = getattr(found, part, None)
+        found = getattr(found, part.removesuffix("()"), None)
+        found = found() if found and part.endswith("()") else found
     return found
 
 

@@ -187,6 +187,8 @@ def look(value: Any, accessed: Accessed) -> Look | None:
         return Look((kind, value.group_name, value.size(), value.rank()), [])
     if isinstance(value, enum.Enum):
         return Look((kind, value._name_), [(".value", value._value_)])
+    if type(kind).__name__ == "pybind11_type" and hasattr(kind, "__members__"):  # an enum in C++
+        return Look((kind, value.name), [])
     if isinstance(value, np.ndarray):
         return _array(value)
     if isinstance(value, np.generic):
@@ -346,6 +348,8 @@ def _builtin(f: Any) -> tuple[Any, ...]:
     owner = f.__self__
     bound = owner is not None and not isinstance(owner, types.ModuleType | type)
     bound = bound and not type(owner).__name__.startswith("pybind11_")  # every function of pybind has its record there
+    if type(owner) is frozenset and f.__name__ == "__contains__" and all(type(v) is str for v in owner):
+        owner = sorted(owner)  # as `keyword.iskeyword`: it cannot tell their order, another one in each process
     return (f.__module__, f.__qualname__), [(".__self__", owner)] if bound else []
 
 

@@ -9,6 +9,7 @@ leave.  Each thread's innermost Tracer is the one that is told.  Names are those
 * `variables.builtin.GetAttrBuiltinVariable`, `HasAttrBuiltinVariable`, `misc.PythonModuleVariable`,
   `dicts.SideEffectsProxyDict` (an object's `__dict__`), `symbolic_convert` `_load_global`: attributes and globals;
 * `variables.object_protocol.{vt_identity_compare, generic_hash_impl}`, `BuiltinVariable.call_id`: which object it is;
+* `variables.user_defined.UserDefinedClassVariable.call_method`: which classes come from another one;
 * `variables.functions.invoke_and_store_as_constant`: functions that run while tracing, which read what they like;
 * `torch.fx.node._side_effectful_functions`: nodes that dead code elimination must not drop.
 """
@@ -59,6 +60,7 @@ class Seen:
     globals: dict[tuple[str | None, str], Any] = field(default_factory=dict)
     identities: list[tuple[Any, Any]] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
+    listed: set[type] = field(default_factory=set)  # classes whose `__subclasses__` were asked for
     inspected: bool = False  # an opaque object was looked at, not only handed to an operator
 
     def roots(self) -> Iterator[Any]:
@@ -124,6 +126,7 @@ def installed() -> bool:
 def _install() -> None:
     from torch._dynamo import symbolic_convert
     from torch._dynamo.variables import builtin, dicts, functions, misc, nn_module, object_protocol, script_object
+    from torch._dynamo.variables.user_defined import UserDefinedClassVariable
 
     _patch(nn_module.UnspecializedNNModuleVariable, "call_function", _module_call)
     _patch(script_object.OpaqueObjectClassVariable, "call_function", _opaque_call)
@@ -140,6 +143,7 @@ def _install() -> None:
         _patch(script_object.TorchScriptObjectVariable, name, _opaque)
     for name in ("__getitem__", "__contains__", "__iter__", "__len__"):
         _patch(dicts.SideEffectsProxyDict, name, _of_dict)
+    _patch(UserDefinedClassVariable, "call_method", _class_method)
     _patch(builtin.BuiltinVariable, "call_id", _identity)
     _patch(builtin.BuiltinVariable, "call_function", _builtin_call)
     for owner, name in (
@@ -372,6 +376,16 @@ def _asked(fn: Any, args: Any) -> None:
 def _note(one: Any, other: Any) -> None:
     for seen in _local.stack[-1].parts:
         seen.identities.append((one, other))
+
+
+def _class_method(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if _local.stack and name == "__subclasses__":
+            for seen in _local.stack[-1].parts:
+                seen.listed.add(self.value)
+        return original(self, tx, name, args, kwargs)
+
+    return call_method
 
 
 def _opaque(original: Callable[..., Any]) -> Callable[..., Any]:
