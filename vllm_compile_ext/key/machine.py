@@ -65,7 +65,8 @@ def python() -> str:
 def flags() -> str:
     """The flags of this Python that count (`dropped.DROPPED`), as one text: 'optimize=0 dev_mode=False ...'."""
     names = [name for name in dir(sys.flags) if not name.startswith(("_", "n_")) and name not in ("count", "index")]
-    return " ".join(f"{name}={getattr(sys.flags, name)}" for name in names if counts(f"flags.{name}"))
+    texts = [f"{name}={getattr(sys.flags, name)}" for name in names if counts(f"flags.{name}")]
+    return " ".join([*texts, f"recursion={sys.getrecursionlimit()}"])
 
 
 def torch_versions(*, cpu: bool) -> dict[str, str | None]:

@@ -70,6 +70,11 @@ def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
             raise NotDescribed(f"{module}.{name}, which is another object each time")
         roots.append((module, name))
     roots += [(kind.__module__, f"{kind.__qualname__}.__subclasses__()") for kind in seen.listed]
+    for pair in seen.asked:
+        name = " ".join(f"{kind.__module__}:{kind.__qualname__}" for kind in pair)
+        if _classes(name) != pair:
+            raise NotDescribed(f"whether {_name(pair[0])} is a {_name(pair[1])}, one of which is not found by its name")
+        roots.append((_IS_ONE_OF, name))
     walk = _Walk(accessed, with_paths=True)
     walk.all(model, roots)
     for foreign in seen.foreign:
@@ -97,7 +102,9 @@ def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
     )
 
 
-_OPERATOR = "torch.ops of"  # stands for a module: what Python has registered for an operator
+# These stand for a module: what Python has registered for an operator; whether a class is one of an ABC's.
+_OPERATOR = "torch.ops of"
+_IS_ONE_OF = "isinstance of"
 
 
 def _calls(graph: fx.Graph) -> Iterator[tuple[str, str]]:
@@ -221,6 +228,9 @@ def _find(module: str, name: str) -> Any:
     """What is under a name now; None where there is nothing."""
     if module == _OPERATOR:
         return _registered(name)
+    if module == _IS_ONE_OF:
+        kind, base = _classes(name)
+        return issubclass(kind, base) if isinstance(kind, type) and isinstance(base, type) else None
     if module in sys.modules:
         found: Any = sys.modules[module]
     else:  # torch.ops.aten and its like
@@ -230,6 +240,12 @@ def _find(module: str, name: str) -> Any:
         found = getattr(found, part.removesuffix("()"), None)
         found = found() if found and part.endswith("()") else found
     return found
+
+
+def _classes(name: str) -> tuple[Any, Any]:
+    """The two classes that a name below `_IS_ONE_OF` stands for."""
+    kind, base = (_find(*one.split(":")) for one in name.split(" "))
+    return kind, base
 
 
 class _Walk:

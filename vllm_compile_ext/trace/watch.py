@@ -16,6 +16,7 @@ leave.  Each thread's innermost Tracer is the one that is told.  Names are those
 
 from __future__ import annotations
 
+import abc
 import builtins
 import contextlib
 import functools
@@ -61,6 +62,7 @@ class Seen:
     identities: list[tuple[Any, Any]] = field(default_factory=list)
     foreign: list[Foreign] = field(default_factory=list)
     listed: set[type] = field(default_factory=set)  # classes whose `__subclasses__` were asked for
+    asked: set[tuple[type, type]] = field(default_factory=set)  # is this class one of that ABC's?
     inspected: bool = False  # an opaque object was looked at, not only handed to an operator
 
     def roots(self) -> Iterator[Any]:
@@ -371,6 +373,14 @@ def _asked(fn: Any, args: Any) -> None:
             if isinstance(kind, type) and (meta not in PLAIN_METACLASSES or getattr(kind, "_is_protocol", False)):
                 # Its answer may depend on any attribute, which is read outside of the trace.
                 _local.stack[-1].accessed.add(_kind(args[0]), ALL)
+            if isinstance(kind, abc.ABCMeta):
+                _registered(found_value(args[0]) if fn is issubclass else _kind(args[0]), kind)
+
+
+def _registered(kind: Any, base: abc.ABCMeta) -> None:
+    if isinstance(kind, type) and base not in kind.__mro__:
+        for seen in _local.stack[-1].parts:
+            seen.asked.add((kind, base))
 
 
 def _note(one: Any, other: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import keyword
 import os
 import sys
 import types
@@ -16,6 +18,7 @@ from torch import nn
 from tests.unit.trace.capture import stitched
 from tests.unit.trace.models import stack
 from vllm_compile_ext.key.seen import NotDescribed, Seen, changes, collect
+from vllm_compile_ext.trace.values import Accessed, look
 
 NUMBER = 2.0
 
@@ -109,6 +112,55 @@ def test_only_variables_that_were_asked_for_count(monkeypatch: pytest.MonkeyPatc
     (change,) = changes(seen, model)
     assert "VARIABLE_OF_A_TEST" in change.name
     assert change[1:] == ("None", "'2'")
+
+
+class Base:
+    pass
+
+
+class Child(Base):
+    pass
+
+
+class Abstract(abc.ABC):  # noqa: B024 - classes are registered with it
+    pass
+
+
+def lists_classes(self: Any, x: Any) -> Any:
+    return self.lin(x) * len(Base.__subclasses__())
+
+
+def test_which_classes_there_are() -> None:
+    model = stack(lists_classes)
+    seen = read(model)
+    assert changes(seen, model) == []
+    late = type("Late", (Base,), {})
+    found = [str(c) for c in changes(seen, model)]
+    assert any("Base.__subclasses__()" in c for c in found), found
+    del late
+
+
+def asks_for_abstract(self: Any, x: Any) -> Any:
+    return self.lin(x) * (2.0 if isinstance(self.some, Abstract) else 3.0)
+
+
+def test_a_class_that_was_registered_with_an_abc() -> None:
+    some = Child()
+    model = stack(asks_for_abstract, some=lambda i: some)
+    seen = read(model)
+    assert changes(seen, model) == []
+    Abstract.register(Child)
+    assert [(c.old, c.new) for c in changes(seen, model)] == [("False", "True")]
+
+
+def test_enums_of_cpp_and_tables_of_words_can_be_looked_up_in_another_process() -> None:
+    accessed = Accessed()
+    sums, products = (look(op, accessed) for op in (torch.distributed.ReduceOp.SUM, torch.distributed.ReduceOp.PRODUCT))
+    assert sums is not None
+    assert sums != products
+    described = look(keyword.iskeyword, accessed)
+    assert described is not None
+    assert described.parts == [(".__self__", sorted(keyword.kwlist))]
 
 
 def test_code_of_no_module_is_not_kept() -> None:
