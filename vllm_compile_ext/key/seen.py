@@ -7,6 +7,7 @@ to load looks all of it up again, in itself: one line that differs is a miss tha
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import types
@@ -182,14 +183,15 @@ def _change(path: str, old: str | None, new: str | None) -> Change:
     """A difference for people: `layers.3.mlp.scale: 1.0 -> 2.0`."""
     name = _STEP.sub(r".\1", path).removeprefix(".") or "the model"
     if old and new and old.startswith(_FUNCTION) and new.startswith(_FUNCTION):
-        was, now = (text.split(" ")[1:3] for text in (old, new))
+        was, now = (text.removeprefix(_FUNCTION).split("'")[1:4:2] for text in (old, new))
         if was == now:
             return Change(f"{name} has other code", None, None)
-        return Change(f"{name} is another function (replaced by {'.'.join(now)})".replace("'", ""), None, None)
+        return Change(f"{name} is another function (replaced by {'.'.join(now)})", None, None)
     return Change(f"{name}:", old, new)
 
 
-def _name(kind: type | None) -> str:
+@functools.cache
+def _name(kind: Any) -> str:
     return "" if kind is None else f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -260,9 +262,10 @@ class _Walk:
         self.keep: list[Any] = []
 
     def all(self, model: torch.nn.Module, roots: list[tuple[str, str]]) -> list[str]:
-        self.value("", model)
-        for place in roots:
-            self.root(place)
+        with torch._C.DisableTorchFunctionSubclass():  # each look at a parameter would ask for it
+            self.value("", model)
+            for place in roots:
+                self.root(place)
         return self.lines
 
     def root(self, place: tuple[str, str]) -> None:
@@ -277,25 +280,33 @@ class _Walk:
         if number is not None:
             self.lines.append(f"{path}\tnumber {number}")
             return
-        kind = type(value)
+        kind: Any = type(value)
         if kind is not tuple and kind is not types.MethodType:  # as the interpreter likes, one object or two
             self.numbers[id(value)] = len(self.numbers)
         self.keep.append(value)
         seen = look(value, self.accessed)
         if seen is None:
-            raise NotDescribed(f"{path or 'the model'}, a {kind.__module__}.{kind.__qualname__}")
-        words = " ".join([f"{w.__module__}.{w.__qualname__}" if isinstance(w, type) else repr(w) for w in seen.head])
-        if isinstance(value, torch.Tensor):
+            raise NotDescribed(f"{path or 'the model'}, a {_name(kind)}")
+        head, parts = seen
+        words = f"{path}\t{_name(head[0])} {head[1:]!r}"
+        if issubclass(kind, torch.Tensor):
             words += f" memory {self.storages.setdefault(storage_of(value), len(self.storages))}"
-        self.lines.append(f"{path}\t{words}")
+        lines = self.lines
+        lines.append(words)
         outer = path if self.with_paths else ""
-        for step, part in seen.parts:
+        for step, part in parts:
             if type(part) in ATOMS:
-                self.lines.append(f"{outer}{step}\t{_text(part)}")
+                lines.append(f"{outer}{step}\t{_text(part)}")
             else:
                 self.value(outer + step, part)
-        if kind.__flags__ & (1 << 9) and not issubclass(kind, type):
+        if _is_heap_type(kind):
             self.value(kind.__qualname__ if self.with_paths else "type", kind)
+
+
+@functools.cache
+def _is_heap_type(kind: Any) -> bool:
+    """Whether a class statement made the class of an object that is no class itself."""
+    return bool(kind.__flags__ & (1 << 9)) and not issubclass(kind, type)
 
 
 def _text(value: Any) -> str:

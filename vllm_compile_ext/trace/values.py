@@ -18,7 +18,7 @@ import struct
 import types
 import typing
 import weakref
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,14 +124,14 @@ def code_digest(code: types.CodeType) -> str:
     about = (
         code.co_name,
         code.co_qualname,
-        code.co_code,
+        code.co_code.hex(),  # whose repr is quick
         code.co_names,
         code.co_varnames,
         code.co_freevars,
         code.co_cellvars,
         code.co_flags,
     )
-    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_exceptiontable)
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_exceptiontable.hex())
     return blake3(repr((about, counts, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -163,39 +163,38 @@ def is_atom(value: Any) -> bool:
 def look(value: Any, accessed: Accessed) -> Look | None:
     """What can be seen of `value` by code that has `accessed` what it has; None for a value of an unknown type."""
     kind: Any = type(value)
+    return _looker(kind)(value, accessed)
+
+
+@functools.cache
+def _looker(kind: Any) -> Callable[[Any, Accessed], Look | None]:
+    """How to look at a value of exactly this type."""
     if kind in ATOMS:
-        return Look(atom(value), [])
+        return lambda v, _: Look(atom(v), [])
     known = _KNOWN.get(kind)
     if known is not None:
-        head, parts = known(value)
-        return Look((kind, *head), parts)
-    if isinstance(value, torch.Tensor):
-        return _tensor(value, accessed)
-    if kind is type(os.environ):
-        wanted = sorted(value if accessed.variables is None else accessed.variables)
-        coding = [(".encodekey", value.encodekey), (".decodevalue", value.decodevalue)]
-        return Look((kind,), coding + [(f"[{name!r}]", value.get(name)) for name in wanted])
-    if kind is types.FunctionType:
-        return _function(value, accessed)
-    if isinstance(value, type):
-        return _class(value, accessed)
-    if isinstance(value, tuple) and hasattr(kind, "n_sequence_fields"):  # as sys.version_info
-        return Look((kind,), _items(tuple.__iter__(value)))
-    if isinstance(value, types.ModuleType):  # torch.ops and what is below it
-        return Look((kind, value.__name__), [])
-    if torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup):
-        return Look((kind, value.group_name, value.size(), value.rank()), [])
-    if isinstance(value, enum.Enum):
-        return Look((kind, value._name_), [(".value", value._value_)])
+        return functools.partial(_known, known)
+    for base, looker in _LOOKERS:
+        if issubclass(kind, base):
+            return looker
+    if issubclass(kind, tuple) and hasattr(kind, "n_sequence_fields"):  # as sys.version_info
+        return lambda v, _: Look((kind,), _items(tuple.__iter__(v)))
+    if torch.distributed.is_available() and issubclass(kind, torch.distributed.ProcessGroup):
+        return lambda v, _: Look((kind, v.group_name, v.size(), v.rank()), [])
     if type(kind).__name__ == "pybind11_type" and hasattr(kind, "__members__"):  # an enum in C++
-        return Look((kind, value.name), [])
-    if isinstance(value, np.ndarray):
-        return _array(value)
-    if isinstance(value, np.generic):
-        return Look((kind, value.dtype.str, value.tobytes()), [])
-    if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
-        return Look((kind, str(value)), [])
-    return _object(value, accessed)
+        return lambda v, _: Look((kind, v.name), [])
+    return _object
+
+
+def _known(known: Callable[[Any], tuple[Any, ...]], value: Any, _: Accessed) -> Look:
+    head, parts = known(value)
+    return Look((type(value), *head), parts)
+
+
+def _variables(value: Any, accessed: Accessed) -> Look:
+    wanted = sorted(value if accessed.variables is None else accessed.variables)
+    coding = [(".encodekey", value.encodekey), (".decodevalue", value.decodevalue)]
+    return Look((type(value),), coding + [(f"[{name!r}]", value.get(name)) for name in wanted])
 
 
 def _object(value: Any, accessed: Accessed) -> Look | None:
@@ -244,17 +243,20 @@ SEEN = {
 }
 
 
-def _module(kind: type, own: dict[str, Any], accessed: Accessed, ordinary: bool) -> Iterator[tuple[str, Any]]:
+def _module(kind: type, own: dict[str, Any], accessed: Accessed, ordinary: bool) -> list[tuple[str, Any]]:
+    parts: list[tuple[str, Any]] = []
     for key in _STRUCTURE:
-        for name, part in own.get(key, {}).items():
-            yield f".{key}[{name!r}]", part
+        if table := own.get(key):
+            parts += [(f".{key}[{name!r}]", part) for name, part in table.items()]
     for key in _HOOKS:
-        for number, hook in own.get(key, {}).items():
-            yield f".{key}", (hook, number in own.get(f"{key}_with_kwargs", ()))
-    yield "._non_persistent_buffers_set", tuple(sorted(own.get("_non_persistent_buffers_set", ())))
-    for key, value in accessed.of(kind, own) if ordinary else own.items():
-        if key not in SEEN:
-            yield f".{key}", value
+        if table := own.get(key):
+            with_kwargs = own.get(f"{key}_with_kwargs", ())
+            parts += [(f".{key}", (hook, number in with_kwargs)) for number, hook in table.items()]
+    if own.get("_non_persistent_buffers_set"):
+        parts.append(("._non_persistent_buffers_set", tuple(sorted(own["_non_persistent_buffers_set"]))))
+    shown = accessed.of(kind, own) if ordinary else own.items()
+    parts += [(f".{key}", value) for key, value in shown if key not in SEEN]
+    return parts
 
 
 def _dict(value: Any) -> dict[str, Any] | None:
@@ -267,7 +269,8 @@ def _dict(value: Any) -> dict[str, Any] | None:
 
 def _tensor(value: Any, accessed: Accessed) -> Look | None:
     kind: Any = type(value)
-    if is_traceable_wrapper_subclass(value) or not (kind in (torch.Tensor, torch.nn.Parameter) or _python(kind)):
+    plain = kind is torch.nn.Parameter or kind is torch.Tensor
+    if not plain and (is_traceable_wrapper_subclass(value) or not _python(kind)):
         return None
     own = _dict(value) or {}
     # torch 2.13, _dynamo/variables/builder.py: Dynamo marks the parameters that it has traced.
@@ -327,10 +330,8 @@ def _function(f: Any, accessed: Accessed) -> Look:
     if not wrapped:
         parts += [(".__defaults__", f.__defaults__), (".__kwdefaults__", f.__kwdefaults__)]
         parts += [(f".__closure__[{i}].cell_contents", _cell(c)) for i, c in enumerate(f.__closure__ or ())]
-    if "__annotations__" in accessed.said:
-        parts.append((".__annotations__", f.__annotations__))
-    head = (types.FunctionType, f.__module__, f.__qualname__, f.__name__, f.__doc__, code_digest(f.__code__))
-    return Look(head, parts)
+    parts += [(f".{name}", getattr(f, name)) for name in ("__doc__", "__annotations__") if name in accessed.said]
+    return Look((types.FunctionType, f.__module__, f.__qualname__, f.__name__, code_digest(f.__code__)), parts)
 
 
 def _items(values: Any) -> list[tuple[str, Any]]:
@@ -595,3 +596,19 @@ def _class(kind: Any, accessed: Accessed) -> Look:
         for name, field in vars(kind).get("__dataclass_fields__", {}).items():
             parts += [(f".{name}.{step}", getattr(field, step)) for step in ("default", "default_factory", "metadata")]
     return Look((type, kind.__module__, kind.__qualname__, kind.__name__), parts)
+
+
+# Subclasses too, the first that fits.
+_LOOKERS: list[tuple[type, Callable[[Any, Accessed], Look | None]]] = [
+    (torch.Tensor, _tensor),
+    (type(os.environ), _variables),
+    (types.FunctionType, _function),
+    (type, _class),
+    (types.ModuleType, lambda v, _: Look((type(v), v.__name__), [])),  # torch.ops and what is below it
+    (enum.Enum, lambda v, _: Look((type(v), v._name_), [(".value", v._value_)])),
+    (np.ndarray, lambda v, _: _array(v)),
+    (np.generic, lambda v, _: Look((type(v), v.dtype.str, v.tobytes()), [])),
+    (torch._ops.OpOverload, lambda v, _: Look((type(v), str(v)), [])),
+    (torch._ops.OpOverloadPacket, lambda v, _: Look((type(v), str(v)), [])),
+    (torch._ops.HigherOrderOperator, lambda v, _: Look((type(v), str(v)), [])),
+]
