@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests import engine
+from tests import engine, process
 from tests.families import FAMILIES
 
 pytestmark = pytest.mark.engine
@@ -37,16 +37,20 @@ def test_same_answers_as_a_full_trace(name: str, tmp_path: Path) -> None:
 
 
 def compare(name: str, folder: Path, options: dict[str, Any], *, fork: bool = False) -> tuple[int, int]:
-    """Start one family traced in full, once, and warm, and compare; how many layers were traced, and copied."""
+    """Start one family traced in full, once, and warm, and compare; how many layers were traced, and copied.
+
+    fork: both cold starts at once, on two cores; on a GPU each would take the other's memory for its own.
+    """
     model = FAMILIES[name](folder / "model")
-    # Both at once: two cores, two engines.
-    folders = [folder / which for which in ("full", "once")]
-    started = [
-        engine.begin(model, each / "root", each / "run", options | {"upstream": each.name == "full"}, fork=fork)
-        for each in folders
-    ]
-    full, once = (engine.end(p, each / "run") for p, each in zip(started, folders, strict=True))
-    warm = engine.run(model, folders[1] / "root", options, fork=fork)
+
+    def begin(which: str) -> process.Started:
+        asked = options | {"upstream": which == "full"}
+        return engine.begin(model, folder / which / "root", folder / which / "run", asked, fork=fork)
+
+    started = begin("full") if fork else None
+    once = engine.end(begin("once"), folder / "once" / "run")
+    full = engine.end(started or begin("full"), folder / "full" / "run")
+    warm = engine.run(model, folder / "once" / "root", options, fork=fork)
 
     assert once.tokens == full.tokens == warm.tokens
     # The same kernels: the same bits.
