@@ -148,12 +148,9 @@ def _install() -> None:
     _patch(UserDefinedClassVariable, "call_method", _class_method)
     _patch(builtin.BuiltinVariable, "call_id", _identity)
     _patch(builtin.BuiltinVariable, "call_function", _builtin_call)
-    for owner, name in (
-        (object_protocol, "vt_identity_compare"),
-        (builtin, "vt_identity_compare"),
-        (object_protocol, "generic_hash_impl"),
-    ):
-        _patch(owner, name, _identity)
+    for owner in (object_protocol, builtin):
+        _patch(owner, "vt_identity_compare", _identity)
+    _patch(object_protocol, "generic_hash_impl", _hash)
     for owner in (functions, nn_module):
         _patch(owner, "invoke_and_store_as_constant", _foreign_call)
     for marker in (keep_alive, region):
@@ -326,6 +323,18 @@ def _identity(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args)
 
     return about
+
+
+def _hash(original: Callable[..., Any]) -> Callable[..., Any]:
+    def generic_hash_impl(tx: Any, variable: Any) -> Any:
+        if _local.stack:
+            value = found_value(variable)
+            # Dynamo traces into a `__hash__` of Python, and asks for the hashes of a dataclass's fields.
+            if value is not NEW and not is_atom(value) and type(type(value).__hash__) is not types.FunctionType:
+                _note(value, value)
+        return original(tx, variable)
+
+    return generic_hash_impl
 
 
 def _builtin_call(original: Callable[..., Any]) -> Callable[..., Any]:
