@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -176,9 +177,21 @@ def looks_up(self: Any, x: Any) -> Any:
     return attn(BY_NAME[name_of(Name(self.name))].lin(x), Name(self.name))
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    by: Any
+
+
+class ByIdentity:
+    by = 2.0
+
+
 class Config:
     def __init__(self, **kw: Any) -> None:
         self.__dict__.update(kw)
+
+
+ONES = [ByIdentity(), ByIdentity()]
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
@@ -203,6 +216,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
             lambda s, x: attn(s.lin(x), Name(s.name)), outer=lambda m, s, x: s(x) if s.name.endswith("1") else s(x) + 1
         ),
         None,
+    ),
+    "in a set, by what it holds": (
+        lambda: stack(lambda s, x: s.lin(x) * (2 if Frozen(1.0) in s.some else 3), some=lambda i: {Frozen(1.0)}),
+        5,
+    ),
+    "in a set, by its identity": (
+        lambda: stack(
+            lambda s, x: s.lin(x) * (2 if Frozen(s.one) in s.some else 3),
+            some=lambda i: {Frozen(ONES[0])},
+            one=lambda i: ONES[i % 2],
+        ),
+        4,
     ),
     "name made of a name": (lambda: stack(lambda s, x: attn(s.lin(x), Name(s.name + ".attn"))), 0),
     "string to an op": (lambda: stack(lambda s, x: attn_str(s.lin(x), s.name)), 0),
