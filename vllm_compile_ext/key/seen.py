@@ -13,6 +13,7 @@ import sys
 import types
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -123,22 +124,41 @@ def _calls(graph: fx.Graph) -> Iterator[tuple[str, str]]:
 
 
 def _registered(name: str) -> tuple[Any, ...]:
-    """What Python has registered for an operator: its fake implementation, and a decomposition.
+    """What an operator is to a compiler: schemas and tags, and what Python has registered, its fake implementation and
+    decompositions.
 
-    Raises `NotDescribed` for one that is made of others by a function of its own: it is compiled, and not traced.
-    torch 2.13, _library/simple_registry.py and _decomp/__init__.py.
+    Raises `NotDescribed` where a function that cannot be found is run to trace the operator, or to compile it.
+    torch 2.13, library.py, _library/simple_registry.py and _decomp/__init__.py.
     """
     from torch._decomp import decomposition_table
     from torch._library.simple_registry import singleton
 
     whole, (name, _, _) = name, name.partition(".")
-    if torch._C._dispatch_has_kernel_for_dispatch_key(whole, "CompositeImplicitAutograd"):
-        raise NotDescribed(f"what the operator {name} is made of")
     namespace, _, op = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), op)
+    overloads = [getattr(packet, o) for o in packet.overloads()]
     kernel = singleton.find(name).fake_impl.kernel
-    decompositions = (decomposition_table.get(getattr(packet, o)) for o in packet.overloads())
-    return *_without_torchs(kernel and kernel.func), *decompositions
+    dump = torch._C._dispatch_dump(whole)
+    # Of its own operators torch registers gradients through its own functions.
+    beside = _DEVICES | {"Autograd"} if re.search(r"^debug: .*/torch/csrc/", dump, re.MULTILINE) else _DEVICES
+    for key, file in _KERNEL.findall(dump):
+        runs_then = key == "CompositeImplicitAutograd" or (kernel is None and key not in beside)
+        if runs_then and _is_python(file):
+            raise NotDescribed(f"what the operator {name} is made of")
+    about = [(str(o._schema), sorted(map(str, o.tags))) for o in overloads]
+    return about, *_without_torchs(kernel and kernel.func), *map(decomposition_table.get, overloads)
+
+
+_KERNEL = re.compile(r"^(\w+)(?:\[alias\])?: registered at (.*):\d+ ::", re.MULTILINE)
+_DEVICES = {"CPU", "CUDA", "XPU", "HPU", "MPS", "PrivateUse1"}  # a kernel for these runs with the model only
+
+
+def _is_python(file: str) -> bool:
+    """Whether a kernel was registered by Python, from there or through torch's own functions for it."""
+    if file.endswith((".cpp", ".cc", ".cu", ".h")):
+        return False
+    place = file.removeprefix(str(Path(torch.__file__).parent))
+    return place == file or place.startswith(("/library.py", "/_library/"))
 
 
 def _without_torchs(function: Any) -> list[Any]:

@@ -183,7 +183,22 @@ def _looker(kind: Any) -> Callable[[Any, Accessed], Look | None]:
         return lambda v, _: Look((kind, v.group_name, v.size(), v.rank()), [])
     if type(kind).__name__ == "pybind11_type" and hasattr(kind, "__members__"):  # an enum in C++
         return lambda v, _: Look((kind, v.name), [])
+    if kind.__module__ == "triton.runtime.jit" and hasattr(kind, "cache_key"):
+        return lambda v, _: Look((kind, *_triton_kernel(v)), [])
+    if kind.__module__ == "triton.runtime.autotuner":
+        return lambda v, _: Look((kind,), [(f".{k}", x) for k, x in vars(v).items() if k not in _OF_TUNING])
     return _object
+
+
+# What an autotuner notes while it runs (Triton 3.5, runtime/autotuner.py).
+_OF_TUNING = {"cache", "configs_timings", "best_config", "nargs", "bench_time", "_do_bench"}
+
+
+def _triton_kernel(kernel: Any) -> tuple[Any, ...]:
+    """Digest of a kernel's source and of the functions that it calls; the globals that they use."""
+    digest = kernel.cache_key  # which finds the globals
+    used = getattr(kernel, "used_global_vals", {})
+    return digest, sorted((name, repr(value)) for (name, _), (value, _) in used.items())
 
 
 def _known(known: Callable[[Any], tuple[Any, ...]], value: Any, _: Accessed) -> Look:

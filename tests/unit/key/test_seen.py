@@ -175,3 +175,44 @@ def test_a_value_of_an_unknown_type_is_not_kept() -> None:
     model.layers[0].view = model.layers[1].view = memoryview(b"ab")
     with pytest.raises((NotDescribed, torch._dynamo.exc.TorchDynamoException), match="memoryview"):
         read(model)
+
+
+@pytest.fixture
+def library() -> Iterator[torch.library.Library]:
+    with torch.library._scoped_library("library_of_a_test", "FRAGMENT") as made:
+        yield made
+
+
+def as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def calls_operator(self: Any, x: Any) -> Any:
+    return torch.ops.library_of_a_test.op(self.lin(x))
+
+
+def test_an_operator_with_another_schema() -> None:
+    def define(schema: str) -> torch.library.Library:
+        library = torch.library.Library("library_of_a_test", "FRAGMENT")
+        library.define(f"op{schema}")
+        library.impl("op", as_it_is, "CPU")
+        library._register_fake("op", as_it_is)
+        return library
+
+    library = define("(Tensor x) -> Tensor")
+    model = stack(calls_operator)
+    seen = read(model)
+    assert changes(seen, model) == []
+    library._destroy()
+    library = define("(Tensor x, int n=1) -> Tensor")
+    found = [str(c) for c in changes(seen, model)]
+    assert any("int n=1" in c for c in found), found
+    library._destroy()
+
+
+@pytest.mark.parametrize("key", ["Meta", "CompositeExplicitAutograd"])
+def test_an_operator_that_unknown_code_traces_is_not_kept(library: torch.library.Library, key: str) -> None:
+    library.define("op(Tensor x) -> Tensor")
+    library.impl("op", as_it_is, key)
+    with pytest.raises(NotDescribed, match="what the operator library_of_a_test::op is made of"):
+        read(stack(calls_operator))
