@@ -365,7 +365,7 @@ WHOLE = (
     instructions = machine.platform()
     torch.cpu.get_capabilities = real
     out["platforms"] = [machine.platform(), instructions]
-    sets, machine._instruction_sets = machine._instruction_sets, lambda: ["avx2"]
+    sets, machine._instruction_sets = machine._instruction_sets, lambda: [*sets(), "avx99"]
     changed("instructions")
     machine._instruction_sets = sets
     flags, machine.processor = machine.processor, lambda: (*flags(), "avx99")
