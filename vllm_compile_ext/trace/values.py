@@ -37,6 +37,7 @@ class Look(NamedTuple):
 
 
 ALL = "*"  # stands for every attribute
+ORDER = "<order of a set>"  # among what was said: the trace may have iterated over a set
 # Who reads one of these may read every attribute of the object; what is read by its `__dict__` is told.
 _WHOLE = frozenset({ALL, "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"})
 
@@ -67,6 +68,10 @@ class Accessed:
         """`name` was read of an object of class `kind`; None where that is not known."""
         self._add(self.by_kind[kind], {name})
         self._add(self.said, {name})
+
+    def add_order(self) -> None:
+        """A set may have been iterated over."""
+        self._add(self.said, {ORDER})
 
     def add_variable(self, name: str | None) -> None:
         """A variable of the environment was asked for; None for all of them."""
@@ -171,6 +176,8 @@ def _looker(kind: Any) -> Callable[[Any, Accessed], Look | None]:
     """How to look at a value of exactly this type."""
     if kind in ATOMS:
         return lambda v, _: Look(atom(v), [])
+    if kind in (set, frozenset):
+        return _set
     known = _KNOWN.get(kind)
     if known is not None:
         return functools.partial(_known, known)
@@ -204,6 +211,12 @@ def _triton_kernel(kernel: Any) -> tuple[Any, ...]:
 def _known(known: Callable[[Any], tuple[Any, ...]], value: Any, _: Accessed) -> Look:
     head, parts = known(value)
     return Look((type(value), *head), parts)
+
+
+def _set(value: Any, accessed: Accessed) -> Look:
+    if ORDER not in accessed.said and all(type(v) is str for v in value):
+        return Look((type(value), len(value)), _items(sorted(value)))  # whose order is another one in each process
+    return Look((type(value), len(value)), _items(value))
 
 
 def _variables(value: Any, accessed: Accessed) -> Look:
@@ -365,7 +378,7 @@ def _builtin(f: Any) -> tuple[Any, ...]:
     bound = owner is not None and not isinstance(owner, types.ModuleType | type)
     bound = bound and not type(owner).__name__.startswith("pybind11_")  # every function of pybind has its record there
     if type(owner) is frozenset and f.__name__ == "__contains__" and all(type(v) is str for v in owner):
-        owner = sorted(owner)  # as `keyword.iskeyword`: it cannot tell their order, another one in each process
+        owner = sorted(owner)  # as `keyword.iskeyword`: it cannot tell their order
     return (f.__module__, f.__qualname__), [(".__self__", owner)] if bound else []
 
 

@@ -9,6 +9,7 @@ leave.  Each thread's innermost Tracer is the one that is told.  Names are those
 * `variables.builtin.GetAttrBuiltinVariable`, `HasAttrBuiltinVariable`, `misc.PythonModuleVariable`,
   `dicts.SideEffectsProxyDict` (an object's `__dict__`), `symbolic_convert` `_load_global`: attributes and globals;
 * `variables.object_protocol.{vt_identity_compare, generic_hash_impl}`, `BuiltinVariable.call_id`: which object it is;
+* `variables.sets`, all but what does not depend on the order of a set;
 * `variables.user_defined.UserDefinedClassVariable.call_method`: which classes come from another one;
 * `variables.functions.invoke_and_store_as_constant`: functions that run while tracing, which read what they like;
 * `torch.fx.node._side_effectful_functions`: nodes that dead code elimination must not drop.
@@ -127,7 +128,7 @@ def installed() -> bool:
 
 def _install() -> None:
     from torch._dynamo import symbolic_convert
-    from torch._dynamo.variables import builtin, dicts, functions, misc, nn_module, object_protocol, script_object
+    from torch._dynamo.variables import builtin, dicts, functions, misc, nn_module, object_protocol, script_object, sets
     from torch._dynamo.variables.user_defined import UserDefinedClassVariable
 
     _patch(nn_module.UnspecializedNNModuleVariable, "call_function", _module_call)
@@ -145,6 +146,10 @@ def _install() -> None:
         _patch(script_object.TorchScriptObjectVariable, name, _opaque)
     for name in ("__getitem__", "__contains__", "__iter__", "__len__"):
         _patch(dicts.SideEffectsProxyDict, name, _of_dict)
+    for kind in (sets.SetVariable, sets.FrozensetVariable):
+        for name, value in list(vars(kind).items()):
+            if isinstance(value, types.FunctionType) and name not in _WITHOUT_ORDER:
+                _patch(kind, name, _of_set)
     _patch(UserDefinedClassVariable, "call_method", _class_method)
     _patch(builtin.BuiltinVariable, "call_id", _identity)
     _patch(builtin.BuiltinVariable, "call_function", _builtin_call)
@@ -395,6 +400,26 @@ def _registered(kind: Any, base: abc.ABCMeta) -> None:
 def _note(one: Any, other: Any) -> None:
     for seen in _local.stack[-1].parts:
         seen.identities.append((one, other))
+
+
+# What Dynamo does with a set (torch 2.13, `SetVariable`) that is the same in whatever order it iterates.
+_WITHOUT_ORDER = {
+    "__init__", "python_type", "python_type_var", "__contains__", "has_new_items", "is_new_item", "clone",
+    "is_hashable", "hash_impl", "var_getattr", "call_obj_hasattr", "install_set_contains_guard", "sq_contains",
+    "sq_length", "richcompare_impl", "is_python_equal",
+}  # fmt: skip
+
+
+def _of_set(original: Callable[..., Any]) -> Callable[..., Any]:
+    def seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        method = original.__name__ == "call_method"
+        if _local.stack and not (method and args[1] in ("__contains__", "__len__")):
+            given = (self, *args, *kwargs.values(), *(args[2] if method else ()))
+            if any(getattr(a, "source", None) is not None for a in given):  # what the trace makes is alike each time
+                _local.stack[-1].accessed.add_order()
+        return original(self, *args, **kwargs)
+
+    return seen
 
 
 def _class_method(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import keyword
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import nn
 from tests.unit.trace.capture import stitched
 from tests.unit.trace.models import stack
 from vllm_compile_ext.key.seen import NotDescribed, Seen, changes, collect
-from vllm_compile_ext.trace.values import Accessed, look
+from vllm_compile_ext.trace.values import ORDER, Accessed, look
 
 NUMBER = 2.0
 
@@ -112,6 +113,34 @@ def test_only_variables_that_were_asked_for_count(monkeypatch: pytest.MonkeyPatc
     (change,) = changes(seen, model)
     assert "VARIABLE_OF_A_TEST" in change.name
     assert change[1:] == ("None", "'2'")
+
+
+NAMES = {"gate", "up", "down", "q_proj", "k_proj", "v_proj"}
+
+
+def is_named(self: Any, x: Any) -> Any:
+    return self.lin(x) if "gate" in self.some and len(self.some) == 6 else x
+
+
+def named_in_order(self: Any, x: Any) -> Any:
+    for name in self.some:
+        x = self.lin(x) * len(name)
+    return x
+
+
+@pytest.mark.parametrize(("forward", "ordered"), [(is_named, False), (named_in_order, True)])
+def test_strings_of_a_set_are_in_order_only_where_code_iterates(forward: Any, ordered: bool) -> None:
+    model = stack(forward, some=lambda i: NAMES)
+    seen = read(model)
+    code = "import sys; from tests.unit.key.test_seen import NAMES, Accessed, look; accessed = Accessed();"
+    code += "accessed.said |= set(sys.argv[1:]); print(look(NAMES, accessed).parts)"
+    texts = set()
+    for seed in "12":
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        words = [w for w in seen.said if w == ORDER]
+        texts.add(subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, check=True).stdout)
+    assert (len(texts) > 1) is ordered
+    assert changes(seen, model) == []
 
 
 class Base:
