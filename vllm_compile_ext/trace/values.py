@@ -80,6 +80,11 @@ class Accessed:
         elif self.variables is not None:
             self.variables.add(name)
 
+    def never(self, kind: type, name: str) -> bool:
+        """Whether no code has said `name`, or read an object of this class as a whole."""
+        whole = self.by_kind[kind] | self.by_kind[None]
+        return self.said.isdisjoint({name, name.lstrip("_")}) and whole.isdisjoint(_WHOLE)
+
     def _add(self, known: set[str], names: Set[str]) -> None:
         if not names <= known:
             known |= names
@@ -225,6 +230,10 @@ def _variables(value: Any, accessed: Accessed) -> Look:
     return Look((type(value),), coding + [(f"[{name!r}]", value.get(name)) for name in wanted])
 
 
+# Where a model's configuration came from (transformers 5, `PreTrainedConfig`, which has a `__getattribute__`).
+_ORIGIN = {"_name_or_path", "_commit_hash"}
+
+
 def _object(value: Any, accessed: Accessed) -> Look | None:
     kind: Any = type(value)
     base = _base(kind)
@@ -250,7 +259,7 @@ def _object(value: Any, accessed: Accessed) -> Look | None:
             parts += _module(kind, own_dict, accessed, ordinary)
         else:
             shown = accessed.of(kind, own_dict) if ordinary else own_dict.items()
-            parts += [(f".{k}", v) for k, v in shown]
+            parts += [(f".{k}", v) for k, v in shown if k not in _ORIGIN or not accessed.never(kind, k)]
     return Look(head, parts)
 
 

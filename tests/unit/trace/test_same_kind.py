@@ -173,6 +173,21 @@ def test_an_attribute_that_nobody_accessed_may_differ() -> None:
     assert differ(Fields(1, 1), Fields(1, 2), accessed(x=Fields)) == ""
 
 
+class Configuration(Plain):
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__(name)
+
+
+def test_where_a_configuration_came_from_counts_only_where_it_is_read() -> None:
+    one, other = Configuration(a=1, _name_or_path="x"), Configuration(a=1, _name_or_path="y")
+    assert differ(one, other, accessed(a=Configuration)) == ""
+    assert differ(one, Configuration(a=2, _name_or_path="y"), accessed()) == ".value.a: 1 / 2"
+    for read in ("_name_or_path", "name_or_path", ALL):
+        seen = accessed()
+        seen.add(Configuration, read)
+        assert differ(one, other, seen) == ".value._name_or_path: 'x' / 'y'"
+
+
 @pytest.mark.parametrize("whole", [ALL, "__reduce_ex__", "__getstate__"])
 def test_who_reads_all_attributes_reads_each(whole: str) -> None:
     seen = accessed()
