@@ -67,6 +67,12 @@ def _deepseek(folder: Path) -> Path:  # a dense layer, then mixtures of experts;
     return make(folder, _config("DeepseekV2Config", "DeepseekV2ForCausalLM", **values))
 
 
+def _granite(folder: Path) -> Path:  # reads its configuration while it is traced
+    values = _HEADS | {"num_hidden_layers": 5, "intermediate_size": 256, "tie_word_embeddings": False}
+    values |= {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+    return make(folder, _config("GraniteConfig", "GraniteForCausalLM", **values))
+
+
 def _llama(layers: int) -> Callable[[Path], Path]:
     return lambda folder: llama(folder, "llama8", num_hidden_layers=layers)
 
@@ -82,4 +88,5 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "bert": _bert,
     "qwen3next": _qwen3next,
     "deepseek": _deepseek,
+    "granite": _granite,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import marshal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -40,25 +40,27 @@ class Transformed:
     # Globals that the code needs besides.
     around: tuple[str, ...] = ()
 
-    def function(self, compiled: Callable[..., Any], around: Mapping[str, Any]) -> FunctionType:
-        """The function, calling `compiled`; `around` are the globals of the function that was traced.
+    def function(self, compiled: Callable[..., Any], traced: FunctionType) -> FunctionType:
+        """The function, calling `compiled`, with the globals and the closure of the function that was traced.
 
         Raises `ImportError`, `AttributeError`, `LookupError` when something that the code names is not there.
         """
         space: dict[str, Any] = {alias: importlib.import_module(name) for alias, name in self.imports.items()}
         space |= {alias: _find(*place) for alias, place in self.named.items()}
-        space |= self.plain | dict(around) | {self.backend: compiled}
+        space |= self.plain | traced.__globals__ | {self.backend: compiled}
         if missing := [name for name in self.around if name not in space]:
             raise LookupError(f"the bytecode needs the globals {', '.join(missing)}")
-        made = FunctionType(self.code, space, argdefs=self.defaults)
+        cells = dict(zip(traced.__code__.co_freevars, traced.__closure__ or (), strict=True))
+        if missing := [name for name in self.code.co_freevars if name not in cells]:
+            raise LookupError(f"the bytecode needs the closure over {', '.join(missing)}")
+        closure = tuple(cells[name] for name in self.code.co_freevars)
+        made = FunctionType(self.code, space, argdefs=self.defaults, closure=closure)
         made.__kwdefaults__ = self.kwdefaults
         return made
 
 
 def capture(environment: Any, backend: str) -> Transformed:
     """What `torch._dynamo.convert_frame.GraphRuntimeEnv` (torch 2.13.0) holds.  Raises `NotSaved`."""
-    if environment.closure or environment.bytecode.co_freevars:
-        raise NotSaved(f"the closure over {', '.join(environment.bytecode.co_freevars)}")
     names = _names(environment.bytecode)
     imports = {alias: name for alias, name in environment.import_sources.items() if alias in names}
     named, plain = {}, {}

@@ -119,4 +119,4 @@ def load(store: Store, manifest: Manifest, model: Any) -> tuple[Callable[..., An
     with span("bind"):
         function = PlanFunction.of(plan, head.symbols, runnables, model.vllm_config, head.prefix, head.is_encoder)
         function.bind(model)
-    return code.function(function, model.forward.__globals__), code.code
+    return code.function(function, getattr(model.forward, "__func__", model.forward)), code.code

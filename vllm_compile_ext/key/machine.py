@@ -65,8 +65,7 @@ def python() -> str:
 def flags() -> str:
     """The flags of this Python that count (`dropped.DROPPED`), as one text: 'optimize=0 dev_mode=False ...'."""
     names = [name for name in dir(sys.flags) if not name.startswith(("_", "n_")) and name not in ("count", "index")]
-    texts = [f"{name}={getattr(sys.flags, name)}" for name in names if counts(f"flags.{name}")]
-    return " ".join([*texts, f"recursion={sys.getrecursionlimit()}"])
+    return " ".join(f"{name}={getattr(sys.flags, name)}" for name in names if counts(f"flags.{name}"))
 
 
 def torch_versions(*, cpu: bool) -> dict[str, str | None]:

@@ -392,7 +392,8 @@ def _asked(fn: Any, args: Any) -> None:
 
 
 def _registered(kind: Any, base: abc.ABCMeta) -> None:
-    if isinstance(kind, type) and base not in kind.__mro__:
+    # What is no class of Python is never found by its name, as `dict_items`, and is registered once and for all.
+    if isinstance(kind, type) and base not in kind.__mro__ and kind.__flags__ & (1 << 9):
         for seen in _local.stack[-1].parts:
             seen.asked.add((kind, base))
 
