@@ -157,8 +157,7 @@ def report(start: Start, seconds: float, kernels_before: int) -> Report:
         return made
     store, blobs = Store.open(folder), set[Blob]()
     for each in sorted(start.told, key=lambda told: (told.model, told.shard)):
-        kept = store.variants(each.key, each.shard)  # the last used first
-        manifest = kept[0] if kept else store.find(each.key, each.shard)
+        manifest = next(iter(store.variants(each.key, each.shard)), None)  # the last used
         mine = set(manifest.members.values()) if manifest else set()
         state = "kept" if each.what == "kept" else "already there"
         made.entries.append(Entry(each.key, each.shard, each.model, state, total(mine)))

@@ -35,8 +35,9 @@ class Seen(msgspec.Struct, frozen=True):
     """What a trace has read.
 
     by_kind, strings, said, variables: as in `Accessed`, classes by their names.  roots: (module, name) of each global
-    and function, and of what the graph calls (`_OPERATOR`).  digest: of the values; lines: the same with their paths,
-    packed, for people.  called: digest of what the graph calls, which a piece of it depends on.
+    and function, of what the graph calls (`_OPERATOR`), and of what was asked of classes (`_IS_ONE_OF`).  digest: of
+    the values; lines: the same with their paths, packed, for people.  called: digest of what the graph calls, which a
+    piece of it depends on.
     """
 
     by_kind: dict[str, list[str]]

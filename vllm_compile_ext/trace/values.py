@@ -448,7 +448,6 @@ _KNOWN: dict[type, Any] = {
     types.MethodType: _fixed("__func__", "__self__"),
     types.CellType: lambda v: ((), [(".cell_contents", _cell(v))]),
     types.CodeType: lambda v: ((v.co_qualname, code_digest(v)), []),
-    types.ModuleType: lambda v: ((v.__name__,), []),
     types.BuiltinFunctionType: _builtin,
     types.MethodWrapperType: lambda v: ((v.__name__,), [(".__self__", v.__self__)]),
     types.WrapperDescriptorType: _descriptor,
@@ -635,17 +634,18 @@ def _class(kind: Any, accessed: Accessed) -> Look:
     return Look((type, kind.__module__, kind.__qualname__, kind.__name__), parts)
 
 
-# Subclasses too, the first that fits.
-_LOOKERS: list[tuple[type, Callable[[Any, Accessed], Look | None]]] = [
+# Of a class, or of several, and their subclasses; the first that fits.
+_LOOKERS: list[tuple[Any, Callable[[Any, Accessed], Look | None]]] = [
     (torch.Tensor, _tensor),
     (type(os.environ), _variables),
     (types.FunctionType, _function),
     (type, _class),
-    (types.ModuleType, lambda v, _: Look((type(v), v.__name__), [])),  # torch.ops and what is below it
+    (types.ModuleType, lambda v, _: Look((type(v), v.__name__), [])),
     (enum.Enum, lambda v, _: Look((type(v), v._name_), [(".value", v._value_)])),
     (np.ndarray, lambda v, _: _array(v)),
     (np.generic, lambda v, _: Look((type(v), v.dtype.str, v.tobytes()), [])),
-    (torch._ops.OpOverload, lambda v, _: Look((type(v), str(v)), [])),
-    (torch._ops.OpOverloadPacket, lambda v, _: Look((type(v), str(v)), [])),
-    (torch._ops.HigherOrderOperator, lambda v, _: Look((type(v), str(v)), [])),
+    (
+        (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator),
+        lambda v, _: Look((type(v), str(v)), []),
+    ),
 ]

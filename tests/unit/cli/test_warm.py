@@ -32,7 +32,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     made = Store.open(tmp_path / "store")
     common = dict(kind="program", model="m", created=1.0, platform="p", factors={})
-    made.commit(Manifest(key=KEY, shard="rank0", members={"plan": made.put(b"12345")}, **common))
+    made.commit(Manifest(key=KEY, shard="rank0.0", members={"plan": made.put(b"12345")}, **common))
     return made
 
 
@@ -99,10 +99,10 @@ def test_everything_already_there(invoke: Any) -> None:
 
 
 def test_entries_of_ranks_share_blobs(invoke: Any, store: Store) -> None:
-    first = store.find(KEY, "rank0")
+    first = store.find(KEY, "rank0.0")
     assert first is not None
     common = dict(kind="program", model="m", created=1.0, platform="p", factors={})
-    store.commit(Manifest(key=KEY, shard="rank1", members={**first.members, "head": store.put(b"123")}, **common))
+    store.commit(Manifest(key=KEY, shard="rank1.0", members={**first.members, "head": store.put(b"123")}, **common))
     told = [Outcome("kept", KEY, "rank1", "m"), Outcome("found", KEY, "rank0", "m")]
     report = json.loads(invoke("m", "--json", start=warm.Start(0, told)).stdout)
     assert [(e["shard"], e["state"], e["bytes"]) for e in report["entries"]] == [
