@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import cold, demo, ranks
 from benchmarks.models import SIZES
-from vllm_compile_ext.artifacts.store import Store
+from vllm_compile_ext.store.store import Store
 
 STOCK, OURS = "stock", "ours"
 STORE = "compile_store"  # in vLLM's cache root

@@ -21,8 +21,8 @@ from vllm.config.logging import LoggingConfig  # noqa: E402
 from vllm.logger import configure_logging  # noqa: E402
 from vllm.sequence import IntermediateTensors  # noqa: E402
 
-from vllm_compile_ext.artifacts.store import Store  # noqa: E402
 from vllm_compile_ext.compilation import rules  # noqa: E402
+from vllm_compile_ext.store.store import Store  # noqa: E402
 
 configure_logging(LoggingConfig())
 SIZE = 16

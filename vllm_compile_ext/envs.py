@@ -73,6 +73,11 @@ class Settings:
         meaning="Where compiled code is kept between starts. What lies there is run: the folder is made for its owner "
         "only and is not used while others can write to it.",
     )
+    VLLM_COMPILE_STORE_GROUP: bool = _switch(
+        default=False,
+        meaning="1 uses a store that its group can write, where this process has that group: whoever is in the group "
+        "can then run code in this process. For volumes that several users of a cluster share.",
+    )
     VLLM_COMPILE_STORE_MAX_GB: int = _count(
         default=10,
         meaning="How many GiB compiled code may take in the store; what was not used for longest goes first. "
@@ -150,6 +155,15 @@ def store_off(environ: Mapping[str, str] = os.environ) -> bool:
 def store_limit() -> int | None:
     """Bytes that the store's entries may take, None for no limit."""
     return load().VLLM_COMPILE_STORE_MAX_GB * 2**30 or None
+
+
+def store_group() -> bool:
+    """Whether a group may share the store: VLLM_COMPILE_STORE_GROUP; a bad value counts as off."""
+    name = "VLLM_COMPILE_STORE_GROUP"
+    try:
+        return load({name: os.environ.get(name, "")}).VLLM_COMPILE_STORE_GROUP
+    except EnvError:
+        return False
 
 
 def _absolute(name: str) -> Path:

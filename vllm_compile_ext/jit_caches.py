@@ -17,15 +17,14 @@ from __future__ import annotations
 import glob
 import logging
 import os
-import stat
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_compile_ext import envs
-from vllm_compile_ext.artifacts import kernels
+from vllm_compile_ext.store import kernels
+from vllm_compile_ext.store.files import Tree, UnsafeStoreError
 
 logger = logging.getLogger(__name__)
 
@@ -98,13 +97,13 @@ CACHES = (
 )
 
 
-class _RefusedError(Exception):
-    """The folder cannot or must not be used; the message says why and what mends it."""
-
-
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder below which the caches lie; `vllm_compile_ext.artifacts.kernels` measures and trims it."""
-    return envs.store(environ) / "v1" / "jit"
+    """The folder below which the caches lie; `vllm_compile_ext.store.kernels` measures and trims it."""
+    return _jit(Tree(envs.store(environ)))
+
+
+def _jit(tree: Tree) -> Path:
+    return tree.path / tree.jit
 
 
 def settle(*, active: bool) -> Callable[[], None]:
@@ -144,12 +143,16 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
     if envs.store_off(environ):
         return {}
     try:
-        places = _places(environ)
+        tree = Tree(envs.store(environ))
+        places = _places(environ, _jit(tree))
+        for place in places.values():
+            with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
+                if not os.access(".", os.W_OK | os.X_OK, dir_fd=handle, effective_ids=True):
+                    raise UnsafeStoreError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
         if places:
-            _make_private(envs.store(environ), places.values())
-            _check_room(folder(environ))
-            (folder(environ) / kernels.STAMP).touch(mode=0o600)
-    except (_RefusedError, OSError) as error:
+            _check_room(_jit(tree))
+            (_jit(tree) / kernels.STAMP).touch(mode=0o600)
+    except (UnsafeStoreError, OSError) as error:
         why = str(error)
         if isinstance(error, OSError):
             why = f"{error.filename}: {error.strerror}; name another folder in VLLM_COMPILE_STORE"
@@ -159,11 +162,11 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
     return found | {MARK: "\n".join(f"{name}={value}" for name, value in found.items())} if found else {}
 
 
-def _places(environ: Mapping[str, str]) -> dict[str, Path]:
+def _places(environ: Mapping[str, str], jit: Path) -> dict[str, Path]:
     """The variables that are ours to set, and the folders to name in them."""
     places = {}
     for cache in CACHES:
-        place = folder(environ).joinpath(cache.name, "-".join(cache.apart()))
+        place = jit.joinpath(cache.name, "-".join(cache.apart()))
         chosen = any(name in environ for name in (cache.variable, *cache.also))
         if not chosen and (place.exists() or not _filled(cache, environ)):
             places[cache.variable] = place
@@ -176,47 +179,11 @@ def _filled(cache: Cache, environ: Mapping[str, str]) -> bool:
     return any(next(glob.iglob(pattern), None) for pattern in patterns)  # noqa: PTH207
 
 
-def _make_private(root: Path, places: Iterable[Path]) -> None:
-    """Make `places` and what is missing above them, down from `root` for the owner only; check what was there.
-
-    Raises `_RefusedError` where others can write, `OSError` where a folder cannot be made.
-    """
-    root.parent.mkdir(parents=True, exist_ok=True)
-    checked = set()
-    for place in places:
-        level = root
-        for part in ("", *place.relative_to(root).parts):
-            level /= part
-            if level not in checked:
-                with suppress(FileExistsError):
-                    level.mkdir(mode=0o700)
-                _check_private(level, level.stat() if level == root else level.lstat())
-                checked.add(level)
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise _RefusedError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
-
-
-def _check_private(level: Path, found: os.stat_result) -> None:
-    me = os.geteuid()
-    if not stat.S_ISDIR(found.st_mode):
-        raise _RefusedError(f"{level} is not a folder; move it away")
-    if found.st_uid not in (0, me):
-        what, mend = f"{level} belongs to user {found.st_uid}", f"chown {me}"
-    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        what, mend = f"others can write to {level} (mode {stat.S_IMODE(found.st_mode):o})", "chmod go-w"
-    else:
-        return
-    import shlex
-
-    command = f"{mend} {shlex.quote(str(level))}"
-    raise _RefusedError(f"{what}, and what lies there is run; {command}, or name another folder in VLLM_COMPILE_STORE")
-
-
 def _check_room(place: Path) -> None:
     room = os.statvfs(place)
     free = room.f_bavail * room.f_frsize
     if free < FREE:
-        raise _RefusedError(
+        raise UnsafeStoreError(
             f"{place} has {free >> 20} MiB free, and kernels may need {FREE >> 20}; free space, or name another folder "
             "in VLLM_COMPILE_STORE"
         )

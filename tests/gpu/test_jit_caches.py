@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import engine
-from vllm_compile_ext.artifacts import kernels
+from vllm_compile_ext.store import kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 

@@ -25,7 +25,7 @@ COMMON = """
     from tests import forks
     forks.prepare()
     from vllm.compilation.counter import compilation_counter as counter
-    from vllm_compile_ext.artifacts.store import Store
+    from vllm_compile_ext.store.store import Store
 
     def blobs(root):
         return sorted(Path(root, "compile_store").glob("v1/blobs/*/*"))

@@ -19,8 +19,8 @@ CODE = """
     forks.prepare()
     from tests import toys
     from vllm.compilation.counter import compilation_counter as counter
-    from vllm_compile_ext.artifacts import bundle
-    from vllm_compile_ext.artifacts.store import Store
+    from vllm_compile_ext.store import bundle
+    from vllm_compile_ext.store.store import Store
 
     def start(root, *, compilation={}, **env):
         def function():

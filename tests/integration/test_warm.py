@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serve import Server, environment
-from vllm_compile_ext.artifacts.store import Store
+from vllm_compile_ext.store.store import Store
 
 pytestmark = pytest.mark.engine
 

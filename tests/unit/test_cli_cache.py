@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import process
-from tests.unit.artifacts import bundles
+from tests.unit.store import bundles
 from vllm_compile_ext import platforms
-from vllm_compile_ext.artifacts import misses
-from vllm_compile_ext.artifacts.key import difference, key_of
-from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli import _store, app
 from vllm_compile_ext.cudagraphs import record
+from vllm_compile_ext.key import misses
+from vllm_compile_ext.key.miss import difference
+from vllm_compile_ext.store.store import Store, key_of, manifest_names
 
 LLAMA = key_of({"model": "llama", "torch": "2.13.0"})
 QWEN = key_of({"model": "qwen", "torch": "2.13.0"})
@@ -51,7 +51,7 @@ def rows(text: str) -> list[list[str]]:
 
 def aged(store: Store, days: float, key: str) -> None:
     moment = time.time() - days * 86400
-    for path in (store.layout.manifests / key).iterdir():
+    for path in ((store.tree.path / "manifests") / key).iterdir():
         os.utime(path, (moment, moment))
 
 
@@ -78,7 +78,7 @@ def test_ls_as_json(store: Store) -> None:
     found = data("cache", "ls")
     assert found["store"] == str(store.root)
     assert (found["size"], found["unreadable"]) == (store.size(), 0)
-    assert found["jit_size"] == sum(path.stat().st_size for path in (store.layout.jit / "triton/host/HASH").iterdir())
+    assert found["jit_size"] == sum(path.stat().st_size for path in (store.jit / "triton/host/HASH").iterdir())
     entries = {entry["key"]: entry for entry in found["entries"]}
     assert entries.keys() == {LLAMA, QWEN, PIECE}
     assert entries[LLAMA]["shards"] == ["rank0", "rank1"]
@@ -88,7 +88,7 @@ def test_ls_as_json(store: Store) -> None:
 
 
 def test_ls_says_when_something_cannot_be_read(store: Store) -> None:
-    store.layout.manifest(LLAMA, "rank1").write_bytes(b"damaged")
+    store.tree.path.joinpath(*manifest_names(LLAMA, "rank1")).write_bytes(b"damaged")
     assert "1 entry cannot be read: see vllm-compile-ext cache verify" in cli("cache", "ls")
     assert data("cache", "ls")["unreadable"] == 1
 
@@ -149,7 +149,7 @@ def test_an_unknown_and_an_ambiguous_key(store: Store) -> None:
 
 
 def test_show_of_what_cannot_be_read(store: Store) -> None:
-    store.layout.manifest(QWEN, "rank0").write_bytes(b'{"format": 2}')
+    store.tree.path.joinpath(*manifest_names(QWEN, "rank0")).write_bytes(b'{"format": 2}')
     assert f"the entry {QWEN} cannot be read" in cli("cache", "show", QWEN[:8], code=1)
 
 
@@ -163,9 +163,9 @@ def test_verify_of_a_whole_store(store: Store) -> None:
 
 def test_verify_names_the_damage_and_the_way_out(store: Store) -> None:
     entry = next(entry for entry in store.manifests() if entry.key == LLAMA)
-    blob = store.layout.blob(entry.members["plan"])
+    blob = store.path(entry.members["plan"])
     blob.write_bytes(b"damaged")
-    store.layout.manifest(QWEN, "rank0").write_bytes(b"damaged")
+    store.tree.path.joinpath(*manifest_names(QWEN, "rank0")).write_bytes(b"damaged")
     text = cli("cache", "verify", code=1)
     assert f"{blob} has 7 bytes" in text
     for key in (LLAMA, QWEN):
@@ -178,7 +178,7 @@ def test_verify_names_the_damage_and_the_way_out(store: Store) -> None:
 
 
 def test_verify_of_a_damaged_blob_that_no_entry_needs(store: Store) -> None:
-    store.layout.blob(store.put(b"left")).write_bytes(b"lost")
+    store.path(store.put(b"left")).write_bytes(b"lost")
     assert "No entry needs what is damaged" in cli("cache", "verify", code=1)
 
 
@@ -207,11 +207,11 @@ def test_gc_by_age_keeps_what_is_in_use(store: Store) -> None:
 
 def test_gc_of_kernels(store: Store) -> None:
     assert data("cache", "gc", "--max-gb", "1", "--max-age", "2")["kernels"] == 0
-    for path in (*(store.layout.jit / "triton/host/HASH").iterdir(), store.layout.jit / "triton/host/HASH"):
+    for path in (*(store.jit / "triton/host/HASH").iterdir(), store.jit / "triton/host/HASH"):
         os.utime(path, (0, 0))
     assert data("cache", "gc", "--max-gb", "1")["kernels"] == 0
     assert "removed 1 kernel\n" in cli("cache", "gc", "--max-age", "2")
-    assert not (store.layout.jit / "triton/host/HASH").exists()
+    assert not (store.jit / "triton/host/HASH").exists()
     assert len(list(store.manifests())) == 4
 
 
@@ -288,7 +288,7 @@ def test_unpack_for_another_platform(store: Store, tmp_path: Path, monkeypatch: 
     ("args", "problem"),
     [
         (["unpack", "missing"], "No such file or directory: 'missing'"),
-        (["unpack", "/dev/null"], "/dev/null is truncated"),
+        (["unpack", "/dev/null"], "/dev/null is no bundle"),
         (["unpack", "/etc"], "Is a directory: '/etc'"),
         (["unpack", "/dev/null", "--trust", "/dev/null"], "/dev/null holds no public key"),
         (["unpack", "/dev/null", "--trust", "missing"], "No such file or directory: 'missing'"),
@@ -307,9 +307,9 @@ def test_errors_are_one_line(store: Store, args: list[str], problem: str) -> Non
 def test_a_bundle_cannot_speak_to_the_terminal(store: Store, tmp_path: Path) -> None:
     out = tmp_path / "out"
     cli("cache", "pack", out)
-    out.write_bytes(bundles.with_index(out.read_bytes(), bundles.index(out.read_bytes()) | {"\x1b[2J": 1}))
+    out.write_bytes(bundles.forged([*bundles.members(out.read_bytes()), bundles.member("v1/\x1b[2J", b"")]))
     text = cli("cache", "unpack", out, "--allow-unsigned", code=1)
-    assert "unknown field" in text
+    assert "belongs into no store" in text
     assert "\x1b" not in text
 
 
@@ -317,7 +317,7 @@ def test_a_bundle_cannot_speak_to_the_terminal(store: Store, tmp_path: Path) -> 
 
 
 def missed(store: Store, old: dict[str, str], new: dict[str, str]) -> str:
-    misses.record(store.layout, key_of(new), "rank0", "llama", new, key_of(old), difference(old, new))
+    misses.record(store.tree, key_of(new), "rank0", "llama", new, key_of(old), difference(old, new))
     return key_of(new)
 
 
@@ -342,7 +342,7 @@ def test_the_last_miss_and_that_of_a_key(store: Store) -> None:
 
 
 def test_a_miss_of_an_empty_store(store: Store) -> None:
-    misses.record(store.layout, LLAMA, "rank0", "llama", {}, None, None)
+    misses.record(store.tree, LLAMA, "rank0", "llama", {}, None, None)
     assert "nothing is stored yet" in cli("explain", "miss")
 
 
@@ -371,7 +371,7 @@ def test_what_is_remembered_of_graphs_is_no_entry_and_nothing_touches_it(store: 
     cli("cache", "pack", tmp_path / "with.bundle")
     assert (tmp_path / "with.bundle").read_bytes() == bundle.read_bytes()
     # One that was damaged is not the store's damage: nothing of it is ever run.
-    (path,) = store.layout.graphs.iterdir()
+    (path,) = (store.tree.path / "graphs").iterdir()
     path.write_bytes(b"damaged")
     assert cli("cache", "verify") == without[1]
     record.write(store.root, "a" * 32, made)

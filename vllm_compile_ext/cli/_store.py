@@ -12,16 +12,14 @@ import typer
 from rich.console import Console
 
 from vllm_compile_ext import envs
-from vllm_compile_ext.artifacts.bundle import BundleError
-from vllm_compile_ext.artifacts.manifest import ManifestError
-from vllm_compile_ext.artifacts.sign import SignError
-from vllm_compile_ext.artifacts.store import DamagedError, Store, UnsafeStoreError
 from vllm_compile_ext.report.words import ago as ago
 from vllm_compile_ext.report.words import count as count
 from vllm_compile_ext.report.words import date as date
 from vllm_compile_ext.report.words import plain as plain
 from vllm_compile_ext.report.words import size as size
 from vllm_compile_ext.startup.read import ReadError
+from vllm_compile_ext.store.bundle import BundleError
+from vllm_compile_ext.store.store import DamagedError, ManifestError, Store, UnsafeStoreError
 
 DIGITS = 12  # of a key, in tables
 
@@ -42,7 +40,7 @@ class UserError(Exception):
 
 
 EXPECTED = (
-    *(UserError, envs.EnvError, UnsafeStoreError, BundleError, SignError),
+    *(UserError, envs.EnvError, UnsafeStoreError, BundleError),
     *(ManifestError, DamagedError, ReadError, OSError),
 )
 
@@ -57,14 +55,9 @@ def open_store(given: Path | None, *, make: bool = False) -> Store:
     return Store.open(root, limit) if make or root.exists() else Store(root, limit, writable=False)
 
 
-def files(store: Store) -> list[Path]:
-    """The manifests' files, whether they can be read or not."""
-    return list(store.layout.manifests.glob("*/*.json"))
-
-
 def keys(store: Store) -> list[str]:
     """The keys of all entries."""
-    return sorted({path.parent.name for path in files(store)})
+    return sorted({names[1] for names in store.files()})
 
 
 def key(store: Store, prefix: str) -> str:

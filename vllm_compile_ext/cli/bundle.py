@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from vllm_compile_ext import platforms
-from vllm_compile_ext.artifacts import bundle, sign
-from vllm_compile_ext.artifacts.bundle import Bundle
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, StoreOption
+from vllm_compile_ext.store import bundle
+from vllm_compile_ext.store.bundle import Bundle
 
 
 def pack(
@@ -36,7 +37,7 @@ def pack(
         opened = _store.open_store(store)
         wanted = {_store.key(opened, prefix) for prefix in keys} if keys else None
         made = bundle.pack(
-            opened, out, wanted, key=None if signing_key is None else sign.private_key(signing_key), jit=jit
+            opened, out, wanted, key=None if signing_key is None else bundle.private_key(signing_key), jit=jit
         )
         _report("packed", out, made, as_json=as_json)
 
@@ -53,6 +54,7 @@ def unpack(
     any_platform: Annotated[
         bool, typer.Option("--any-platform", help="Accept code for other machines than this one.")
     ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Also replace what the store has a newer one of.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,24 +62,22 @@ def unpack(
     with _store.errors():
         opened = _store.open_store(store, make=True)
         wanted = None if any_platform else platforms.possible()
-        keys = [sign.public_key(path) for path in trust or ()]
-        made = bundle.unpack(opened, file, keys, allow_unsigned=allow_unsigned, platforms=wanted)
+        keys = [bundle.public_key(path) for path in trust or ()]
+        made = bundle.unpack(opened, file, keys, allow_unsigned=allow_unsigned, platforms=wanted, replace=replace)
         _report("unpacked", file, made, as_json=as_json)
 
 
 def _report(what: str, file: Path, made: Bundle, *, as_json: bool) -> None:
-    index = made.index
-    keys = sorted({entry.key for entry in index.manifests})
     if as_json:
-        data = {"file": str(file), "file_size": file.stat().st_size, "size": index.size, "platform": index.platform}
-        data |= {"keys": keys, "blobs": len(index.blobs), "jit_files": len(index.jit), "signed_by": made.signed_by}
-        _store.print_json(data)
+        _store.print_json({"file": str(file), "file_size": file.stat().st_size} | msgspec.to_builtins(made))
         return
     parts = (
-        _store.count(len(keys), "entry", "entries"),
-        _store.count(len(index.blobs), "blob"),
-        _store.count(len(index.jit), "kernel file"),
+        _store.count(len(made.keys), "entry", "entries"),
+        _store.count(made.blobs, "blob"),
+        _store.count(made.jit_files, "kernel file"),
     )
     signed = f"signed by key {made.signed_by}" if made.signed_by else "not signed"
-    typer.echo(f"{what} {', '.join(parts)} ({_store.size(index.size)}) for {index.platform}")
+    typer.echo(f"{what} {', '.join(parts)} ({_store.size(made.size)}) for {made.platform}")
+    for name in made.kept:
+        typer.echo(f"kept {name}: the store's was made later (--replace takes the bundle's)")
     typer.echo(f"{file}: {_store.size(file.stat().st_size)}, {signed}")

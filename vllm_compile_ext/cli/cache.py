@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -11,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from vllm_compile_ext.artifacts import kernels, locks
-from vllm_compile_ext.artifacts.kernels import Kernel
-from vllm_compile_ext.artifacts.manifest import Manifest
-from vllm_compile_ext.artifacts.store import DamagedError, Removed, Store
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, StoreOption, plain
+from vllm_compile_ext.store import evict, kernels
+from vllm_compile_ext.store.evict import Removed
+from vllm_compile_ext.store.kernels import Kernel
+from vllm_compile_ext.store.store import DamagedError, Manifest, Store, total
 
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="The key, or enough of its first digits.")]
 
@@ -45,25 +44,17 @@ def items(store: Store) -> list[Item]:
 
 def _item(store: Store, entries: list[Manifest]) -> Item:
     first = entries[0]
-    paths = [store.layout.manifest(entry.key, entry.shard) for entry in entries]
     return Item(
         key=first.key,
         kind=first.kind,
         model=first.model,
         platform=first.platform,
         shards=[entry.shard for entry in entries],
-        size=sum(blob.size for blob in {blob for entry in entries for blob in entry.members.values()}),
+        size=total(blob for entry in entries for blob in entry.members.values()),
         created=max(entry.created for entry in entries),
-        used=max(map(_used, paths)),
-        in_use=any(map(locks.in_use, paths)),
+        used=max(map(store.used, entries)),
+        in_use=any(store.tree.in_use(*entry.names) for entry in entries),
     )
-
-
-def _used(path: Path) -> float:
-    try:
-        return path.lstat().st_mtime
-    except OSError:  # removed meanwhile
-        return 0.0
 
 
 def ls(
@@ -79,10 +70,10 @@ def ls(
         found = items(opened)
         listed = [item for item in found if pieces or item.kind != "piece"]
         folded = [item for item in found if item not in listed]
-        total, jit = opened.size(), kernels.size(opened.layout.jit)
-        unreadable = len(_store.files(opened)) - sum(len(item.shards) for item in found)
+        whole, jit = opened.size(), kernels.size(opened.jit)
+        unreadable = len(opened.files()) - sum(len(item.shards) for item in found)
         if as_json:
-            data = {"store": str(opened.root), "size": total, "jit_size": jit, "unreadable": unreadable}
+            data = {"store": str(opened.root), "size": whole, "jit_size": jit, "unreadable": unreadable}
             _store.print_json(data | {"entries": found})
             return
         out = _store.console()
@@ -97,7 +88,7 @@ def ls(
             out.print(
                 f"{_store.count(unreadable, 'entry', 'entries')} cannot be read: see vllm-compile-ext cache verify"
             )
-        out.print(f"{_store.size(total)} in {opened.root}, and {_store.size(jit)} of kernel caches", soft_wrap=True)
+        out.print(f"{_store.size(whole)} in {opened.root}, and {_store.size(jit)} of kernel caches", soft_wrap=True)
 
 
 def _listing(found: list[Item], *, kinds: bool) -> Table:
@@ -189,7 +180,7 @@ def verify(store: StoreOption = None, as_json: JsonOption = False) -> None:
 
 def _affected(store: Store, problem: DamagedError) -> list[str]:
     """The keys of the entries that need the damaged file."""
-    if problem.path.is_relative_to(store.layout.manifests):
+    if problem.path.suffix == ".json":
         return [problem.path.parent.name]
     digest = problem.path.name
     return sorted({e.key for e in store.manifests() if any(b.digest == digest for b in e.members.values())})
@@ -226,16 +217,16 @@ def gc(
         opened = _store.open_store(store)
         limit = opened.max_bytes if max_gb is None else int(max_gb * 2**30)
         seconds = None if max_age is None else max_age * 86400
-        removed = opened.gc(limit, seconds) if opened.root.exists() else Removed([], [], 0)
+        removed = evict.trim(opened, limit, seconds) if opened.root.exists() else Removed([], [], 0)
         left = None if limit is None else max(0, limit - opened.size())
-        _report(removed, kernels.trim(opened.layout.jit, left, seconds), as_json=as_json)
+        _report(removed, kernels.trim(opened.jit, left, seconds), as_json=as_json)
 
 
 def rm(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Remove an entry and what only it needs; exit status 1 when it is in use."""
     with _store.errors():
         opened = _store.open_store(store)
-        removed = opened.remove(_store.key(opened, key))
+        removed = evict.remove(opened, _store.key(opened, key))
         _report(removed, [], as_json=as_json)
     if removed.in_use:
         raise typer.Exit(1)

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vllm_compile_ext import __version__, compat, contract, envs, jit_caches, plugin, swap
-from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
+from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
 OK, OFF, BAD = "ok", "off", "bad"
 
@@ -171,11 +171,13 @@ def _store(report: Report) -> None:
         try:
             store = Store.open(folder)
         except UnsafeStoreError as error:
-            what, _, way_out = str(error).partition(". Run: ")
-            report.add("store", BAD, what, way_out)
+            what, _, way_out = str(error).partition(", and what is in it would be run.")
+            report.add("store", BAD, what, way_out.strip())
             return
         programs = sum(manifest.kind == "program" for manifest in store.manifests())
         text = f"{folder}: {programs} models or ranks, {store.size() / 1e6:.1f} MB"
+        if store.tree.group is not None:
+            text += f"; everyone in group {store.tree.group} can write it, and so run code in vLLM here"
         if store.writable:
             report.add("store", OK, f"{text}, {shutil.disk_usage(folder).free >> 30} GiB free")
         else:

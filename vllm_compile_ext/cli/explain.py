@@ -8,11 +8,10 @@ import typer
 from rich.table import Column, Table
 from rich.text import Text
 
-from vllm_compile_ext.artifacts import key as keys
-from vllm_compile_ext.artifacts import misses
-from vllm_compile_ext.artifacts.key import Change
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, StoreOption, plain
+from vllm_compile_ext.key import misses
+from vllm_compile_ext.key.miss import Change, common, summary
 
 _AROUND = 30  # equal characters shown on both sides of a difference in a long value
 _LONG = 120  # characters from which on a value is long
@@ -30,7 +29,7 @@ def miss(
     """Show what made the last start miss the store: each factor that differs from the closest entry."""
     with _store.errors():
         opened = _store.open_store(store)
-        found = next((miss for miss in misses.read(opened.layout) if miss.key.startswith(key or "")), None)
+        found = next((miss for miss in misses.read(opened.tree) if miss.key.startswith(key or "")), None)
         if as_json:
             _store.print_json({"store": str(opened.root), "miss": found})
             return
@@ -39,7 +38,7 @@ def miss(
             typer.echo(f"no miss{of} is recorded in {opened.root}")
             return
         out = _store.console()
-        out.print(plain(keys.summary(found.changes)), style="bold", soft_wrap=True)
+        out.print(plain(summary(found.changes)), style="bold", soft_wrap=True)
         out.print(f"{_store.date(found.time)}, {plain(found.model)}, {plain(found.shard)}", soft_wrap=True)
         out.print(f"wanted   {found.key}", soft_wrap=True)
         if found.closest is not None:
@@ -66,8 +65,8 @@ def _values(old: str | None, new: str | None) -> tuple[Text, Text]:
     """Both values with what differs in bold; of long ones what differs and a little around it."""
     if old is None or new is None or max(len(old), len(new)) <= _LONG:
         return _whole(old), _whole(new)
-    start = keys.common(old, new)
-    end = keys.common(old[start:][::-1], new[start:][::-1])
+    start = common(old, new)
+    end = common(old[start:][::-1], new[start:][::-1])
     return _part(old, start, end), _part(new, start, end)
 
 

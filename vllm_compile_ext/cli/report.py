@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_compile_ext.artifacts import misses
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, UserError
+from vllm_compile_ext.key import misses
 from vllm_compile_ext.report import facts, html, perfetto, terminal, words
 from vllm_compile_ext.startup import read
 from vllm_compile_ext.startup.read import ReadError, Start
@@ -141,7 +141,7 @@ def _explain(made: dict[str, Any]) -> None:
         return
     # A report needs no store: it may be of another machine.
     with suppress(*_store.EXPECTED):
-        known = {miss.key: miss for miss in reversed(misses.read(_store.open_store(None).layout))}
+        known = {miss.key: miss for miss in reversed(misses.read(_store.open_store(None).tree))}
         for note in lacking:
             miss = known.get(note["attrs"].get("key"))
             if miss is not None and miss.changes:

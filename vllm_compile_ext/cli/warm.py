@@ -20,13 +20,12 @@ import typer
 from rich.console import Console
 
 from vllm_compile_ext import envs, jit_caches
-from vllm_compile_ext.artifacts import kernels
-from vllm_compile_ext.artifacts.manifest import Blob, total
-from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.compilation import outcomes, scratch
 from vllm_compile_ext.compilation.outcomes import Outcome
 from vllm_compile_ext.printable import plain
+from vllm_compile_ext.store import kernels
+from vllm_compile_ext.store.store import Blob, Store, total
 
 HELP = "\n\n".join(
     (

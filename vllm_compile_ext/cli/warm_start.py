@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_compile_ext import envs
-from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
 from vllm_compile_ext.compilation import outcomes, rules
+from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
 FIRST = 16 * 2**20  # bytes of the smallest KV cache that is tried
 STOP = 30.0  # seconds that the engine's processes have for ending by themselves

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext import metrics
-from vllm_compile_ext.artifacts.files import DamagedError
-from vllm_compile_ext.artifacts.manifest import Manifest, total
 from vllm_compile_ext.bytecode.transformed import NotSaved
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import outcomes, program, rules, scratch, workers
@@ -29,6 +27,8 @@ from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.compilation.wrapper import inspect_bytecode
 from vllm_compile_ext.printable import plain
 from vllm_compile_ext.startup.spans import note, span
+from vllm_compile_ext.store.files import DamagedError
+from vllm_compile_ext.store.store import Manifest, total
 from vllm_compile_ext.upstream import decorators as upstream
 
 logger = logging.getLogger(__name__)

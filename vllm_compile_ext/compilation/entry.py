@@ -14,14 +14,12 @@ from typing import Any
 import msgspec
 
 from vllm_compile_ext import envs, platforms
-from vllm_compile_ext.artifacts import misses
-from vllm_compile_ext.artifacts.key import Change, closest, key_of, summary
-from vllm_compile_ext.artifacts.manifest import Blob, Manifest
-from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
-from vllm_compile_ext.key import factors
+from vllm_compile_ext.key import factors, misses
+from vllm_compile_ext.key.miss import Change, closest, summary
 from vllm_compile_ext.key.seen import Seen, changes
 from vllm_compile_ext.printable import plain
 from vllm_compile_ext.startup.spans import span
+from vllm_compile_ext.store.store import Blob, Manifest, Store, UnsafeStoreError, key_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +113,7 @@ class Entry:
         if self.store.writable:
             try:
                 misses.record(
-                    self.store.layout,
+                    self.store.tree,
                     key=self.key,
                     shard=self.shard,
                     model=self.model,

@@ -25,7 +25,7 @@ class Outcome(msgspec.Struct, frozen=True):
     """What became of one model's code on one rank, or why there was no start.
 
     what: "kept" (compiled, and in the store now), "found" (loaded from it), "failed" (compiled and not kept), "refused"
-    (nothing was started).  key, shard, model: as in `vllm_compile_ext.artifacts.manifest.Manifest`; "" for "refused".
+    (nothing was started).  key, shard, model: as in `vllm_compile_ext.store.manifest.Manifest`; "" for "refused".
     why: for people, of "failed" and "refused".
     """
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch._dynamo.aot_compile import SerializableCallable
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
-from vllm_compile_ext.artifacts.manifest import Blob
 from vllm_compile_ext.key.seen import NotDescribed, Seen
+from vllm_compile_ext.store.store import Blob
 from vllm_compile_ext.trace import plan as plans
 from vllm_compile_ext.upstream import backends as upstream
 

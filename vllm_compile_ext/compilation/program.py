@@ -10,13 +10,12 @@ from typing import Any
 
 import msgspec
 
-from vllm_compile_ext.artifacts.manifest import Blob, Manifest
-from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.bytecode import transformed
 from vllm_compile_ext.compilation import pieces
 from vllm_compile_ext.compilation.plan_function import PlanFunction
 from vllm_compile_ext.key.seen import NotDescribed
 from vllm_compile_ext.startup.spans import span
+from vllm_compile_ext.store.store import Blob, Manifest, Store
 from vllm_compile_ext.trace import plan as plans
 
 

@@ -13,11 +13,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from vllm_compile_ext import envs, metrics, platforms
-from vllm_compile_ext.artifacts.files import DamagedError
-from vllm_compile_ext.artifacts.key import key_of
-from vllm_compile_ext.artifacts.manifest import Blob, Manifest, total
 from vllm_compile_ext.compilation import program
 from vllm_compile_ext.compilation.entry import Entry
+from vllm_compile_ext.store.files import DamagedError
+from vllm_compile_ext.store.store import Blob, Manifest, key_of, total
 
 logger = logging.getLogger(__name__)
 

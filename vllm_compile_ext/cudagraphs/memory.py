@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_compile_ext import envs
-from vllm_compile_ext.artifacts.access import UnsafeStoreError
 from vllm_compile_ext.cudagraphs import ranks, record
 from vllm_compile_ext.cudagraphs.budget import BASE, Budget, estimate
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Policy, Shape
+from vllm_compile_ext.store.files import UnsafeStoreError
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """What is known of a model's graphs from earlier starts: a small file in the store, one for each model and rank.
 
-On disk it is ``{"format": 2, "seal": "<digest of the key and the next value's bytes>", "record": {...}}``: with a wrong
-number in it, a server could have too little memory left to start.
+It is sealed: with a wrong number in it, a server could have too little memory left to start.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from typing import Annotated
 
 import msgspec
 
-from vllm_compile_ext.artifacts import access, files
-from vllm_compile_ext.artifacts.access import UnsafeStoreError
-from vllm_compile_ext.artifacts.layout import Layout
+from vllm_compile_ext.store.files import DamagedError, Tree
+from vllm_compile_ext.store.store import ManifestError, seal, unseal
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 200
 
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -44,10 +42,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     used: list[Used]
 
 
-class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
-    format: int
-    seal: str
-    record: msgspec.Raw
+class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    key: str
+    record: Record
 
 
 def key_of(parts: Sequence[object]) -> str:
@@ -57,11 +54,9 @@ def key_of(parts: Sequence[object]) -> str:
 
 def read(root: Path, key: str) -> Record | None:
     """The record of `key` in the store `root`; None where there is none to be read."""
-    with suppress(UnsafeStoreError, files.DamagedError, msgspec.MsgspecError, ValueError, RecursionError):
-        _check(root)
-        found = msgspec.json.decode(files.read(_path(root, key)), type=_Sealed)
-        if found.format == FORMAT and found.seal == _seal(key, bytes(found.record)):
-            return msgspec.json.decode(found.record, type=Record)
+    with suppress(DamagedError, ManifestError):
+        found = unseal(Tree(root).read("graphs", f"{key}.json"), _Named, FORMAT)
+        return found.record if found.key == key else None
     return None
 
 
@@ -70,27 +65,9 @@ def write(root: Path, key: str, record: Record) -> None:
 
     Raises `OSError`, and `UnsafeStoreError` when others can write the store.
     """
-    _check(root)
-    files.write(_path(root, key), _sealed(key, msgspec.json.encode(record)), Layout(root).tmp)
+    tree = Tree(root)
+    tree.write("graphs", f"{key}.json", data=seal(_Named(key, record), FORMAT))
     with suppress(OSError):
-        paths = sorted(_path(root, key).parent.glob("*.json"), key=lambda p: p.stat().st_mtime)
-        for path in paths[:-KEPT]:
-            path.unlink(missing_ok=True)
-
-
-def _check(root: Path) -> None:
-    for folder in (root, Layout(root).v1, Layout(root).graphs):
-        access.check(folder, root)
-
-
-def _sealed(key: str, inner: bytes, made: int = FORMAT) -> bytes:
-    """The bytes of a record's file."""
-    return msgspec.json.encode(_Sealed(made, _seal(key, inner), msgspec.Raw(inner)))
-
-
-def _seal(key: str, inner: bytes) -> str:
-    return hashlib.sha256(key.encode() + inner).hexdigest()
-
-
-def _path(root: Path, key: str) -> Path:
-    return Layout(root).graphs / f"{key}.json"
+        names = sorted(tree.names("graphs"), key=lambda name: tree.stat("graphs", name).st_mtime)
+        for name in names[:-KEPT]:
+            tree.remove("graphs", name)

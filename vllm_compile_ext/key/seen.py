@@ -22,7 +22,7 @@ import torch.fx as fx
 from blake3 import blake3
 from torch._dynamo.trace_rules import _maybe_init_lazy_module
 
-from vllm_compile_ext.artifacts.key import Change
+from vllm_compile_ext.key.miss import Change
 from vllm_compile_ext.trace.same_kind import storage_of
 from vllm_compile_ext.trace.values import ATOMS, Accessed, atom, is_torchs, look
 

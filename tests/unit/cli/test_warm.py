@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vllm_compile_ext.artifacts.manifest import Manifest
-from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli import app, warm, warm_start
 from vllm_compile_ext.compilation import outcomes
 from vllm_compile_ext.compilation.outcomes import Outcome
+from vllm_compile_ext.store.store import Manifest, Store
 
 KEY = "ab" * 32
 Run = Callable[..., Any]

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from tests import process
-from vllm_compile_ext.artifacts.manifest import Blob
-from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.compilation import entry
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.store.store import Blob, Store
 
 SEEN = {"seen": Blob("0" * 64, 0)}
 

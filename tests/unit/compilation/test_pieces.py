@@ -123,7 +123,7 @@ def test_equal_kernels_are_equal_bytes(tmp_path: Path) -> None:
     """Compiled anew in another folder."""
     code = (
         "import sys; from tests.unit.compilation.test_pieces import *\n"
-        "from vllm_compile_ext.artifacts.manifest import digest\n"
+        "from vllm_compile_ext.store.store import digest\n"
         "print('DIGESTS', *[digest(d) for _, d in compiled(torch.sin, X.clone())[1].kernels])"
     )
 

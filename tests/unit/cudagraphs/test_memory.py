@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.unit.cudagraphs.shapes import ALL, DECODE, MIXED, SIZES, decode, mixed
-from vllm_compile_ext.artifacts.layout import Layout
 from vllm_compile_ext.cudagraphs import memory, record
 from vllm_compile_ext.cudagraphs.budget import BASE, LAYER, MIB, STEPS, UNASKED, Budget
 from vllm_compile_ext.cudagraphs.memory import Memory, Need, keep_free
@@ -330,7 +329,7 @@ def test_a_damaged_record_is_an_estimate_again(store: Path) -> None:
     known, policy, budget = start()
     known.keep(policy, budget)
     Timer.made[0].run()
-    (path,) = Layout(store).graphs.iterdir()
+    (path,) = (store / "v1" / "graphs").iterdir()
     path.write_bytes(path.read_bytes().replace(b'"needed":', b'"needed":9'))
     assert start()[0].need == Need(BASE + 5 * MIB + ESTIMATE, ESTIMATE, "an estimate", kept=True)
 

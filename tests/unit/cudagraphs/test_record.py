@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.unit.artifacts.conftest import disk, user
-from vllm_compile_ext.artifacts.access import UnsafeStoreError
-from vllm_compile_ext.artifacts.layout import Layout
-from vllm_compile_ext.cudagraphs.record import FORMAT, KEPT, Record, Used, _sealed, key_of, read, write
+from tests.unit.store.conftest import disk, user
+from vllm_compile_ext.cudagraphs.record import FORMAT, KEPT, Record, Used, key_of, read, write
+from vllm_compile_ext.store.files import UnsafeStoreError
+from vllm_compile_ext.store.store import seal
 
 __all__ = ["disk", "user"]
 
@@ -27,7 +27,7 @@ RECORD = Record(
 
 
 def path_of(root: Path, key: str = KEY) -> Path:
-    return Layout(root).graphs / f"{key}.json"
+    return root / "v1" / "graphs" / f"{key}.json"
 
 
 def test_a_record_comes_back(tmp_path: Path) -> None:
@@ -122,17 +122,17 @@ WRONG = {
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_record_with_wrong_values_is_none(tmp_path: Path, kind: str) -> None:
     write(tmp_path, KEY, RECORD)
-    inner = msgspec.json.encode(msgspec.to_builtins(RECORD) | WRONG[kind])
-    path_of(tmp_path).write_bytes(_sealed(KEY, inner))
+    inner = {"key": KEY, "record": msgspec.to_builtins(RECORD) | WRONG[kind]}
+    path_of(tmp_path).write_bytes(seal(inner, FORMAT))
     assert read(tmp_path, KEY) is None
 
 
 def test_a_record_of_another_format_is_none(tmp_path: Path) -> None:
     write(tmp_path, KEY, RECORD)
-    inner = msgspec.json.encode(RECORD)
-    path_of(tmp_path).write_bytes(_sealed(KEY, inner))
+    inner = {"key": KEY, "record": RECORD}
+    path_of(tmp_path).write_bytes(seal(inner, FORMAT))
     assert read(tmp_path, KEY) == RECORD
-    path_of(tmp_path).write_bytes(_sealed(KEY, inner, FORMAT + 1))
+    path_of(tmp_path).write_bytes(seal(inner, FORMAT + 1))
     assert read(tmp_path, KEY) is None
 
 
@@ -142,7 +142,7 @@ def test_the_oldest_records_go(tmp_path: Path) -> None:
         write(tmp_path, key, RECORD)
         os.utime(path_of(tmp_path, key), (number, number))
     write(tmp_path, keys[0], RECORD)  # used again
-    assert len(list(Layout(tmp_path).graphs.iterdir())) == KEPT
+    assert len(list(path_of(tmp_path).parent.iterdir())) == KEPT
     assert [read(tmp_path, key) for key in (keys[0], keys[1], keys[5], keys[-1])] == [RECORD, None, None, RECORD]
 
 

@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import starts
-from vllm_compile_ext.artifacts import misses
-from vllm_compile_ext.artifacts.key import Change
-from vllm_compile_ext.artifacts.store import Store
 from vllm_compile_ext.cli import app
+from vllm_compile_ext.key import misses
+from vllm_compile_ext.key.miss import Change
 from vllm_compile_ext.report import terminal
 from vllm_compile_ext.startup import clock, phases
+from vllm_compile_ext.store.store import Store
 
 COLD, WARM, CRASHED = "20261118-110640-4bf92f", "20261118-120640-77a0c3", "20261118-130640-c0ffee"
 
@@ -140,7 +140,7 @@ def test_a_miss_is_explained_by_the_store(folder: Path, tmp_path: Path) -> None:
     made.write(folder, "20261118-150640-000000")
     changes = [Change("torch", "2.13.0", "2.13.1"), Change("vllm.new", None, "1")]
     store = Store.open(tmp_path / "compile_store")
-    misses.record(store.layout, starts.KEY, "rank_0", starts.MODEL, {"torch": "2.13.1"}, starts.OLD_KEY, changes)
+    misses.record(store.tree, starts.KEY, "rank_0", starts.MODEL, {"torch": "2.13.1"}, starts.OLD_KEY, changes)
     notes = [note for note in json.loads(cli("last", "--json"))["notes"] if note["name"] == "miss"]
     assert len(notes) == 2
     assert notes[0]["attrs"]["closest"] == starts.OLD_KEY

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_compile_ext.artifacts.key import Change, closest, difference, key_of, summary
-from vllm_compile_ext.artifacts.manifest import Manifest
+from vllm_compile_ext.key.miss import Change, closest, difference, summary
+from vllm_compile_ext.store.store import Manifest, key_of
 
 tables = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=4)
 

@@ -7,15 +7,15 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.unit.artifacts import bundles
-from vllm_compile_ext.artifacts import archive, bundle, files, locks, sign
-from vllm_compile_ext.artifacts.bundle import BundleError, pack, unpack
-from vllm_compile_ext.artifacts.manifest import Blob, digest
-from vllm_compile_ext.artifacts.store import Store
+from tests.unit.store import bundles
+from vllm_compile_ext.store import bundle, evict
+from vllm_compile_ext.store.bundle import FOOTER, BundleError, key_name, pack, private_key, public_key, unpack
+from vllm_compile_ext.store.store import Store
 
 KEY = Ed25519PrivateKey.generate()
 OTHER = Ed25519PrivateKey.generate()
@@ -44,8 +44,8 @@ def test_everything_comes_through(store: Store, target: Store, out: Path) -> Non
         for blob in entry.members.values():
             assert target.get(blob) == store.get(blob)
     assert target.verify() == []
-    assert (target.layout.jit / bundles.KERNEL).read_bytes() == (store.layout.jit / bundles.KERNEL).read_bytes()
-    assert not list(target.layout.tmp.iterdir())
+    assert (target.jit / bundles.KERNEL).read_bytes() == (store.jit / bundles.KERNEL).read_bytes()
+    assert not list((target.tree.path / "tmp").iterdir())
 
 
 def test_what_is_unpacked_is_for_its_owner_only(store: Store, target: Store, out: Path) -> None:
@@ -62,22 +62,22 @@ def test_what_is_unpacked_is_for_its_owner_only(store: Store, target: Store, out
 
 def test_triton_finds_its_kernels_in_the_new_store(store: Store, target: Store, out: Path) -> None:
     pack(store, out)
-    assert str(store.root).encode() not in bundles.decompress(out.read_bytes())
+    assert not any(str(store.root).encode() in data for data in bundles.contents(out.read_bytes()).values())
     unpack(target, out, allow_unsigned=True)
-    group = json.loads((target.layout.jit / bundles.GROUP).read_bytes())
-    assert group == {"child_paths": {"kernel.cubin": str(target.layout.jit / bundles.KERNEL)}}
+    group = json.loads((target.jit / bundles.GROUP).read_bytes())
+    assert group == {"child_paths": {"kernel.cubin": str(target.jit / bundles.KERNEL)}}
 
 
 def test_a_list_of_triton_cannot_lead_out_of_its_folder(store: Store, target: Store, out: Path) -> None:
-    (store.layout.jit / bundles.GROUP).write_text(json.dumps({"child_paths": {"../../../other": "/etc/passwd"}}))
+    (store.jit / bundles.GROUP).write_text(json.dumps({"child_paths": {"../../../other": "/etc/passwd"}}))
     pack(store, out)
     unpack(target, out, allow_unsigned=True)
-    place = target.layout.jit / bundles.GROUP
+    place = target.jit / bundles.GROUP
     assert json.loads(place.read_bytes()) == {"child_paths": {"../../../other": str(place.parent / "other")}}
 
 
 def test_ninja_finds_its_kernels_up_to_date(store: Store, out: Path) -> None:
-    folder = store.layout.jit / "flashinfer/host/cached_ops/sampling"
+    folder = store.jit / "flashinfer/host/cached_ops/sampling"
     folder.mkdir(parents=True)
     (folder / "sampling.cu").write_text("kernel")
     (folder / "build.ninja").write_text("rule copy\n  command = cp $in $out\nbuild sampling.so: copy sampling.cu\n")
@@ -101,34 +101,33 @@ def test_the_same_content_gives_the_same_bytes(store: Store, target: Store, out:
     pack(target, tmp_path / "again.bundle")
     assert (tmp_path / "again.bundle").read_bytes() == out.read_bytes()
     pack(store, tmp_path / "signed.bundle", key=KEY)
-    plain, signed = (bundles.contents(path.read_bytes()) for path in (out, tmp_path / "signed.bundle"))
-    assert plain.pop("signature.json") != signed.pop("signature.json")
-    assert plain == signed
+    assert (tmp_path / "signed.bundle").read_bytes()[:-FOOTER] == out.read_bytes()[:-FOOTER]
 
 
 def test_other_tools_can_list_it(store: Store, out: Path) -> None:
     made = pack(store, out)
-    names = list(bundles.contents(out.read_bytes()))
-    assert names[:2] == ["index.json", "signature.json"]
-    assert len(names) == 2 + made.index.members
-    assert bundles.index(out.read_bytes())["format"] == 1
+    listed = subprocess.run(
+        ["tar", "-tzf", out], capture_output=True, text=True, check=False
+    )  # gzip warns of the footer
+    kinds = [name.split("/")[1] for name in listed.stdout.split()]
+    assert [kinds.count(kind) for kind in ("manifests", "blobs", "jit")] == [4, made.blobs, made.jit_files]
 
 
 def test_some_entries_only(store: Store, target: Store, out: Path) -> None:
     (wanted,) = {entry.key for entry in store.manifests() if entry.model == "llama"}
     made = pack(store, out, {wanted}, jit=False)
-    assert [(entry.key, entry.shard) for entry in made.index.manifests] == [(wanted, "rank0"), (wanted, "rank1")]
+    assert (made.keys, made.jit_files) == ([wanted], 0)
     unpack(target, out, allow_unsigned=True)
     assert {entry.key for entry in target.manifests()} == {wanted}
     assert target.verify() == []
-    assert not target.layout.jit.exists()
+    assert not target.jit.exists()
 
 
 def test_the_longest_names_fit(target: Store, out: Path, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "long")
     shard, path = "r" * 100, "/".join(["d" * 250] * 3 + ["ü" * 100])
     bundles.entry(store, "long", shard, members={"m" * 200: store.put(b"")})
-    files.write(store.layout.jit / path, b"", store.layout.tmp)
+    store.tree.write("jit", *path.split("/"), data=b"")
     pack(store, out)
     unpack(target, out, allow_unsigned=True)
     assert (bundles.content(target) == bundles.content(store)) is True  # pytest would print both
@@ -152,14 +151,14 @@ def test_unpacking_twice_changes_nothing_and_keeps_what_is_in_use(store: Store, 
     before = bundles.content(target)
     unpack(target, out, allow_unsigned=True)
     assert bundles.content(target) == before
-    assert target.gc(max_bytes=0).in_use == [f"{entry.key}/{entry.shard}"]
+    assert evict.trim(target, max_bytes=0).in_use == [f"{entry.key}/{entry.shard}"]
 
 
 def test_unpacking_mends_what_is_damaged(store: Store, target: Store, out: Path) -> None:
     pack(store, out)
     unpack(target, out, allow_unsigned=True)
     whole = bundles.content(target)
-    for path in (*target.layout.blobs.glob("??/*"), *target.layout.manifests.glob("*/*")):
+    for path in (*(target.tree.path / "blobs").glob("??/*"), *(target.tree.path / "manifests").glob("*/*")):
         path.write_bytes(b"damaged")
     assert target.verify()
     unpack(target, out, allow_unsigned=True)
@@ -175,12 +174,12 @@ def test_unpacking_mends_what_is_damaged(store: Store, target: Store, out: Path)
         (None, [], False, "is not signed"),
         (None, [KEY], False, "is not signed"),
         (None, [], True, None),
-        (KEY, [], False, rf"is signed by key {sign.name(KEY.public_key())}, which is not trusted \(trusted: none\)"),
+        (KEY, [], False, rf"is signed by key {key_name(KEY.public_key())}, which is not trusted \(trusted: none\)"),
         (
             KEY,
             [OTHER],
             False,
-            rf"is signed by key .*, which is not trusted \(trusted: {sign.name(OTHER.public_key())}\)",
+            rf"is signed by key .*, which is not trusted \(trusted: {key_name(OTHER.public_key())}\)",
         ),
         (KEY, [OTHER], True, None),
         (KEY, [KEY], False, None),
@@ -197,7 +196,7 @@ def test_who_signed_decides(
     refused: str | None,
 ) -> None:
     made = pack(store, out, key=key)
-    assert made.signed_by == (key and sign.name(key.public_key()))
+    assert made.signed_by == (key and key_name(key.public_key()))
     trusted = [one.public_key() for one in trust]
     if refused is None:
         assert unpack(target, out, trusted, allow_unsigned=allow_unsigned) == made
@@ -213,8 +212,7 @@ def test_a_signature_of_something_else_is_refused(
 ) -> None:
     pack(store, out, key=KEY)
     pack(store, tmp_path / "other", jit=False, key=KEY)
-    parts, others = bundles.members(out.read_bytes()), bundles.members((tmp_path / "other").read_bytes())
-    out.write_bytes(bundles.compress(bundles.tar([parts[0], others[1], *parts[2:]])))
+    out.write_bytes(out.read_bytes()[:-FOOTER] + (tmp_path / "other").read_bytes()[-FOOTER:])
     with pytest.raises(BundleError, match="was changed after it was signed"):
         unpack(target, out, [KEY.public_key()], allow_unsigned=allow_unsigned)
     assert bundles.content(target) == {}
@@ -222,12 +220,68 @@ def test_a_signature_of_something_else_is_refused(
 
 def test_a_signature_in_the_name_of_a_trusted_key_is_refused(store: Store, target: Store, out: Path) -> None:
     pack(store, out, key=OTHER)
-    parts = bundles.members(out.read_bytes())
-    forged = sign.Signature(KEY.public_key().public_bytes_raw(), sign.sign(OTHER, digest(parts[0][1])).value)
-    parts[1] = bundles.member("signature.json", bundle.msgspec.json.encode(forged))
-    out.write_bytes(bundles.compress(bundles.tar(parts)))
+    data = out.read_bytes()
+    out.write_bytes(data[:-96] + KEY.public_key().public_bytes_raw() + data[-64:])
     with pytest.raises(BundleError, match="was changed after it was signed"):
         unpack(target, out, [KEY.public_key()])
+
+
+def test_nothing_is_opened_before_the_signature_holds(
+    store: Store, target: Store, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(store, out, key=OTHER)
+    for name in ("gzip", "tarfile"):
+        monkeypatch.setattr(bundle, name, None)
+    with pytest.raises(BundleError, match="which is not trusted"):
+        unpack(target, out, [KEY.public_key()])
+    out.write_bytes(b"x" + out.read_bytes()[1:])
+    with pytest.raises(BundleError, match="was changed after it was signed"):
+        unpack(target, out, [OTHER.public_key()])
+
+
+# --- what the store has already
+
+
+def test_an_older_entry_replaces_a_newer_one_only_when_told(store: Store, target: Store, out: Path) -> None:
+    made = pack(store, out, key=KEY)
+    newer = bundles.entry(target, "llama", created=1_800_000_000.0, members={"plan": target.put(b"newer")})
+    kept = unpack(target, out, [KEY.public_key()]).kept
+    assert kept == [f"{newer.key}/rank0"]
+    assert target.find(newer.key, "rank0") == newer
+    assert len(list(target.manifests())) == 4
+    assert unpack(target, out, [KEY.public_key()], replace=True).kept == made.kept == []
+    assert list(target.manifests()) == list(store.manifests())
+
+
+def test_a_newer_entry_that_is_damaged_is_replaced(store: Store, target: Store, out: Path) -> None:
+    pack(store, out)
+    newer = bundles.entry(target, "llama", created=1_800_000_000.0, members={"plan": target.put(b"newer")})
+    target.path(newer.members["plan"]).write_bytes(b"other")
+    assert unpack(target, out, allow_unsigned=True).kept == []
+    assert list(target.manifests()) == list(store.manifests())
+
+
+def test_a_newer_kernel_file_stays(store: Store, target: Store, out: Path) -> None:
+    pack(store, out)
+    target.tree.write("jit", *bundles.KERNEL.split("/"), data=b"newer")
+    unpack(target, out, allow_unsigned=True)
+    assert (target.jit / bundles.KERNEL).read_bytes() == b"newer"
+    unpack(target, out, allow_unsigned=True, replace=True)
+    assert (target.jit / bundles.KERNEL).read_bytes() == (store.jit / bundles.KERNEL).read_bytes()
+
+
+def test_a_file_that_is_mapped_is_never_written(store: Store, target: Store, out: Path) -> None:
+    pack(store, out)
+    unpack(target, out, allow_unsigned=True)
+    files_before = {path: path.stat().st_ino for path in target.root.rglob("*") if path.is_file()}
+    opened = [path.open("rb") for path in files_before]
+    before = [file.read() for file in opened]
+    unpack(target, out, allow_unsigned=True, replace=True)
+    for path in target.tree.path.glob("blobs/*/*"):
+        path.write_bytes(b"damaged") if path.stat().st_ino not in files_before.values() else None
+    for file in opened:
+        file.seek(0)
+    assert [file.read() for file in opened] == before
 
 
 @pytest.fixture(scope="session")
@@ -250,9 +304,9 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_keys_of_openssl_sign_and_are_trusted(store: Store, target: Store, out: Path, pem: Path) -> None:
-    public = sign.public_key(pem / "signing.pub.pem")
-    made = pack(store, out, key=sign.private_key(pem / "signing.pem"))
-    assert unpack(target, out, [public]).signed_by == made.signed_by == sign.name(public)
+    public = public_key(pem / "signing.pub.pem")
+    made = pack(store, out, key=private_key(pem / "signing.pem"))
+    assert unpack(target, out, [public]).signed_by == made.signed_by == key_name(public)
 
 
 @pytest.mark.parametrize(
@@ -265,8 +319,8 @@ def test_keys_of_openssl_sign_and_are_trusted(store: Store, target: Store, out: 
     ],
 )
 def test_other_files_are_no_private_key(pem: Path, file: str, problem: str) -> None:
-    with pytest.raises(sign.SignError, match=f"{file} {problem}"):
-        sign.private_key(pem / file)
+    with pytest.raises(BundleError, match=f"{file} {problem}"):
+        private_key(pem / file)
 
 
 @pytest.mark.parametrize(
@@ -278,8 +332,8 @@ def test_other_files_are_no_private_key(pem: Path, file: str, problem: str) -> N
     ],
 )
 def test_other_files_are_no_public_key(pem: Path, file: str, problem: str) -> None:
-    with pytest.raises(sign.SignError, match=f"{file} {problem}"):
-        sign.public_key(pem / file)
+    with pytest.raises(BundleError, match=f"{file} {problem}"):
+        public_key(pem / file)
 
 
 # --- what cannot be packed
@@ -305,7 +359,7 @@ def test_entries_for_several_platforms(store: Store, out: Path) -> None:
 @pytest.mark.parametrize("damage", [b"", b"damaged", None])
 def test_every_damaged_blob_is_named_and_nothing_written(store: Store, out: Path, damage: bytes | None) -> None:
     out.write_bytes(b"an older bundle")
-    for path in store.layout.blobs.glob("??/*"):
+    for path in (store.tree.path / "blobs").glob("??/*"):
         whole = path.read_bytes()
         path.unlink() if damage is None else path.write_bytes(damage or bytes(len(whole)))
         with pytest.raises(BundleError, match=f"{path} .*cache verify says what to do"):
@@ -316,19 +370,6 @@ def test_every_damaged_blob_is_named_and_nothing_written(store: Store, out: Path
     pack(store, out)
 
 
-def test_a_kernel_file_that_changes_meanwhile(store: Store, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    get = Store.get
-
-    def changing(self: Store, blob: Blob) -> bytes:
-        (store.layout.jit / bundles.KERNEL).write_bytes(b"new")
-        return get(self, blob)
-
-    monkeypatch.setattr(Store, "get", changing)
-    with pytest.raises(BundleError, match=r"kernel\.cubin changed while it was packed"):
-        pack(store, out)
-    assert not out.exists()
-
-
 def test_places_where_no_bundle_can_be(store: Store) -> None:
     with pytest.raises(OSError, match="Not a directory"):
         pack(store, Path("/dev/full/x"))
@@ -336,26 +377,32 @@ def test_places_where_no_bundle_can_be(store: Store) -> None:
         pack(store, Path("/dev/full"))
 
 
+def jit(out: Path) -> list[str]:
+    return [name.removeprefix("v1/jit/") for name in bundles.contents(out.read_bytes()) if name.startswith("v1/jit/")]
+
+
 def test_links_and_what_triton_has_not_finished_stay_behind(store: Store, out: Path) -> None:
-    names = list(pack(store, out).index.jit)
-    folder = (store.layout.jit / bundles.KERNEL).parent
+    pack(store, out)
+    names = jit(out)
+    folder = (store.jit / bundles.KERNEL).parent
     (folder / "link").symlink_to("/etc/passwd")
     (folder / "folder").symlink_to("/etc")
     os.mkfifo(folder / "pipe")
-    (store.layout.jit / ".started").touch()
-    (store.layout.jit / ".leaving-x").mkdir()
-    (store.layout.jit / ".leaving-x/kernel").touch()
+    (store.jit / ".started").touch()
+    (store.jit / ".leaving-x").mkdir()
+    (store.jit / ".leaving-x/kernel").touch()
     (folder / "tmp.pid_7_abc").mkdir()
     (folder / "tmp.pid_7_abc" / "half").write_bytes(b"x")
-    assert list(pack(store, out).index.jit) == names == sorted([bundles.KERNEL, bundles.GROUP])
+    pack(store, out)
+    assert jit(out) == names == sorted([bundles.KERNEL, bundles.GROUP])
 
 
 @pytest.mark.parametrize("data", [b"", b"no json", b"[]", b'{"child_paths": 1}', b'{"other": {}}', b'{"a": ' * 5000])
 def test_what_only_looks_like_a_group_is_carried_as_it_is(store: Store, target: Store, out: Path, data: bytes) -> None:
-    (store.layout.jit / bundles.GROUP).write_bytes(data)
+    (store.jit / bundles.GROUP).write_bytes(data)
     pack(store, out)
     unpack(target, out, allow_unsigned=True)
-    assert (target.layout.jit / bundles.GROUP).read_bytes() == data
+    assert (target.jit / bundles.GROUP).read_bytes() == data
 
 
 # --- where it cannot be unpacked
@@ -396,7 +443,7 @@ def test_a_store_that_is_being_cleaned(store: Store, target: Store, out: Path, m
     pack(store, out)
     monkeypatch.setattr(bundle, "_WAIT", 0.0)
     with (
-        locks.locked(target.layout.store_lock, exclusive=True, timeout=0),
+        target.tree.lock("store", exclusive=True, timeout=0),
         pytest.raises(BundleError, match="another process is removing"),
     ):
         unpack(target, out, allow_unsigned=True)
@@ -404,17 +451,17 @@ def test_a_store_that_is_being_cleaned(store: Store, target: Store, out: Path, m
 
 def test_no_blob_is_removed_while_a_bundle_is_unpacked(store: Store, target: Store, out: Path) -> None:
     pack(store, out)
-    end = archive.Reader.end
+    put = Store.put
 
-    def cleaned(self: archive.Reader) -> None:
-        old = target.layout.tmp / "old"
-        old.write_bytes(b"")
-        os.utime(old, (0, 0))
-        target.gc(max_bytes=0)
-        assert old.exists()
-        end(self)
+    def cleaned(self: Store, data: bytes) -> Any:
+        blob = put(self, data)
+        for path in target.tree.path.glob("blobs/*/*"):
+            os.utime(path, (0, 0))
+        evict.trim(target, max_bytes=0)
+        return blob
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive.Reader, "end", cleaned)
+        patch.setattr(Store, "put", cleaned)
         unpack(target, out, allow_unsigned=True)
     assert target.verify() == []
+    assert list(target.manifests()) == list(store.manifests())

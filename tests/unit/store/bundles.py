@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import tarfile
@@ -9,13 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import zstandard
-
-from vllm_compile_ext.artifacts import files
-from vllm_compile_ext.artifacts.key import key_of
-from vllm_compile_ext.artifacts.manifest import Blob, Manifest, digest, encode
-from vllm_compile_ext.artifacts.store import Store
+from vllm_compile_ext.store.bundle import FOOTER, MAGIC
+from vllm_compile_ext.store.store import Manifest, Store, key_of
 
 PLATFORM = "linux-x86_64 cpu AVX2"
 KERNEL = "triton/host/HASH/kernel.cubin"
@@ -37,16 +33,16 @@ def entry(store: Store, name: str, shard: str = "rank0", **changes: Any) -> Mani
         "factors": {"model": name, "torch": "2.13.0"},
     }
     made = Manifest(**(values | changes))
-    files.write(store.layout.manifest(made.key, made.shard), encode(made), store.layout.tmp)
+    store.add(made)
     return made
 
 
 def kernels(store: Store) -> None:
     """What Triton leaves: a kernel and the file with the places of its files."""
-    place = store.layout.jit / KERNEL
-    files.write(place, b"machine code" * 10, store.layout.tmp)
+    place = store.jit / KERNEL
+    store.tree.write(store.tree.jit, *KERNEL.split("/"), data=b"machine code" * 10)
     group = f'{{"child_paths": {{"kernel.cubin": "{place}"}}}}'
-    files.write(store.layout.jit / GROUP, group.encode(), store.layout.tmp)
+    store.tree.write(store.tree.jit, *GROUP.split("/"), data=group.encode())
 
 
 def filled(root: Path) -> Store:
@@ -62,11 +58,11 @@ def filled(root: Path) -> Store:
 
 def content(store: Store) -> dict[str, bytes]:
     """Everything in a store that someone could read, and what is still in `tmp`."""
-    found = (Path(place, name) for place, _, names in os.walk(store.layout.v1) for name in names)
+    found = (Path(place, name) for place, _, names in os.walk(store.tree.path) for name in names)
     return {
-        str(path.relative_to(store.layout.v1)): path.read_bytes()
+        str(path.relative_to(store.tree.path)): path.read_bytes()
         for path in found
-        if not path.is_relative_to(store.layout.locks)
+        if not path.is_relative_to(store.tree.path / "locks")
     }
 
 
@@ -81,58 +77,33 @@ def member(name: str, data: bytes, **changes: Any) -> Member:
     return info, data
 
 
-def tar(members: Iterable[Member]) -> bytes:
+def tar(members: Iterable[Member], made: int = tarfile.PAX_FORMAT) -> bytes:
     """The archive of `members`, whatever their headers say."""
-    written = b"".join(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512) for info, data in members)
-    return written + bytes(1024)
+    written = b"".join(info.tobuf(made) + data + bytes(-len(data) % 512) for info, data in members)
+    return written + bytes(10240)
 
 
 def compress(data: bytes) -> bytes:
-    return zstandard.ZstdCompressor().compress(data)
+    return gzip.compress(data, mtime=0)
 
 
-def decompress(data: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+def unsigned(archive: bytes) -> bytes:
+    """The bundle with these bytes before its footer."""
+    return archive + MAGIC + bytes(FOOTER - len(MAGIC))
+
+
+def forged(parts: Iterable[Member]) -> bytes:
+    """The unsigned bundle with these members."""
+    return unsigned(compress(tar(parts)))
 
 
 def members(bundle: bytes) -> list[Member]:
     """The members of a good bundle, as `tar` takes them."""
-    with tarfile.open(fileobj=io.BytesIO(decompress(bundle))) as opened:
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(bundle[:-FOOTER]))) as opened:
         found = [(info, opened.extractfile(info)) for info in opened]
-        return [member(info.name, file.read()) for info, file in found if file is not None]
+        return [member(info.name, file.read(), mtime=info.mtime) for info, file in found if file is not None]
 
 
 def contents(bundle: bytes) -> dict[str, bytes]:
     """The members of a good bundle by name."""
     return {info.name: data for info, data in members(bundle)}
-
-
-def index(bundle: bytes) -> Any:
-    return msgspec.json.decode(members(bundle)[0][1])
-
-
-def with_index(bundle: bytes, new: Any) -> bytes:
-    """The bundle with another index, unsigned, and with the members that it had."""
-    return rebuilt(members(bundle), new)
-
-
-def rebuilt(parts: list[Member], new: Any) -> bytes:
-    head = [member("index.json", msgspec.json.encode(new)), member("signature.json", b"null")]
-    return compress(tar(head + parts[2:]))
-
-
-def replaced(bundle: bytes, number: int, data: bytes) -> bytes:
-    """The bundle with `data` as the content of its member `number`, and an index that says so: a careful forger's."""
-    parts, new = members(bundle), index(bundle)
-    blob = msgspec.to_builtins(Blob(digest(data), len(data)))
-    name = parts[number][0].name
-    kind, place = name.split("/", 1)
-    if kind == "manifests":
-        next(e for e in new["manifests"] if name.endswith(f"{e['key']}/{e['shard']}"))["file"] = blob
-    elif kind == "blobs":
-        new["blobs"] = [blob if b["digest"] == place else b for b in new["blobs"]]
-        name = f"blobs/{blob['digest']}"
-    else:
-        new["jit"][list(new["jit"])[int(place)]]["file"] = blob
-    parts[number] = member(name, data)
-    return rebuilt(parts, new)

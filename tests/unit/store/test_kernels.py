@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_compile_ext.artifacts import kernels
+from vllm_compile_ext.store import kernels
 
 PLACES = {
     "triton": "triton/host/HASH",

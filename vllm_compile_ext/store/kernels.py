@@ -1,18 +1,25 @@
-"""Kernels that other libraries' JIT compilers keep below one folder: their size, and eviction.
+"""Kernels that other libraries' JIT compilers keep below one folder: their size, eviction, and how they travel.
 
 The folder has one folder for each library.  A library writes and reads there on its own and names what it makes by a
-digest of what it was made from; here, whole kernels are only counted and removed.  What is missing is compiled again.
+digest of what it was made from; here, whole kernels are only counted, removed, and carried to another store.  What is
+missing is compiled again.
+
+Triton lists a kernel's files in a file ``__grp__<name>.json``, by absolute paths though they lie beside it, and takes a
+kernel whose listed files do not exist for one that is not there (3.7.1, `runtime/cache.py`, `get_group`): the list is
+written anew where it is unpacked.  FlashInfer asks ninja whether a kernel is up to date, which goes by the times of its
+files: they are kept, and have it found where the store is at the same place in the same image.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # Where one kernel's folder lies below its library's: Triton 3.7.1, FlashInfer 0.7.0, DeepGEMM as vLLM 0.32.0 has it,
 # TileLang 0.1.12, Humming 0.1.17.  The first `*` of most is `vllm_compile_ext.jit_caches`' own.
@@ -31,6 +38,7 @@ SPARED = 25 * 3600.0
 STAMP = ".started"
 _STARTING = 3600.0
 _LEAVING = ".leaving-"
+_TRITON_WRITES = "tmp.pid_"  # how the folders begin in which Triton writes
 
 
 @dataclass(frozen=True)
@@ -115,3 +123,40 @@ def _remove(path: Path, folder: Path) -> bool:
         return False
     shutil.rmtree(leaving, ignore_errors=True)
     return True
+
+
+class PathError(ValueError):
+    """A path that leads out of its folder, or that no file can have."""
+
+
+def check_path(path: str) -> None:
+    """Raises `PathError` unless `path` is relative and stays below the folder that it is put in."""
+    steps = path.split("/")
+    plain = path.isprintable() and "\\" not in path and not {"", ".", ".."}.intersection(steps)
+    # Steps of over 255 bytes, and paths of over 4095, are none to Linux.
+    if not plain or len(path.encode()) > 1000 or max(len(step.encode()) for step in steps) > 255:
+        raise PathError(f"{path[:300]!r} is not allowed: a printable relative path of up to 1000 bytes is")
+
+
+def paths(folder: Path) -> Iterator[str]:
+    """The paths of all files of kernels below `folder`, relative to it, in a fixed order; links are left out."""
+    for place, below, names in os.walk(folder):
+        top = Path(place) == folder  # where a hidden name is that of a mark or of something that is being removed
+        below[:] = sorted(n for n in below if not (n.startswith(_TRITON_WRITES) or (top and n.startswith("."))))
+        for found in sorted(Path(place, name) for name in names):
+            if not top and found.is_file() and not found.is_symlink():
+                path = found.relative_to(folder).as_posix()
+                check_path(path)
+                yield path
+
+
+def placed(path: str, data: bytes, folder: Path | None) -> bytes:
+    """The content of the file `path` as it has to be in `folder`, or in none yet."""
+    name = PurePosixPath(path).name
+    if not (name.startswith("__grp__") and name.endswith(".json")):
+        return data
+    try:
+        names = {name: PurePosixPath(name).name for name in dict(json.loads(data)["child_paths"])}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return data  # it only looks like a list of Triton's
+    return json.dumps({"child_paths": {n: str(folder / p) if folder else p for n, p in names.items()}}).encode()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.artifacts import program
-from vllm_compile_ext.artifacts.store import Store, UnsafeStoreError
+from tests.unit.store import program
+from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
 FOLDERS = [".", "v1", "v1/blobs", "v1/manifests", "v1/locks", "v1/tmp"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_compile_ext.artifacts.store import Store
+from vllm_compile_ext.store.store import Store
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.artifacts import program
-from vllm_compile_ext.artifacts.store import MissingError, Removed, Store
+from tests.unit.store import program
+from vllm_compile_ext.store import evict
+from vllm_compile_ext.store.evict import Removed
+from vllm_compile_ext.store.store import MissingError, Store, manifest_names
 
 HOUR = 3600.0
 
@@ -21,7 +23,7 @@ def age(path: Path, hours: float) -> None:
 
 
 def used(store: Store, manifest: program.Manifest, hours: float) -> None:
-    age(store.layout.manifest(manifest.key, manifest.shard), hours)
+    age(store.path(manifest), hours)
 
 
 def names(store: Store) -> set[str]:
@@ -29,7 +31,7 @@ def names(store: Store) -> set[str]:
 
 
 def blobs(store: Store) -> list[Path]:
-    return list(store.layout.blobs.glob("*/*"))
+    return list((store.tree.path / "blobs").glob("*/*"))
 
 
 @pytest.fixture
@@ -43,39 +45,39 @@ def three(store: Store) -> dict[str, program.Manifest]:
 
 
 def test_size_counts_shared_blobs_once(store: Store, three: dict[str, program.Manifest]) -> None:
-    manifests = sum(store.layout.manifest(m.key, m.shard).stat().st_size for m in three.values())
+    manifests = sum(store.path(m).stat().st_size for m in three.values())
     assert store.size() == 10 * 1000 + manifests
 
 
 def test_the_least_recently_used_go_until_the_rest_fits(store: Store, three: dict[str, program.Manifest]) -> None:
     before = store.size()
-    removed = store.gc(max_bytes=before - 1)
+    removed = evict.trim(store, max_bytes=before - 1)
     assert removed.manifests == [f"{three['old'].key}/rank0"]
     assert names(store) == {"middle", "new"}
     assert before - store.size() == removed.freed > 3000
     assert len(blobs(store)) == 7
     assert store.verify() == []
-    assert store.gc(max_bytes=store.size()).manifests == []
-    assert store.gc(max_bytes=0).freed > 0
+    assert evict.trim(store, max_bytes=store.size()).manifests == []
+    assert evict.trim(store, max_bytes=0).freed > 0
     assert (names(store), blobs(store), store.size()) == (set(), [], 0)
 
 
 def test_use_makes_an_entry_the_last_to_go(store: Store, three: dict[str, program.Manifest]) -> None:
     with program.child('store.use(store.find(sys.argv[2], "rank0"))', store.root, three["old"].key) as other:
         other.wait()
-    store.gc(max_bytes=store.size() - 1)
+    evict.trim(store, max_bytes=store.size() - 1)
     assert names(store) == {"old", "new"}
 
 
 def test_what_was_not_used_for_long_goes(store: Store, three: dict[str, program.Manifest]) -> None:
-    removed = store.gc(max_age=1.5 * HOUR)
+    removed = evict.trim(store, max_age=1.5 * HOUR)
     assert removed.manifests == [f"{three[name].key}/rank0" for name in ("old", "middle")]
     assert program.load(store, three["new"]) == program.members("new")
     assert len(blobs(store)) == 4
 
 
 def test_without_limits_nothing_goes(store: Store, three: dict[str, program.Manifest]) -> None:
-    assert store.gc() == Removed([], [], 0)
+    assert evict.trim(store) == Removed([], [], 0)
     assert names(store) == {"old", "middle", "new"}
 
 
@@ -102,14 +104,14 @@ time.sleep(600)
 def test_what_another_process_uses_stays_until_that_is_killed(store: Store, three: dict[str, program.Manifest]) -> None:
     with program.child(USES, store.root) as other:
         assert program.heard(other) == "uses"
-        for removed in (store.gc(max_bytes=0, max_age=0), store.remove(three["old"].key)):
+        for removed in (evict.trim(store, max_bytes=0, max_age=0), evict.remove(store, three["old"].key)):
             assert removed.manifests == []
             assert f"{three['old'].key}/rank0" in removed.in_use
         assert names(store) == set(three)
         assert store.verify() == []
         other.kill()
         other.wait()
-    assert len(store.gc(max_bytes=0).manifests) == 3
+    assert len(evict.trim(store, max_bytes=0).manifests) == 3
     assert store.size() == 0
 
 
@@ -119,11 +121,11 @@ def test_what_a_writer_has_put_but_not_yet_named_stays(store: Store, three: dict
         again = program.manifest(store, "old", program.members("old"))
         for path in blobs(store):
             age(path, 99)
-        removed = store.gc(max_bytes=0)
+        removed = evict.trim(store, max_bytes=0)
         assert len(removed.manifests) == 3
         assert program.load(store, begun) == program.members("begun")
         assert program.load(store, again) == program.members("old")
-    store.gc()
+    evict.trim(store)
     assert blobs(store) == []
     with pytest.raises(MissingError):
         program.load(store, begun)
@@ -140,29 +142,29 @@ def test_a_writer_in_another_process_counts_too(store: Store) -> None:
         assert program.heard(other) == "put"
         for path in blobs(store):
             age(path, 99)
-        store.gc(max_bytes=0)
+        evict.trim(store, max_bytes=0)
         assert len(blobs(store)) == 4
         other.kill()
         other.wait()
-    store.gc(max_bytes=0)
+    evict.trim(store, max_bytes=0)
     assert blobs(store) == []
 
 
 def test_young_files_that_nothing_needs_stay(store: Store) -> None:
     blob = store.put(b"who wrote this may be about to name it")
-    (store.layout.tmp / "young").write_bytes(b"")
-    (store.layout.tmp / "old").write_bytes(b"")
-    age(store.layout.tmp / "old", 2)
-    store.gc()
+    ((store.tree.path / "tmp") / "young").write_bytes(b"")
+    ((store.tree.path / "tmp") / "old").write_bytes(b"")
+    age((store.tree.path / "tmp") / "old", 2)
+    evict.trim(store)
     assert store.get(blob)
-    assert [path.name for path in store.layout.tmp.iterdir()] == ["young"]
+    assert [path.name for path in (store.tree.path / "tmp").iterdir()] == ["young"]
 
 
 def test_a_blob_that_is_put_again_is_young_again(store: Store) -> None:
-    path = store.layout.blob(store.put(b"data"))
+    path = store.path(store.put(b"data"))
     age(path, 99)
     store.put(b"data")
-    store.gc()
+    evict.trim(store)
     assert path.exists()
 
 
@@ -171,58 +173,58 @@ def test_a_clock_set_back_does_no_harm(store: Store, three: dict[str, program.Ma
     for path in blobs(store):
         age(path, -1000)
     store.put(b"unneeded")
-    assert store.gc(max_age=0.5 * HOUR).manifests == [f"{three[name].key}/rank0" for name in ("old", "middle")]
+    assert evict.trim(store, max_age=0.5 * HOUR).manifests == [f"{three[name].key}/rank0" for name in ("old", "middle")]
     assert program.load(store, three["new"]) == program.members("new")
     store.use(three["new"])
-    path = store.layout.manifest(three["new"].key, "rank0")
+    path = store.tree.path.joinpath(*manifest_names(three["new"].key, "rank0"))
     assert abs(path.stat().st_mtime - time.time()) < HOUR
 
 
 def test_everything_in_the_future_still_goes_for_its_size(store: Store, three: dict[str, program.Manifest]) -> None:
     for manifest in three.values():
         used(store, manifest, -1000)
-    assert len(store.gc(max_bytes=0).manifests) == 3
+    assert len(evict.trim(store, max_bytes=0).manifests) == 3
 
 
 def test_remove_takes_a_prefix_and_leaves_what_others_need(store: Store, three: dict[str, program.Manifest]) -> None:
-    removed = store.remove(three["old"].key[:12])
+    removed = evict.remove(store, three["old"].key[:12])
     assert removed.manifests == [f"{three['old'].key}/rank0"]
     assert removed.freed > 3000
     assert names(store) == {"middle", "new"}
     assert len(blobs(store)) == 7
     assert store.verify() == []
-    assert not store.layout.manifest(three["old"].key, "rank0").parent.exists()
-    assert store.remove("0" * 64).manifests == []
+    assert not store.tree.path.joinpath(*manifest_names(three["old"].key, "rank0")).parent.exists()
+    assert evict.remove(store, "0" * 64).manifests == []
 
 
 def test_damaged_manifests_and_strange_files_can_go(store: Store, three: dict[str, program.Manifest]) -> None:
-    store.layout.manifest(three["old"].key, "rank0").write_bytes(b"garbage")
-    linked = store.layout.manifest(three["middle"].key, "rank0")
+    store.tree.path.joinpath(*manifest_names(three["old"].key, "rank0")).write_bytes(b"garbage")
+    linked = store.tree.path.joinpath(*manifest_names(three["middle"].key, "rank0"))
     linked.unlink()
-    linked.symlink_to(store.layout.manifest(three["new"].key, "rank0"))
-    (store.layout.blobs / "ab").mkdir(exist_ok=True)
-    (store.layout.blobs / "ab" / "stranger").write_bytes(b"")
-    (store.layout.manifests / "stranger").write_bytes(b"")
-    (store.layout.locks / "stranger.lock").mkdir()
+    linked.symlink_to(store.tree.path.joinpath(*manifest_names(three["new"].key, "rank0")))
+    ((store.tree.path / "blobs") / "ab").mkdir(exist_ok=True)
+    ((store.tree.path / "blobs") / "ab" / "stranger").write_bytes(b"")
+    ((store.tree.path / "manifests") / "stranger").write_bytes(b"")
+    ((store.tree.path / "locks") / "stranger.lock").mkdir()
     for path in store.root.rglob("*"):
         os.utime(path, (0, 0), follow_symlinks=False)
-    store.gc()
-    assert len(blobs(store)) == 4
-    assert len(store.remove(three["old"].key).manifests) == 1
-    assert len(store.remove(three["middle"].key).manifests) == 1
+    evict.trim(store)
+    assert len(blobs(store)) == 4 + 1
+    assert len(evict.remove(store, three["old"].key).manifests) == 1
+    assert len(evict.remove(store, three["middle"].key).manifests) == 1
     assert program.load(store, three["new"]) == program.members("new")
     assert store.verify() == []
 
 
 def test_a_manifest_of_a_newer_format_keeps_its_blobs(store: Store) -> None:
     blob = store.put(b"data of a newer version")
-    path = store.layout.manifest("0" * 64, "rank0")
+    path = store.tree.path.joinpath(*manifest_names("0" * 64, "rank0"))
     path.parent.mkdir()
     path.write_text('{"format": 2, "needs": ["%s"]}' % blob.digest)  # noqa: UP031 - braces
-    age(store.layout.blob(blob), 99)
-    store.gc()
+    age(store.path(blob), 99)
+    evict.trim(store)
     assert store.get(blob)
-    assert store.gc(max_bytes=0).manifests == ["0" * 64 + "/rank0"]
+    assert evict.trim(store, max_bytes=0).manifests == ["0" * 64 + "/rank0"]
     assert blobs(store) == []
 
 
@@ -230,9 +232,9 @@ def test_locks_of_entries_that_are_gone_go_too(store: Store, three: dict[str, pr
     for key in (three["new"].key, "0" * 64, "1" * 64):
         with store.writer(key, 5):
             pass
-        age(store.layout.lock(key), 99)
+        age((store.tree.path / "locks" / f"{key}.lock"), 99)
     with store.writer("2" * 64, 5):
         pass
-    store.gc()
-    left = {path.stem for path in store.layout.locks.iterdir()}
+    evict.trim(store)
+    left = {path.stem for path in (store.tree.path / "locks").iterdir()}
     assert left == {"store", three["new"].key, "2" * 64}

@@ -1,7 +1,7 @@
-"""The key of an entry, and what a miss is due to.
+"""What a miss is due to.
 
 Factors are a flat table, name -> value, of everything that can change compiled code.  Where they come from is not known
-here; that two tables have one key only if they are equal is.
+here.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import msgspec
-
-from vllm_compile_ext.artifacts.manifest import Manifest, digest
 from vllm_compile_ext.printable import plain
+from vllm_compile_ext.store.store import Manifest
 
 _WIDTH = 40  # characters of a value that fit into the line
 _SHOWN = 3  # changes that fit into the line
@@ -30,11 +28,6 @@ class Change(NamedTuple):
             return plain(self.name)
         old, new = _shorten(self.old or "", self.new or "")
         return plain(f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}")
-
-
-def key_of(factors: Mapping[str, str]) -> str:
-    """64 lower hexadecimal digits; the order of `factors` does not matter."""
-    return digest(msgspec.json.encode(dict(factors), order="sorted"))
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:

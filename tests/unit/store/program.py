@@ -11,10 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests import process
-from vllm_compile_ext.artifacts import files
-from vllm_compile_ext.artifacts.key import key_of
-from vllm_compile_ext.artifacts.manifest import Manifest, encode
-from vllm_compile_ext.artifacts.store import Store
+from vllm_compile_ext.store.store import Manifest, Store, key_of
 
 
 def members(name: str, count: int = 4, size: int = 1000) -> dict[str, bytes]:
@@ -51,7 +48,7 @@ def write(store: Store, name: str, **kwargs: int) -> Manifest:
 def leave(store: Store, name: str, **kwargs: int) -> Manifest:
     """Write an entry as a process did that has ended since: nothing holds it."""
     written = manifest(store, name, members(name, **kwargs))
-    files.write(store.layout.manifest(written.key, written.shard), encode(written), store.layout.tmp)
+    store.add(written)
     return written
 
 
@@ -62,9 +59,9 @@ def load(store: Store, found: Manifest) -> dict[str, bytes]:
 PRELUDE = """
 import os, sys, time
 from pathlib import Path
-from vllm_compile_ext.artifacts.key import key_of
-from vllm_compile_ext.artifacts.store import Store
-from tests.unit.artifacts import program
+from vllm_compile_ext.store import evict
+from vllm_compile_ext.store.store import Store, key_of
+from tests.unit.store import program
 
 store = Store.open(Path(sys.argv[1]))
 def say(word):

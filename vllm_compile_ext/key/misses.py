@@ -10,18 +10,17 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import msgspec
 
-from vllm_compile_ext.artifacts import files
-from vllm_compile_ext.artifacts.key import Change
-from vllm_compile_ext.artifacts.layout import Layout
+from vllm_compile_ext.key.miss import Change
+from vllm_compile_ext.store.files import DamagedError, Tree
+from vllm_compile_ext.store.store import ManifestError, seal, unseal
 
-FORMAT = 1
+FORMAT = 2
 KEPT = 20
 
-_NAME = re.compile(r"([0-9]{12})-[0-9]+\.json")
+_NAME = re.compile(r"[0-9]{12}-[0-9]+\.json")
 
 
 class Miss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,7 +31,6 @@ class Miss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stored.
     """
 
-    format: int = FORMAT
     time: float
     key: str
     shard: str
@@ -43,7 +41,7 @@ class Miss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 def record(
-    layout: Layout,
+    tree: Tree,
     key: str,
     shard: str,
     model: str,
@@ -61,28 +59,23 @@ def record(
         closest=closest_key,
         changes=None if closest_key is None else list(changes or ()),
     )
-    old = _numbered(layout)
-    number = old[0][0] + 1 if old else 0
+    old = _names(tree)
+    number = int(old[0].partition("-")[0]) + 1 if old else 0
     # With the process in the name, ranks that take the same number keep one each.
-    path = layout.misses / f"{number:012d}-{os.getpid()}.json"
-    files.write(path, msgspec.json.encode(miss), layout.tmp)
-    for _, path in old[KEPT - 1 :]:
-        with suppress(OSError):
-            path.unlink()
+    tree.write("misses", f"{number:012d}-{os.getpid()}.json", data=seal(miss, FORMAT))
+    for name in old[KEPT - 1 :]:
+        tree.remove("misses", name)
 
 
-def read(layout: Layout) -> list[Miss]:
+def read(tree: Tree) -> list[Miss]:
     """The misses that are kept, newest first; damaged ones and those of other formats are left out."""
     found = []
-    for _, path in _numbered(layout):
-        with suppress(files.DamagedError, msgspec.MsgspecError, ValueError, RecursionError):
-            miss = msgspec.json.decode(files.read(path), type=Miss)
-            if miss.format == FORMAT:
-                found.append(miss)
+    for name in _names(tree):
+        with suppress(DamagedError, ManifestError):
+            found.append(unseal(tree.read("misses", name), Miss, FORMAT))
     return found
 
 
-def _numbered(layout: Layout) -> list[tuple[int, Path]]:
-    """Number and path of each file, newest first."""
-    names = [(path, _NAME.fullmatch(path.name)) for path in layout.misses.glob("*.json")]
-    return sorted(((int(match[1]), path) for path, match in names if match), reverse=True)
+def _names(tree: Tree) -> list[str]:
+    """Of the files, newest first."""
+    return [name for name in reversed(tree.names("misses")) if _NAME.fullmatch(name)]

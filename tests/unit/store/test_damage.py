@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.artifacts import program
-from tests.unit.artifacts.test_manifest import BAD_KEYS, BAD_SHARDS
-from vllm_compile_ext.artifacts import files, locks
-from vllm_compile_ext.artifacts.manifest import Blob, ManifestError, encode
-from vllm_compile_ext.artifacts.store import DamagedError, MissingError, Store
+from tests.unit.store import program
+from tests.unit.store.test_manifest import BAD_KEYS, BAD_SHARDS
+from vllm_compile_ext.store import evict, files
+from vllm_compile_ext.store.store import Blob, DamagedError, ManifestError, MissingError, Store, manifest_names, seal
 
 SECRET = b"elsewhere"
 
@@ -111,8 +110,8 @@ def test_gives_back_what_was_put(store: Store, written: program.Manifest) -> Non
 def test_damage_to_any_blob_is_noticed_and_mended(store: Store, written: program.Manifest, damage: Damage) -> None:
     blobs = list(written.members.values())
     for index, blob in enumerate(blobs):
-        path = store.layout.blob(blob)
-        damage(path, store.layout.blob(blobs[index - 1]))
+        path = store.path(blob)
+        damage(path, store.path(blobs[index - 1]))
         with pytest.raises(DamagedError, match=blob.digest) as caught:
             store.get(blob)
         assert caught.value.path == path
@@ -132,9 +131,9 @@ def test_damage_to_any_blob_is_noticed_and_mended(store: Store, written: program
 def test_damage_to_a_manifest_is_a_miss_with_one_warning(
     store: Store, written: program.Manifest, damage: Damage, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = store.layout.manifest(written.key, "rank0")
+    path = store.tree.path.joinpath(*manifest_names(written.key, "rank0"))
     other = program.write(store, "other")
-    damage(path, store.layout.manifest(other.key, "rank0"))
+    damage(path, store.tree.path.joinpath(*manifest_names(other.key, "rank0")))
     assert store.find(written.key, "rank0") is None
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == (0 if damage is missing else 1)
@@ -151,8 +150,8 @@ def test_links_are_replaced_and_not_followed_when_writing(store: Store, tmp_path
     outside.write_bytes(SECRET)
     data = program.members("model")
     for blob in program.write(store, "model").members.values():
-        store.layout.blob(blob).unlink()
-        store.layout.blob(blob).symlink_to(outside)
+        store.path(blob).unlink()
+        store.path(blob).symlink_to(outside)
     written = program.write(store, "model")
     assert program.load(store, written) == data
     assert outside.read_bytes() == SECRET
@@ -160,12 +159,12 @@ def test_links_are_replaced_and_not_followed_when_writing(store: Store, tmp_path
 
 @pytest.mark.parametrize(
     "data",
-    [b'{"format": 4, "seal": "", "manifest": {}}', b'{"format": 3, "everything": ["else"]}'],
+    [b'{"format": 4, "seal": "", "record": {}}', b'{"format": 2, "everything": ["else"]}'],
 )
 def test_a_manifest_of_a_newer_format_is_a_miss_that_says_so(
     store: Store, written: program.Manifest, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store.layout.manifest(written.key, "rank0").write_bytes(data)
+    store.tree.path.joinpath(*manifest_names(written.key, "rank0")).write_bytes(data)
     assert store.find(written.key, "rank0") is None
     assert "was written in format" in caplog.text
 
@@ -173,11 +172,11 @@ def test_a_manifest_of_a_newer_format_is_a_miss_that_says_so(
 def test_a_manifest_under_another_name_is_refused(
     store: Store, written: program.Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = store.layout.manifest(written.key, "rank0")
-    stranger = store.layout.manifest("0" * 64, "rank0")
+    path = store.tree.path.joinpath(*manifest_names(written.key, "rank0"))
+    stranger = store.tree.path.joinpath(*manifest_names("0" * 64, "rank0"))
     stranger.parent.mkdir()
     shutil.copy(path, stranger)
-    shutil.copy(path, store.layout.manifest(written.key, "rank1"))
+    shutil.copy(path, store.tree.path.joinpath(*manifest_names(written.key, "rank1")))
     assert store.find("0" * 64, "rank0") is None
     assert store.find(written.key, "rank1") is None
     assert caplog.text.count("is the manifest of another entry") == 2
@@ -186,24 +185,19 @@ def test_a_manifest_under_another_name_is_refused(
 
 def test_a_size_that_does_not_fit_is_refused_before_anything_is_read(store: Store, written: program.Manifest) -> None:
     blob = written.members["piece/0/(1, 256)"]
-    os.truncate(store.layout.blob(blob), 1 << 40)  # takes no room, but nobody has the memory to read it
+    os.truncate(store.path(blob), 1 << 40)  # takes no room, but nobody has the memory to read it
     with pytest.raises(DamagedError, match="bytes where 1000 were written"):
         store.get(blob)
-
-
-def test_a_device_is_not_read() -> None:
-    with pytest.raises(DamagedError, match="not a regular file"):
-        files.read(Path(os.devnull))
 
 
 def test_files_that_cannot_be_read(user: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store.open(user / "store")
     written = program.write(store, "model")
     for blob in written.members.values():
-        store.layout.blob(blob).chmod(0)
+        store.path(blob).chmod(0)
         with pytest.raises(DamagedError, match="cannot be read"):
             store.get(blob)
-    store.layout.manifest(written.key, "rank0").chmod(0)
+    store.tree.path.joinpath(*manifest_names(written.key, "rank0")).chmod(0)
     assert store.find(written.key, "rank0") is None
     assert "cannot be read (Permission denied)" in caplog.text
     assert program.load(store, program.write(store, "model")) == program.members("model")
@@ -226,7 +220,7 @@ def test_shards_that_lead_elsewhere_are_refused(store: Store, shard: str) -> Non
 @pytest.mark.parametrize("prefix", ["", "..", "../", "*", "AB", "g", "0" * 65, "0\n"])
 def test_prefixes_that_lead_elsewhere_are_refused(store: Store, written: program.Manifest, prefix: str) -> None:
     with pytest.raises(ManifestError):
-        store.remove(prefix)
+        evict.remove(store, prefix)
     assert store.find(written.key, "rank0") == written
 
 
@@ -264,7 +258,7 @@ def test_a_hit_scans_no_folder_and_takes_no_lock(
 
     for name in ("scandir", "listdir"):
         monkeypatch.setattr(os, name, fail)
-    monkeypatch.setattr(locks.fcntl, "flock", fail)
+    monkeypatch.setattr(files.fcntl, "flock", fail)
     found = store.find(written.key, "rank0")
     assert found is not None
     assert program.load(store, found) == program.members("model")
@@ -275,4 +269,4 @@ def test_an_entry_is_replaced_as_a_whole(store: Store, written: program.Manifest
     assert changed.key == written.key
     store.commit(changed)
     assert store.find(written.key, "rank0") == changed
-    assert encode(changed) == store.layout.manifest(written.key, "rank0").read_bytes()
+    assert seal(changed) == store.tree.path.joinpath(*manifest_names(written.key, "rank0")).read_bytes()

@@ -1,0 +1,399 @@
+"""Files as the store reads and writes them: whole or not at all, never through a link, written by nobody else.
+
+What lies in a store is run.  So each folder is opened inside of the one that was opened before it, and owner and mode
+are checked on what is open: a name that means something else a moment later is never looked up again.
+
+    where                        whose it may be           who may write
+    above the store              ours, root's              the same, and others where a folder is sticky
+    a volume's root above it     whoever mounted it decided that
+    the store, all below it      ours, root's              the same; files 0600, folders 0700
+    a store that a group shares  as well its members'      as well its members; files 0660, folders 2770
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from vllm_compile_ext import envs
+
+_FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# Without O_NONBLOCK, opening a pipe that someone put there would wait for ever.
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+_POLL = 0.05  # seconds between two attempts to get a lock
+_LOOK = 0.2  # seconds that `hold` waits for one that only looks whether the file is held
+
+_held: set[tuple[int, int]] = set()  # device and inode of what `hold` locked in this process
+
+
+class UnsafeStoreError(RuntimeError):
+    """Others can change the store; the message names the folder, its mode and owner, and the way out."""
+
+
+class DamagedError(RuntimeError):
+    """The file `path` is not what was written, or cannot be read; the message says how."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"{path} {what}")
+        self.path = path
+
+
+class MissingError(DamagedError):
+    """The file is not there."""
+
+
+class Tree:
+    """The folder ``v1`` of the store `root`, and the files below it by the names that lead to them.
+
+    It is opened when it is first needed and stays open, wherever it is moved; one that was deleted is opened anew.
+    All methods but `read` and `names` raise `OSError` as it comes, and `UnsafeStoreError`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.path = root / "v1"
+        self.group: int | None = None  # who shares it, by VLLM_COMPILE_STORE_GROUP
+        self._handle: int | None = None
+
+    def __del__(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+
+    @contextmanager
+    def folder(self, *names: str, make: bool = False, private: bool = False) -> Iterator[int]:
+        """A folder, open for reading; `make` makes those that are missing.
+
+        private: check those below `jit`, too.  Libraries make folders there by the umask; nobody else gets as far.
+        """
+        with ExitStack() as opened:
+            handle, path = self._base(make), self.path
+            for number, name in enumerate(names):
+                path /= name
+                handle = _enter(handle, name, path, self.group, make)
+                opened.callback(os.close, handle)
+                if private or number == 0 or names[0] != self.jit:
+                    _check(path, os.fstat(handle), self.group, self.root)
+            yield handle
+
+    @property
+    def jit(self) -> str:
+        """The folder of kernel compilers' caches.  They do not share with other users, so each user has one."""
+        with suppress(OSError, UnsafeStoreError):
+            self._base(make=False)
+        return "jit" if self.group is None else f"jit-{os.geteuid()}"
+
+    def _base(self, make: bool) -> int:
+        if self._handle is not None and os.fstat(self._handle).st_nlink == 0:
+            os.close(self._handle)
+            self._handle = None
+        if self._handle is None:
+            self._handle, self.group = _open_root(self.root, make)
+        return self._handle
+
+    def writable(self, *names: str) -> bool:
+        """Whether this process may make files in a folder."""
+        try:
+            with self.folder(*names) as handle:
+                return os.access(".", os.W_OK | os.X_OK, dir_fd=handle, effective_ids=True)
+        except OSError:
+            return False
+
+    def names(self, *names: str) -> list[str]:
+        """What is in a folder, sorted; nothing when it cannot be read."""
+        try:
+            with self.folder(*names) as handle:
+                return sorted(os.listdir(handle))  # noqa: PTH208 - of an open folder
+        except (OSError, UnsafeStoreError):
+            return []
+
+    def stat(self, *names: str) -> os.stat_result:
+        """Of a file or a link."""
+        with self.folder(*names[:-1]) as handle:
+            return os.stat(names[-1], dir_fd=handle, follow_symlinks=False)
+
+    def read(self, *names: str, size: int | None = None) -> bytes:
+        """All bytes of a regular file.  Raises `DamagedError` when it is none, not of `size` bytes, or others' work."""
+        path = self.path.joinpath(*names)
+        try:
+            with self.folder(*names[:-1]) as folder, _opened(names[-1], os.O_RDONLY, folder) as handle:
+                found = os.fstat(handle)
+                if not stat.S_ISREG(found.st_mode):
+                    raise DamagedError(path, "is not a regular file")
+                if why := _others(found, self.group):
+                    raise DamagedError(path, why)
+                if size is not None and found.st_size != size:
+                    raise DamagedError(path, f"has {found.st_size} bytes where {size} were written")
+                with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
+                    return file.read()
+        except FileNotFoundError:
+            raise MissingError(path, "is missing") from None
+        except UnsafeStoreError as error:
+            raise DamagedError(path, f"is not read: {error}") from error
+        except OSError as error:
+            what = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
+            raise DamagedError(path, what) from error
+
+    def write(self, *names: str, data: bytes) -> None:
+        """Make `data` a file in one step.  When that fails, what was there is as it was."""
+        with self.folder("tmp", make=True) as temporary, self.folder(*names[:-1], make=True) as folder:
+            name = uuid4().hex
+            handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE, 0o600, dir_fd=temporary)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    _share(handle, 0o600, self.group)
+                    file.write(data)
+                    file.flush()
+                    os.fsync(handle)  # before the rename: a name without its bytes would survive a power cut
+                os.replace(name, names[-1], src_dir_fd=temporary, dst_dir_fd=folder)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=temporary)
+                raise
+            # The file is in place and whole; at worst a power cut takes its name.
+            with suppress(OSError):
+                os.fsync(folder)
+
+    def touch(self, *names: str) -> None:
+        """Mark a file as used now."""
+        with self.folder(*names[:-1]) as folder:
+            os.utime(names[-1], dir_fd=folder, follow_symlinks=False)
+
+    def hold(self, *names: str) -> None:
+        """Mark a file as used now, and as in use until this process and those it forks have ended.
+
+        Raises `OSError` also while the file is being removed.
+        """
+        with self.folder(*names[:-1]) as folder:
+            handle = os.open(names[-1], os.O_RDONLY | _FILE, dir_fd=folder)
+        kept = False
+        try:
+            found = os.fstat(handle)
+            if (found.st_dev, found.st_ino) not in _held:
+                if not _lock(handle, fcntl.LOCK_SH, _LOOK):
+                    raise BlockingIOError(f"{self.path.joinpath(*names)} is being removed")
+                _held.add((found.st_dev, found.st_ino))
+                kept = True
+            os.utime(handle)
+        finally:
+            if not kept:
+                os.close(handle)
+
+    def in_use(self, *names: str) -> bool:
+        """Whether a process holds a file; False also where that cannot be found out."""
+        try:
+            with self.folder(*names[:-1]) as folder, _opened(names[-1], os.O_RDONLY, folder) as handle:
+                return not _lock(handle, fcntl.LOCK_EX, 0)
+        except (OSError, UnsafeStoreError):
+            return False
+
+    def remove(self, *names: str) -> bool:
+        """Remove a file unless someone holds it, and say whether it is gone."""
+        try:
+            with ExitStack() as opened:
+                folder = opened.enter_context(self.folder(*names[:-1]))
+                try:
+                    handle = opened.enter_context(_opened(names[-1], os.O_RDWR, folder))
+                except OSError:
+                    pass  # a link, or already gone: nothing that could be held
+                else:
+                    if not _lock(handle, fcntl.LOCK_EX, 0):
+                        return False
+                with suppress(FileNotFoundError):
+                    os.unlink(names[-1], dir_fd=folder)
+        except OSError:
+            return False
+        return True
+
+    def remove_folder(self, *names: str, full: bool = False) -> None:
+        """Remove a folder when nothing is in it, or with what is in it."""
+        with suppress(OSError), self.folder(*names[:-1]) as folder:
+            if full:
+                shutil.rmtree(names[-1], dir_fd=folder)
+            else:
+                os.rmdir(names[-1], dir_fd=folder)
+
+    @contextmanager
+    def lock(self, name: str, *, exclusive: bool, timeout: float) -> Iterator[bool]:
+        """Lock `name`, alone or shared; False when that takes longer than `timeout` seconds.
+
+        The kernel gives the lock back when the process ends, however it ends.  Raises `OSError` also when the file
+        system knows no locks.
+        """
+        with self.folder("locks", make=True) as folder:
+            handle = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | _FILE, 0o600, dir_fd=folder)
+        try:
+            with suppress(PermissionError):  # another member of the group made it, and has shared it
+                _share(handle, 0o600, self.group)
+            yield _lock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, timeout)
+        finally:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
+            os.close(handle)
+
+
+@contextmanager
+def _opened(name: str, flags: int, folder: int) -> Iterator[int]:
+    handle = os.open(name, flags | _FILE, dir_fd=folder)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, operation: int, timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(handle, operation | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_POLL)
+
+
+def _open_root(root: Path, make: bool) -> tuple[int, int | None]:
+    """The folder ``v1`` of the store `root`, open, and the group that shares it or None."""
+    share = envs.store_group()
+    real = Path(os.path.realpath(root))
+    above, opened = Path("/"), os.open("/", os.O_PATH | _FOLDER)
+    found, mounts = [(above, os.fstat(opened))], [_mount(opened)]
+    try:
+        for name in real.parts[1:]:
+            try:
+                inner = os.open(name, os.O_PATH | _FOLDER, dir_fd=opened)
+            except FileNotFoundError:
+                break
+            os.close(opened)
+            opened, above = inner, above / name
+            found.append((above, os.fstat(opened)))
+            mounts.append(_mount(opened))
+        volume = max(i for i, mount in enumerate(mounts) if i == 0 or mount not in (mounts[i - 1], None))
+        for path, status in found[volume + 1 : len(real.parts) - 1]:
+            _check_above(path, status, root, share)
+        for name in real.parts[len(found) :]:
+            above /= name
+            last = above == real
+            if not make:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(above))
+            group = os.fstat(opened).st_gid if share and last and _is_mine(os.fstat(opened).st_gid) else None
+            inner = _enter(opened, name, above, group, make, 0o700 if last else 0o755)
+            os.close(opened)
+            opened = inner
+        status = os.fstat(opened)
+        shared = status.st_gid if share and status.st_mode & stat.S_IWGRP and _is_mine(status.st_gid) else None
+        # A volume's root may be everyone's, as Kubernetes makes an emptyDir; who shares the store is told of it.
+        if not (share and volume == len(real.parts) - 1 == len(found) - 1 and status.st_uid == 0):
+            _check(root, status, shared, root, volume=volume == len(real.parts) - 1)
+        handle = _enter(opened, "v1", root / "v1", shared, make)
+    finally:
+        os.close(opened)
+    try:
+        _check(root / "v1", os.fstat(handle), shared, root)
+    except UnsafeStoreError:
+        os.close(handle)
+        raise
+    return handle, shared
+
+
+def _mount(handle: int) -> str | None:
+    """The mount that an open folder is in (proc_pid_fdinfo(5), since Linux 3.15)."""
+    try:
+        found = re.search(r"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{handle}").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found and found[1]
+
+
+def _enter(folder: int, name: str, path: Path, group: int | None, make: bool, mode: int = 0o700) -> int:
+    """The folder `name` in an open one, open; made where `make` says so."""
+    made = False
+    try:
+        if make:
+            with suppress(FileExistsError):
+                os.mkdir(name, mode, dir_fd=folder)
+                made = True
+        handle = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
+    except NotADirectoryError:
+        raise UnsafeStoreError(f"{path} is not a folder: move it away") from None
+    except OSError as error:
+        error.filename = str(path)  # not only the last part
+        raise
+    if made:
+        _share(handle, mode, group)
+    return handle
+
+
+def _share(handle: int, mode: int, group: int | None) -> None:
+    """Give what was just made its `mode`, whatever the umask; in a shared store its group may do what its owner may."""
+    if group is not None:
+        mode |= (mode & 0o700) >> 3 | (stat.S_ISGID if mode & 0o100 else 0)
+        if os.fstat(handle).st_gid != group:
+            os.fchown(handle, -1, group)
+    if stat.S_IMODE(os.fstat(handle).st_mode) & mode != mode:  # file systems without modes refuse to change one
+        os.fchmod(handle, mode)
+
+
+def _is_mine(group: int) -> bool:
+    return group == os.getegid() or group in os.getgroups()
+
+
+def _others(found: os.stat_result, group: int | None) -> str | None:
+    """How others can have written something: it continues a sentence that begins with its name."""
+    shared = found.st_gid == group
+    if found.st_mode & (stat.S_IWOTH if shared else stat.S_IWOTH | stat.S_IWGRP):
+        return f"can be written by other users (mode {stat.S_IMODE(found.st_mode):04o}, {_whose(found)})"
+    if found.st_uid not in (os.geteuid(), 0) and not shared:
+        return f"belongs to user {found.st_uid}, this process to user {os.geteuid()}"
+    return None
+
+
+def _whose(found: os.stat_result) -> str:
+    return f"user {found.st_uid}, group {found.st_gid}"
+
+
+def _check(path: Path, found: os.stat_result, group: int | None, root: Path, *, volume: bool = False) -> None:
+    """Raises `UnsafeStoreError` where others can write the folder `path` of the store `root`."""
+    why = _others(found, group)
+    if why is None:
+        return
+    me, quoted = os.geteuid(), shlex.quote(str(root))
+    out = ""
+    if found.st_mode & stat.S_IWGRP and not found.st_mode & stat.S_IWOTH and found.st_gid != group:
+        if _is_mine(found.st_gid):
+            out = f" To trust everyone in group {found.st_gid}: VLLM_COMPILE_STORE_GROUP=1."
+    elif volume:
+        out = f" A folder in it will do: VLLM_COMPILE_STORE={shlex.quote(str(root / 'store'))}."
+    if "belongs" in why:
+        out += f" Name another folder in VLLM_COMPILE_STORE. Run as root: chown -R {me} {quoted}"
+    elif found.st_uid == me or me == 0:
+        out += f" Run: chmod -R go-w {quoted}"
+    else:
+        out += f" Run as user {found.st_uid}: chmod -R go-w {quoted}"
+    raise UnsafeStoreError(f"{path} {why}, and what is in it would be run.{out}")
+
+
+def _check_above(path: Path, found: os.stat_result, root: Path, share: bool) -> None:
+    """Raises `UnsafeStoreError` where others can put something else in the place of the store `root` below `path`."""
+    me, group = os.geteuid(), found.st_gid
+    # A group of one: many systems give a user a group of the same number, and let it write.
+    trusted = group if (share and _is_mine(group)) or group == os.getegid() == me else None
+    why = _others(found, trusted)
+    if why is None or (found.st_mode & stat.S_ISVTX and found.st_uid in (me, 0)):
+        return
+    mend = f"run chmod go-w {shlex.quote(str(path))}, or " if found.st_uid == me or me == 0 else ""
+    raise UnsafeStoreError(
+        f"{path} {why}: another store could be put in the place of {root}. To mend it, {mend}name a folder elsewhere "
+        "in VLLM_COMPILE_STORE"
+    )
