@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.store import program
-from vllm_compile_ext.store.store import Store, UnsafeStoreError
+from vllm_compile_ext.store import evict
+from vllm_compile_ext.store.store import DamagedError, Store, UnsafeStoreError
 
 FOLDERS = [".", "v1", "v1/blobs", "v1/manifests", "v1/locks", "v1/tmp"]
 
@@ -108,3 +113,201 @@ def test_a_relative_root_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir("/")
     written = program.write(store, "model")
     assert Store.open(tmp_path / "store").find(written.key, "rank0") == written
+
+
+# --- real other users: this process forks, and the fork becomes one
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
+ME, OTHER, GROUP = 4001, 4002, 4100
+
+
+def as_user(uid: int, function: Callable[[], Any], groups: Sequence[int] = ()) -> Any:
+    """What `function` returns, or the name and message of what it raises, when the user `uid` calls it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups(list(groups))
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        try:
+            found: Any = function()
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        os.write(writing, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        found = json.loads(answer.read() or "null")
+    os.waitpid(child, 0)
+    return found
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that everyone can get to."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def give(path: Path, uid: int, mode: int, gid: int = -1) -> Path:
+    path.mkdir(exist_ok=True)
+    os.chown(path, uid, gid)
+    path.chmod(mode)
+    return path
+
+
+def wrote(root: Path) -> str:
+    store = Store.open(root)
+    with store.writer("0" * 64, 5) as mine:
+        return program.write(store, "model").key if mine else "not mine"
+
+
+def found(root: Path) -> bool:
+    return any(program.load(Store.open(root), m) == program.members("model") for m in Store.open(root).manifests())
+
+
+@root_only
+def test_another_users_store_is_refused(place: Path) -> None:
+    give(place / "theirs", OTHER, 0o755)
+    assert len(as_user(OTHER, lambda: wrote(place / "theirs" / "store"))) == 64
+    (place / "theirs" / "store").chmod(0o755)
+    assert "UnsafeStoreError: " in as_user(ME, lambda: wrote(place / "theirs" / "store"))
+    assert f"belongs to user {OTHER}, this process to user {ME}" in as_user(ME, lambda: wrote(place / "theirs"))
+
+
+@root_only
+def test_what_root_left_is_read(place: Path) -> None:
+    wrote(place / "store")
+    subprocess.run(["chmod", "-R", "a+rX", place], check=True)
+    assert as_user(ME, lambda: found(place / "store")) is True
+    assert as_user(ME, lambda: wrote(place / "store")) == "not mine"
+
+
+@root_only
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_a_folder_above_that_others_can_write(place: Path, mode: int) -> None:
+    give(place / "open", 0, mode, GROUP)
+    give(place / "open" / "mine", ME, 0o700)
+    text = as_user(ME, lambda: wrote(place / "open" / "mine" / "store"))
+    assert f"{place / 'open'} can be written by other users (mode 0{mode:o}, user 0, group {GROUP})" in text
+    assert "another store could be put in the place" in text
+    (place / "open").chmod(0o1777)  # nobody can move what is another's
+    assert len(as_user(ME, lambda: wrote(place / "open" / "mine" / "store"))) == 64
+
+
+@root_only
+def test_a_folder_above_that_belongs_to_another(place: Path) -> None:
+    give(place / "theirs", OTHER, 0o755)
+    give(place / "theirs" / "mine", ME, 0o700)
+    assert f"{place / 'theirs'} belongs to user {OTHER}" in as_user(
+        ME, lambda: wrote(place / "theirs" / "mine" / "store")
+    )
+
+
+@root_only
+def test_a_users_own_group_may_write_above(place: Path) -> None:
+    """As where the umask is 002 and each user has a group of the same number."""
+    give(place / "home", ME, 0o775, ME)
+    assert len(as_user(ME, lambda: wrote(place / "home" / "cache" / "store"))) == 64
+
+
+@root_only
+def test_a_store_that_is_swapped_after_it_was_opened_is_not_looked_at(place: Path) -> None:
+    """Not even where everyone may swap it: what is open stays open."""
+    root = place / "store"
+    store = Store.open(root)
+    mine = program.write(store, "model")
+    give(place / "forged", OTHER, 0o755)
+    forged = Store.open(place / "evil")
+    evil = program.write(forged, "model")
+    blob = next(iter(evil.members.values()))
+    forged.path(blob).write_bytes(b"evil".ljust(blob.size))
+    root.rename(place / "moved")
+    (place / "evil").rename(root)
+    subprocess.run(["chown", "-R", str(OTHER), root], check=True)
+    assert program.load(store, mine) == program.members("model")
+    with pytest.raises(UnsafeStoreError):
+        Store.open(root)
+
+
+@root_only
+@pytest.mark.parametrize("name", ["v1", "v1/blobs", "v1/manifests"])
+def test_a_folder_that_is_swapped_for_anothers_is_not_read(place: Path, name: str) -> None:
+    root = place / "store"
+    store = Store.open(root)
+    mine = program.write(store, "model")
+    (root / name).rename(place / "moved")
+    shutil.copytree(place / "moved", root / name)
+    os.chown(root / name, OTHER, -1)
+    if name == "v1":  # it is open
+        assert program.load(store, mine) == program.members("model")
+    elif name == "v1/blobs":
+        with pytest.raises(DamagedError, match=f"belongs to user {OTHER}"):
+            program.load(store, mine)
+    else:
+        assert store.find(mine.key, "rank0") is None
+    assert Store.open(place / "new").find(mine.key, "rank0") is None
+    with pytest.raises(UnsafeStoreError):
+        Store.open(root)
+
+
+@root_only
+@pytest.mark.parametrize(("uid", "mode"), [(OTHER, 0o600), (0, 0o602), (0, 0o620), (OTHER, 0o666)])
+def test_a_file_that_others_can_have_written_is_not_read(place: Path, uid: int, mode: int) -> None:
+    store = Store.open(place / "store")
+    mine = program.write(store, "model")
+    for path in (store.path(next(iter(mine.members.values()))), store.path(mine)):
+        os.chown(path, uid, -1)
+        path.chmod(mode)
+    with pytest.raises(DamagedError, match=r"can be written by other users|belongs to user"):
+        program.load(store, mine)
+    assert store.find(mine.key, "rank0") is None
+    assert len(store.verify()) == 2
+    program.write(store, "model")  # mends it
+    assert program.load(store, mine) == program.members("model")
+
+
+# --- a store that a group shares
+
+
+@pytest.fixture
+def shared(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_COMPILE_STORE_GROUP", "1")
+    return give(place / "shared", 0, 0o2775, GROUP)
+
+
+@root_only
+def test_members_of_a_group_share_a_store(shared: Path) -> None:
+    key = as_user(ME, lambda: wrote(shared), [GROUP])
+    assert as_user(OTHER, lambda: found(shared), [GROUP]) is True
+    assert as_user(OTHER, lambda: wrote(shared), [GROUP]) == key
+    assert as_user(OTHER, lambda: evict.trim(Store.open(shared), max_bytes=0).manifests, [GROUP]) == [f"{key}/rank0"]
+    assert as_user(ME, lambda: wrote(shared), [GROUP]) == key
+    assert "can be written by other users" in as_user(4003, lambda: found(shared))
+
+
+@root_only
+def test_a_group_is_not_everyone(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_user(ME, lambda: wrote(shared), [GROUP])
+    blobs = shared / "v1" / "blobs"
+    blobs.chmod(0o2777)
+    assert "can be written by other users (mode 2777" in as_user(ME, lambda: found(shared), [GROUP])
+    blobs.chmod(0o2770)
+    os.chown(blobs, -1, 4200)
+    assert "can be written by other users" in as_user(ME, lambda: found(shared), [GROUP])
+    os.chown(blobs, -1, GROUP)
+    monkeypatch.delenv("VLLM_COMPILE_STORE_GROUP")
+    text = as_user(ME, lambda: found(shared), [GROUP])
+    assert f"(mode 2775, user 0, group {GROUP})" in text
+    assert f"To trust everyone in group {GROUP}: VLLM_COMPILE_STORE_GROUP=1." in text
+    assert "Run as user 0: chmod -R go-w" in text
+
+
+@root_only
+def test_a_private_store_stays_private_where_groups_are_trusted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_STORE_GROUP", "1")
+    give(place / "mine", ME, 0o700)
+    assert len(as_user(ME, lambda: wrote(place / "mine"), [GROUP])) == 64
+    assert {path.stat().st_mode & 0o077 for path in (place / "mine").rglob("*")} == {0}
