@@ -127,6 +127,7 @@ def _key(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> str:
         (any(type(v) not in (bool, int, float, str) for v in options.values()), "options of an unknown kind"),
         (constants(graph), "it holds tensors"),
         (len(set(storages)) < len(storages), "inputs share memory"),
+        (any("example_value" not in node.meta for node in piece.inputs), "inputs that Dynamo has not described"),
     )
     for applies, why in rules:
         if applies:

@@ -14,6 +14,7 @@ from torch._dynamo.decorators import mark_unbacked
 from vllm_compile_ext.artifacts.manifest import Manifest
 from vllm_compile_ext.compilation import entry, functions
 from vllm_compile_ext.key import machine
+from vllm_compile_ext.trace.fingerprint import Unfingerprintable
 
 PROGRAM, OTHER = "1" * 64, "2" * 64
 
@@ -200,6 +201,12 @@ def test_what_cannot_be_told_is_compiled_in_every_start(
         starts.run(function, [call])
         assert starts.compiled == ["compiled"]
     assert starts.kept() == []
+
+
+def test_a_graph_that_does_not_say_what_its_inputs_are_is_not_told_from_others() -> None:
+    graph = torch.fx.symbolic_trace(lambda x: (x.sin(),))
+    with pytest.raises(Unfingerprintable, match="not described"), torch.no_grad():
+        functions._key(graph, [X], {})
 
 
 def test_what_is_trained_is_stocks(starts: Starts) -> None:
