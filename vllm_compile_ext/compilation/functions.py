@@ -66,9 +66,10 @@ def _compiled(compile_it: Callable[[], Any], graph: Any, inputs: Sequence[Any], 
     """What Dynamo calls for `graph`.  options: of `torch.compile`, None where there are some of an unknown kind."""
     import torch
 
-    store = entries.store() if _models and options is not None else None
+    store = None
     keys: dict[str, str] = {}
     try:
+        store = entries.store() if _models and options is not None else None
         if store is not None:
             described = _key(graph, inputs, options)
             keys = {program: key_of({"program": program, "function": described}) for program in _models}
@@ -181,19 +182,17 @@ def _load(store: Any, key: str, inputs: Sequence[Any]) -> Callable[..., Any] | N
     """The function of which `key` is the key, when the store has it and it is good for `inputs`."""
     from vllm_compile_ext.compilation import program
 
-    for manifest in store.variants(key, SHARD):
-        try:
+    try:
+        for manifest in store.variants(key, SHARD):
             found = program.get_piece(store, manifest.members["code"])
-            if not _hold(store.get(manifest.members["guards"]).decode(), inputs):
-                continue
-        except Exception as error:  # whatever it is, compiling it is the way out
-            logger.warning("compiling a function again: %s: %s", type(error).__name__, error)
-            continue
-        store.use(manifest)
-        metrics.inc("functions_loaded_total")
-        metrics.inc("store_loaded_bytes_total", total(manifest.members.values()))
-        logger.debug("loaded function %s of %s", key[:12], store.root)
-        return found
+            if _hold(store.get(manifest.members["guards"]).decode(), inputs):
+                store.use(manifest)
+                metrics.inc("functions_loaded_total")
+                metrics.inc("store_loaded_bytes_total", total(manifest.members.values()))
+                logger.debug("loaded function %s of %s", key[:12], store.root)
+                return found
+    except Exception as error:  # whatever it is, compiling it is the way out
+        logger.warning("compiling a function again: %s: %s", type(error).__name__, error)
     return None
 
 
