@@ -66,6 +66,8 @@ METRICS = (
         "counter",
         "Distinct pieces of models that were loaded: with the whole model, or because another rank had compiled them.",
     ),
+    Metric("functions_compiled_total", "counter", "Functions beside models that were compiled."),
+    Metric("functions_loaded_total", "counter", "Functions beside models that were loaded from the store."),
     Metric("graphs_captured_total", "counter", "CUDA graphs that were captured on demand.", ("kind",)),
     Metric("graphs_replayed_total", "counter", "Steps that replayed a CUDA graph.", ("kind",)),
     Metric("graphs_missed_total", "counter", "Steps that ran without a CUDA graph which stock vLLM has.", ("kind",)),

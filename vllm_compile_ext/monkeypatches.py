@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_compile_ext import envs, jit_caches, metrics, platforms, run_folder, swap
-from vllm_compile_ext.compilation import late_patterns
+from vllm_compile_ext.compilation import functions, late_patterns
 from vllm_compile_ext.cudagraphs import install as cudagraphs
 
 Undo = Callable[[], None]
@@ -217,6 +217,12 @@ ACTIVE = (
         "Inductor's patterns are made by the first compilation, which a start that loads its code does not have; with "
         "VLLM_GPU_SYNC_CHECK at the start, as in stock vLLM",
         late_patterns.install,
+    ),
+    Change(
+        "torch._TorchCompileInductorWrapper.__call__",
+        "functions that vLLM compiles beside the model are looked up in the store and kept there; without a C++ "
+        "compiler they run uncompiled; made when torch is imported (compilation/functions.py)",
+        functions.install,
     ),
     Change(
         "torch._inductor.cpu_vec_isa.valid_vec_isa_list",

@@ -22,7 +22,7 @@ from typing import Any
 from vllm_compile_ext import metrics
 from vllm_compile_ext.bytecode.transformed import NotSaved
 from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.compilation import outcomes, program, rules, scratch, workers
+from vllm_compile_ext.compilation import functions, outcomes, program, rules, scratch, workers
 from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.compilation.wrapper import inspect_bytecode
 from vllm_compile_ext.printable import plain
@@ -93,6 +93,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
         entry.release()
         return loaded
     setattr(model, entries.NAME, entry)
+    functions.belong_to(entry.key, entry.model)
     return None
 
 
@@ -166,6 +167,7 @@ def _loaded(entry: Entry, manifest: Manifest, model: Any, path: Path) -> Any:
     compilation_counter.num_compiled_artifacts_loaded += pieces
     metrics.inc("pieces_loaded_total", pieces)
     inspect_bytecode(model, code, path)
+    functions.belong_to(manifest.key, entry.model)
     return function
 
 

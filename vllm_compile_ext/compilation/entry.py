@@ -68,7 +68,7 @@ class Entry:
         self.key = key_of(self.factors)
         # Data parallel ranks run the same code, unless experts are spread over them.
         expert = f"_dp{parallel.data_parallel_index}" if parallel.enable_expert_parallel else ""
-        self.shard = f"rank{parallel.rank}{expert}{_device()}"
+        self.shard = f"rank{parallel.rank}{expert}{device()}"
         self.tag = f"[{getattr(model, '_compile_tag', '')}] "
         self.model = name_of(model)
         # What has changed since the entry of this key that was used last; None when there is none.
@@ -157,7 +157,7 @@ class Entry:
         self.store.commit(made)
 
 
-def _device() -> str:
+def device() -> str:
     """The number of this process's accelerator: Inductor writes it into the code (torch 2.13.0)."""
     import torch
 

@@ -45,10 +45,11 @@ def put_piece(store: Store, piece: Any, own: Sequence[Any]) -> dict[str, dict[st
     Raises `OSError`, and `pieces.NotFrozen`.
     """
     entries = piece.range_entries.items()
-    return {str(shape): _put(store, entry.runnable, own) for shape, entry in entries}
+    return {str(shape): put_artifact(store, entry.runnable, own) for shape, entry in entries}
 
 
-def _put(store: Store, artifact: Any, own: Sequence[Any]) -> dict[str, Blob]:
+def put_artifact(store: Store, artifact: Any, own: Sequence[Any] = ()) -> dict[str, Blob]:
+    """Keep what Inductor compiled (see `pieces.freeze`): "code" and its kernels.  Raises as `put_piece`."""
     frozen = pieces.freeze(artifact, own)
     kernels = [(kind, store.put(data)) for kind, data in frozen.kernels]
     code = store.put(msgspec.msgpack.encode(_Piece(frozen.source, frozen.record, kernels)))
