@@ -19,9 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from vllm_compile_ext import after_import, metrics, platforms
-from vllm_compile_ext.artifacts.key import key_of
-from vllm_compile_ext.artifacts.manifest import Manifest, digest, total
 from vllm_compile_ext.compilation import entry as entries
+from vllm_compile_ext.store.store import Manifest, digest, key_of, total
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "compile_scratch"  # of the folder in vLLM's cache root
 PREFIX = "vllm-compile-"
+_PLAIN = re.compile(r"[\w./+@:,=-]+")
 
 _folder: temporary.Folder | None = None
 
@@ -24,13 +26,16 @@ _folder: temporary.Folder | None = None
 def folder() -> Path:
     """This process's folder, made on the first call: below vLLM's cache root, or the system's temporary folder.
 
-    Folders of processes that are gone are removed.
+    The latter also where the root's name has spaces or the like: Inductor does not quote it for its compiler (torch
+    2.13.0, `_inductor/cpp_builder.py`).  Folders of processes that are gone are removed.
     """
     global _folder
     if _folder is None:
         import vllm.envs
 
         root = Path(vllm.envs.VLLM_CACHE_ROOT) / NAME
+        if not _PLAIN.fullmatch(str(root)):
+            root = Path(tempfile.gettempdir())
         try:
             root.mkdir(parents=True, exist_ok=True)
             remove_abandoned(root)

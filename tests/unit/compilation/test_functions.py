@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.decorators import mark_unbacked
+from vllm_compile_ext.store.manifest import Manifest
 
-from vllm_compile_ext.artifacts.manifest import Manifest
 from vllm_compile_ext.compilation import entry, functions
 from vllm_compile_ext.key import machine
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable
