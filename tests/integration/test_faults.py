@@ -55,7 +55,7 @@ COMMON = """
         path.mkdir()
 
     def newer(path):
-        path.write_text(path.read_text().replace('"format":2', '"format":3'))
+        path.write_text(path.read_text().replace('"format":3', '"format":4'))
 
     def fresh(root):  # a copy of what the first cold start left
         shutil.rmtree(root, ignore_errors=True)

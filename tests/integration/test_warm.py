@@ -59,10 +59,15 @@ def test_a_server_finds_what_was_made_without_weights(llama: Path, tmp_path: Pat
         server.wait_ready()
         body = {"prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
         answer = server.post("/v1/completions", body)["choices"][0]
+        for prompts in (PROMPT, [PROMPT, "x"], [PROMPT, "x", "y", "z"]):
+            server.post("/v1/completions", body | {"prompt": prompts, "logprobs": 2})
+        counted = dict(line.split() for line in server.get("/metrics").splitlines() if line.startswith("vllm_compile"))
     assert server.said(f"loaded compiled code {entry['key'][:12]}")
     for line in ("cache miss", "kept as", "Starting torch.compile"):
         assert not server.said(line)
     assert answer["token_ids"] == greedy(model)
+    assert float(counted["vllm_compile_ext_functions_loaded_total"]) >= 1
+    assert float(counted["vllm_compile_ext_functions_compiled_total"]) == 0
 
     second = warm(model, cache)
     assert second["status"] == "already there"

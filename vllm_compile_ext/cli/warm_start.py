@@ -172,12 +172,31 @@ def _has_room(found: list[Any], sequences: int) -> bool:
 
 
 async def start(config: Any) -> None:
-    """Start the engine of a `VllmConfig` as vLLM's server does, and end it when it is ready."""
+    """Start the engine of a `VllmConfig` as vLLM's server does, and end it when it has answered a few requests."""
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True)
+    if config.model_config.runner_type == "generate":
+        try:
+            await ask(engine)
+        except Exception:
+            traceback.print_exc()  # what the start has compiled is kept all the same
     engine.shutdown(timeout=STOP)
+
+
+async def ask(engine: Any) -> None:
+    """Have that compiled, too, which only requests need: log-probabilities, of one sequence and of several."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(max_tokens=2, logprobs=1, prompt_logprobs=1, ignore_eos=True, detokenize=False)
+
+    async def one(name: str) -> None:
+        async for _ in engine.generate(TokensPrompt(prompt_token_ids=[0, 1]), params, name):
+            pass
+
+    for together in (1, 2, 3):
+        await asyncio.gather(*(one(f"warm {together} {number}") for number in range(together)))
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.decorators import mark_unbacked
-from vllm_compile_ext.store.manifest import Manifest
+from vllm_compile_ext.store.store import Manifest
 
 from vllm_compile_ext.compilation import entry, functions
 from vllm_compile_ext.key import machine
