@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from vllm_compile_ext.artifacts.manifest import Manifest, digest
+from vllm_compile_ext.harmless import HIDDEN
 from vllm_compile_ext.printable import plain
 
 _WIDTH = 40  # characters of a value that fit into the line
@@ -28,7 +29,10 @@ class Change(NamedTuple):
     def __str__(self) -> str:
         if self.old is None and self.new is None:  # the name says it all
             return plain(self.name)
-        old, new = _shorten(self.old or "", self.new or "")
+        if str(self.old).startswith(HIDDEN) and str(self.new).startswith(HIDDEN):
+            return plain(f"{self.name.removesuffix(':')} has another value")
+        shown = (HIDDEN if str(value).startswith(HIDDEN) else value or "" for value in (self.old, self.new))
+        old, new = _shorten(*shown)
         return plain(f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}")
 
 

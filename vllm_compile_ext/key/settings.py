@@ -31,7 +31,7 @@ def variables(*, cpu: bool) -> dict[str, str]:
     found: dict[str, Any] = dict(vllm.envs.compile_factors())
     found |= {name: os.environ[name] for name in READ_WHILE_COMPILING if name in os.environ}
     found |= {} if cpu else _triton()
-    return {name: readable.text(value) for name, value in found.items() if value is not None}
+    return {name: readable.text(value, name) for name, value in found.items() if value is not None}
 
 
 def _triton() -> dict[str, str]:

@@ -127,7 +127,8 @@ def test_errors_are_recorded_and_go_on(begin: Begin) -> None:
         with pytest.raises(ValueError, match="no"), kind(name, "weights"):
             raise ValueError("no")
     spans = by_name(recorded())
-    assert (spans["a"].error, spans["b"].error) == ("ValueError: no", "ValueError: no")
+    for each in (spans["a"].error, spans["b"].error):
+        assert (each or "").startswith("ValueError in test_errors_are_recorded_and_go_on (test_record.py:")
 
 
 def test_a_process_that_makes_no_engine_leaves_nothing(begin: Begin) -> None:
@@ -246,8 +247,9 @@ def test_a_failed_start_ends_with_its_error(begin: Begin) -> None:
     with pytest.raises(RuntimeError):
         hooks._client("config")(fail)()
     start = recorded()
-    assert [gone.error for gone in start.exits] == ["RuntimeError: no memory"]
-    assert by_name(start)["start"].error == "RuntimeError: no memory"
+    (error,) = [gone.error or "" for gone in start.exits]
+    assert error.startswith("RuntimeError in test_a_failed_start_ends_with_its_error.<locals>.fail (test_record.py:")
+    assert by_name(start)["start"].error == error
     assert to.over
 
 
@@ -384,22 +386,6 @@ def test_without_opentelemetry_there_are_spans_of_our_own(clean: None, monkeypat
     assert isinstance(backend.of(None), backend.Plain)
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     assert isinstance(backend.of(tracing()), backend.Plain)
-
-
-# What is shown
-
-
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        (["--api-key", "x", "--port", "1"], ["--api-key", "***", "--port", "1"]),
-        (["--hf-token=x", "--max-num-batched-tokens", "5"], ["--hf-token=***", "--max-num-batched-tokens", "5"]),
-        (["--api-key", "a", "b", "--x"], ["--api-key", "***", "***", "--x"]),
-        (["--ssl-keyfile", "f", "tokenizer"], ["--ssl-keyfile", "f", "tokenizer"]),
-    ],
-)
-def test_secrets_of_the_command_line_are_not_recorded(given: list[str], shown: list[str]) -> None:
-    assert recorder.without_secrets(given) == shown
 
 
 @pytest.mark.parametrize(
