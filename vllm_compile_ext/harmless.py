@@ -229,7 +229,7 @@ def error(raised: BaseException | None) -> str:
         return f"{name}: {raised}"[:500]
     if isinstance(raised, OSError) and raised.errno is not None:
         return f"{name}: {raised.strerror}"
-    if name in ("OutOfMemoryError", "AcceleratorError") and kind.__module__.startswith("torch"):
+    if isinstance(raised, RuntimeError) and str(raised).startswith("CUDA "):  # torch's: of the device, or its memory
         return f"{name}: {raised}".partition("\n")[0][:500]
     trace = raised.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -417,7 +417,7 @@ def test_what_broke_off_on_another_rank_is_dropped_and_the_pool_is_as_before(see
     name, state, forwards, reasons = seen["ranks"]["failed there"]
     assert (name, state["full"], state["captures"]) == ("NONE 4", [], 1)
     assert forwards == [["NONE", 4, OPEN, True]]
-    assert reasons == ["RuntimeError: it failed on another rank"]
+    assert reasons == ["RanksDifferError: it failed on another rank"]
     assert (state["open"], state["uses"]) == (0, 1)
     name, state = seen["ranks"]["after"]
     assert (name, state["full"], state["open"], state["uses"]) == ("FULL 8", [8], 0, 1)
@@ -428,7 +428,7 @@ def test_after_a_surprise_batches_run_and_graphs_that_are_there_are_used(seen: d
     assert meanwhile == ["NONE 3", "FULL 8", "NONE 16", "FULL 8"]
     assert after == ["FULL 8", "FULL 8", "NONE 16"]
     assert captures == captures_after == 1
-    assert len(done.lines("no more CUDA graphs are captured (KeyError: 'what')")) == 1
+    assert len(done.lines("no more CUDA graphs are captured (KeyError")) == 1
 
 
 def test_a_failure_is_said_once_for_each_shape(done: Outcome) -> None:

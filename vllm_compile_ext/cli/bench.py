@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_compile_ext import temporary
+from vllm_compile_ext import harmless, temporary
 from vllm_compile_ext.bench import chart, figures
 from vllm_compile_ext.bench.machine import machine
 from vllm_compile_ext.bench.server import Line, ServerError
@@ -92,7 +92,7 @@ def command(
     if json_file is not None:
         about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
         about |= {
-            "arguments": list(context.args),
+            "arguments": harmless.arguments(["vllm", "serve", *context.args], context.args[0])[2:],
             "measured": "vllm bench startup" if engine else "vllm serve",
             "runs": runs,
         }
@@ -110,7 +110,7 @@ def command(
 
 def _model(arguments: Sequence[str]) -> str:
     """The model's last name, where it is the first argument."""
-    return "" if arguments[0].startswith("-") else Path(arguments[0]).name
+    return "" if arguments[0].startswith("-") else harmless.model_name(arguments[0]).rpartition("/")[2]
 
 
 def _kinds(text: str) -> list[Kind]:
