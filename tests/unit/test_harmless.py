@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_compile_ext import harmless
@@ -61,6 +61,7 @@ def test_what_is_not(value: Any) -> None:
     assert not harmless.is_harmless(value)
 
 
+@settings(deadline=None)
 @given(WITH_SECRET)
 def test_no_other_string_is(text: str) -> None:
     assert not harmless.is_harmless(text)
@@ -145,6 +146,7 @@ def test_command_lines(given: str, shown: str) -> None:
     assert " ".join(harmless.arguments(given.split(), model)) == shown
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(WITH_SECRET, SOME, st.builds(str.__add__, SOME, WITH_SECRET)), max_size=8))
 def test_no_command_line_shows_more(given: list[str]) -> None:
     assert SECRET not in "\n".join(harmless.arguments(given))

@@ -7,7 +7,7 @@ from enum import Enum, IntEnum
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_compile_ext.key import readable
@@ -83,6 +83,7 @@ def test_objects_have_no_addresses() -> None:
     assert readable.text({int, str}) == "{<builtins.int>, <builtins.str>}"
 
 
+@settings(deadline=None)
 @given(st.text(), st.text(), st.sampled_from(["token", "dtype", "a"]))
 def test_hidden_values_differ_where_values_do_and_say_nothing(one: str, other: str, name: str) -> None:
     texts = [readable.text({"x": value}, name) for value in (one + "/s3cret", other + "/s3cret")]

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,6 +130,52 @@ def test_errors_are_recorded_and_go_on(begin: Begin) -> None:
     spans = by_name(recorded())
     for each in (spans["a"].error, spans["b"].error):
         assert (each or "").startswith("ValueError in test_errors_are_recorded_and_go_on (test_record.py:")
+
+
+def test_of_an_exception_its_message_is_neither_recorded_nor_exported(clean: None) -> None:
+    recorder.meet(tracing())
+    to = recorder.active()
+    assert to is not None
+    assert isinstance(to.backend, otel.Otel)
+    exporter = InMemorySpanExporter()
+    TracerProvider.add_span_processor(to.backend.provider, SimpleSpanProcessor(exporter))
+    to.open({})
+    with pytest.raises(ValueError, match="s3cret"), span("ours", "weights"):
+        raise ValueError("s3cret")
+    about = {"path": "s3cret", "files": 2, "code.function": "f"}
+    theirs = to.backend.in_use().get_tracer("vllm").start_as_current_span("theirs", attributes=about)
+    with pytest.raises(ValueError, match="s3cret"), span("around", "weights"), theirs:
+        raise ValueError("s3cret")
+    spans = by_name(recorded())
+    assert (spans["theirs"].error, spans["theirs"].attrs) == ("ValueError", {"path": "***", "files": 2})
+    assert b"s3cret" not in read.recorded()[-1].read_bytes()
+    exported = {each.name: each.to_json() for each in exporter.get_finished_spans()}
+    assert {"ours", "around", "theirs"} <= exported.keys()
+    assert [name for name, text in exported.items() if "s3cret" in text] == ["theirs"], "vLLM's own are vLLM's to say"
+
+
+def test_the_command_line_is_recorded_with_the_options_that_vllm_has(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["python", "/bin/vllm", "serve", "/a/m", "--an-option", "x", "--api-k", "x", "--max-model-len=8"]
+    monkeypatch.setattr(sys, "orig_argv", line)
+
+    @dataclass
+    class AsyncEngineArgs:
+        model: str = ""
+        an_option: str = ""
+
+    to = begin()
+    module = ModuleType("vllm.engine.arg_utils")
+    vars(module)["AsyncEngineArgs"] = AsyncEngineArgs
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    hooks.begin(AsyncEngineArgs("/a/m", "x"))
+    assert to.log is not None
+    start = recorded()
+    (front,) = start.processes
+    shown = ["python", "vllm", "serve", "m", "--an-option", "***", "--api-k", "***", "--max-model-len=8"]
+    assert list(front.argv) == shown
+    assert (start.model, start.options) == ("m", {"an_option": "***"})
 
 
 def test_a_process_that_makes_no_engine_leaves_nothing(begin: Begin) -> None:
