@@ -301,7 +301,7 @@ def test_addresses_are_exchanged_after_each_capture_and_before_the_vote(seen: di
     after = ["1 captured", "exchange", "vote"]
     assert seen["addresses"]["alike"] == ["FULL 4", after, []]
     # Every rank has to take part, also where its capture broke off.
-    why = "RuntimeError: ranks captured different calls of all-reduce"
+    why = "RanksDifferError: ranks captured different calls of all-reduce"
     assert seen["addresses"]["other calls"] == ["NONE 4", after, [why]]
     ran, calls, [why] = seen["addresses"]["broke off"]
     assert (ran, calls) == ("NONE 4", after)
@@ -480,7 +480,7 @@ def test_after_a_surprise_while_memory_is_profiled_the_start_is_stocks(seen: dic
     assert seen["profile"]["surprise of another rank"] == [77, ["stock"], False]
     state, no_session = seen["profile"]["start after it"]
     assert (state["full"], state["pieces"], no_session) == (EVERY_FULL, [EVERY_PIECEWISE] * 2, True)
-    assert len(done.lines("CUDA graphs are captured at start, as in stock vLLM (KeyError: 'figure')")) == 1
+    assert len(done.lines("CUDA graphs are captured at start, as in stock vLLM (KeyError in ")) == 1
 
 
 # --- on a CPU nothing changes
