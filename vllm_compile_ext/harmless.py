@@ -57,7 +57,7 @@ NUMBERS = _words("""
     max_model_len max_num_seqs max_num_batched_tokens gpu_memory_utilization tensor_parallel_size pipeline_parallel_size
     data_parallel_size data_parallel_size_local data_parallel_rank nnodes node_rank block_size kv_cache_memory_bytes
     cpu_offload_gb max_loras max_lora_rank max_logprobs num_gpu_blocks_override optimization_level api_server_count port
-    seed
+    seed tp pp dp
 """)
 _OPTIONS = _words("""
     model tokenizer dtype kv_cache_dtype quantization load_format enforce_eager enable_expert_parallel enable_lora
@@ -67,7 +67,7 @@ _OPTIONS = _words("""
 _SHORTS = _words("-c -m -tp -pp -dp -dpn -dpr -dpa -n -r -q -cc -ac -sc -O -O0 -O1 -O2 -O3")
 _COMMANDS = frozenset({"serve", "bench", "chat", "complete", "launch", "run-batch", "collect-env"})
 _TOLD = (("vllm.engine.arg_utils", "AsyncEngineArgs"), ("vllm.entrypoints.launchers.cli_args", "FrontendArgs"))
-_FLAGS = re.compile(r"-[BbdEhiIOPqsSuvx]+")  # of Python itself, without a value
+_FLAGS = re.compile(r"-[BbdEhiIOPqsSuvx]{1,3}")  # of Python itself, without a value
 _OF_PYTHON = frozenset({"-c", "-X", "-W"})
 _ONE = "one value"
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?[kKmMgGtT]?i?")

@@ -128,7 +128,7 @@ LINES = [
     ("vllm serve --dtype half --dtype=x --max-model-len 8k", "vllm serve --dtype half --dtype=*** --max-model-len 8k"),
     ("vllm serve --max-model-len x --seed -1 --api-key 12", "vllm serve --max-model-len *** --seed -1 --api-key ***"),
     ("vllm serve --my-option x", "vllm serve *** ***"),
-    ("vllm serve --enforce-eager org/m -tp 2 -O3", "vllm serve --enforce-eager org/m -tp *** -O3"),
+    ("vllm serve --enforce-eager org/m -tp 2 -O3", "vllm serve --enforce-eager org/m -tp 2 -O3"),
     ("vllm serve -cc.mode=3 -sc x", "vllm serve -cc.***=*** -sc ***"),
     ("python -c import x", "python -c *** ***"),
     ("python -cimport", "python -c***"),
