@@ -11,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from vllm_compile_ext import harmless
+
 logger = logging.getLogger(__name__)
 
 Undo = Callable[[], None]
@@ -59,7 +61,7 @@ def _call(then: Callable[[Any], None], module: ModuleType) -> None:
     try:
         then(module)
     except Exception as error:  # whoever imports it must not fail
-        logger.warning("%s stays as vLLM has it: %s: %s", module.__name__, type(error).__name__, error)
+        logger.warning("%s stays as vLLM has it: %s", module.__name__, harmless.error(error))
 
 
 class _Finder(MetaPathFinder):

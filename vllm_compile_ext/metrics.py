@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_compile_ext import run_folder
+from vllm_compile_ext import harmless, run_folder
 from vllm_compile_ext.after_import import after_import
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _tell(error: Exception) -> None:
     global _told
     if not _told:
         _told = True
-        logger.warning("metrics are not complete: %s: %s", type(error).__name__.lstrip("_"), error)
+        logger.warning("metrics are not complete: %s", harmless.error(error).lstrip("_"))
         logger.debug("metrics", exc_info=True)
 
 

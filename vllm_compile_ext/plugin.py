@@ -10,7 +10,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from vllm_compile_ext import __version__, compat, envs, monkeypatches, swap
+from vllm_compile_ext import __version__, compat, envs, harmless, monkeypatches, swap
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _take_over(settings: envs.Settings) -> Status:
 
 def _give_up(error: Exception) -> Status:
     bad_value = isinstance(error, envs.EnvError)
-    reason = str(error) if bad_value or isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+    reason = str(error) if bad_value or isinstance(error, PluginError) else harmless.error(error)
     if envs.strict():
         raise PluginError(f"{reason} (VLLM_COMPILE_EXT_STRICT=1 forbids starting without the plugin)") from error
     try:

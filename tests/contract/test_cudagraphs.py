@@ -301,7 +301,7 @@ def test_addresses_are_exchanged_after_each_capture_and_before_the_vote(seen: di
     after = ["1 captured", "exchange", "vote"]
     assert seen["addresses"]["alike"] == ["FULL 4", after, []]
     # Every rank has to take part, also where its capture broke off.
-    why = "RuntimeError: ranks captured different calls of all-reduce"
+    why = "RanksDifferError: ranks captured different calls of all-reduce"
     assert seen["addresses"]["other calls"] == ["NONE 4", after, [why]]
     ran, calls, [why] = seen["addresses"]["broke off"]
     assert (ran, calls) == ("NONE 4", after)
@@ -417,7 +417,7 @@ def test_what_broke_off_on_another_rank_is_dropped_and_the_pool_is_as_before(see
     name, state, forwards, reasons = seen["ranks"]["failed there"]
     assert (name, state["full"], state["captures"]) == ("NONE 4", [], 1)
     assert forwards == [["NONE", 4, OPEN, True]]
-    assert reasons == ["RuntimeError: it failed on another rank"]
+    assert reasons == ["RanksDifferError: it failed on another rank"]
     assert (state["open"], state["uses"]) == (0, 1)
     name, state = seen["ranks"]["after"]
     assert (name, state["full"], state["open"], state["uses"]) == ("FULL 8", [8], 0, 1)
@@ -428,7 +428,7 @@ def test_after_a_surprise_batches_run_and_graphs_that_are_there_are_used(seen: d
     assert meanwhile == ["NONE 3", "FULL 8", "NONE 16", "FULL 8"]
     assert after == ["FULL 8", "FULL 8", "NONE 16"]
     assert captures == captures_after == 1
-    assert len(done.lines("no more CUDA graphs are captured (KeyError: 'what')")) == 1
+    assert len(done.lines("no more CUDA graphs are captured (KeyError")) == 1
 
 
 def test_a_failure_is_said_once_for_each_shape(done: Outcome) -> None:
@@ -480,7 +480,7 @@ def test_after_a_surprise_while_memory_is_profiled_the_start_is_stocks(seen: dic
     assert seen["profile"]["surprise of another rank"] == [77, ["stock"], False]
     state, no_session = seen["profile"]["start after it"]
     assert (state["full"], state["pieces"], no_session) == (EVERY_FULL, [EVERY_PIECEWISE] * 2, True)
-    assert len(done.lines("CUDA graphs are captured at start, as in stock vLLM (KeyError: 'figure')")) == 1
+    assert len(done.lines("CUDA graphs are captured at start, as in stock vLLM (KeyError in ")) == 1
 
 
 # --- on a CPU nothing changes

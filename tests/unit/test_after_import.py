@@ -52,7 +52,7 @@ def test_a_failure_is_a_line_and_the_import_goes_on(caplog: pytest.LogCaptureFix
 
     after_import(NAME, fail)
     assert importlib.import_module(NAME).value() == 1
-    assert "stays as vLLM has it: ZeroDivisionError: surprise" in caplog.text
+    assert "stays as vLLM has it: ZeroDivisionError in " in caplog.text
 
 
 def test_it_is_done_once_where_another_finder_asks_all_of_them() -> None:

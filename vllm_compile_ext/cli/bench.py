@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_compile_ext import temporary
+from vllm_compile_ext import harmless, temporary
 from vllm_compile_ext.bench import chart, figures
 from vllm_compile_ext.bench.machine import machine
 from vllm_compile_ext.bench.server import Line, ServerError
@@ -80,7 +79,8 @@ def command(
         typer.echo("interrupted; what was started has been ended", err=True)
         raise typer.Exit(130) from None
     what = "vLLM's engine" if engine else "vllm serve"
-    title = f"{what} {shlex.join(context.args)}"
+    line = harmless.arguments(["vllm", "serve", *context.args], context.args[0])[2:]
+    title = f"{what} {' '.join(line)}"
     made = figures.summaries(done, bench.figures)
     grid = figures.table(made, bench.figures, f"{title}: median of {runs}" + (" (least-most)" if runs > 1 else ""))
     grid.caption = machine()
@@ -92,7 +92,7 @@ def command(
     if json_file is not None:
         about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
         about |= {
-            "arguments": list(context.args),
+            "arguments": line,
             "measured": "vllm bench startup" if engine else "vllm serve",
             "runs": runs,
         }
@@ -110,7 +110,7 @@ def command(
 
 def _model(arguments: Sequence[str]) -> str:
     """The model's last name, where it is the first argument."""
-    return "" if arguments[0].startswith("-") else Path(arguments[0]).name
+    return "" if arguments[0].startswith("-") else harmless.model_name(arguments[0]).rpartition("/")[2]
 
 
 def _kinds(text: str) -> list[Kind]:

@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_compile_ext import envs
+from vllm_compile_ext import envs, harmless
 from vllm_compile_ext.compilation import outcomes, rules
 from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
@@ -208,7 +208,8 @@ def main() -> int:
     except Exception as error:
         if not isinstance(error, RefusedError):
             traceback.print_exc()
-        why = str(error) if isinstance(error, RefusedError) else f"vLLM does not start with these options: {error}"
+        bad = f"vLLM does not start with these options ({harmless.error(error)}); --verbose shows what it says of them"
+        why = str(error) if isinstance(error, RefusedError) else bad
         outcomes.tell(outcomes.Outcome("refused", why=why))
         return 1
     lighten(config)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.compilation import session as sessions
 from vllm_compile_ext.upstream import backends as upstream
 
@@ -25,7 +26,7 @@ class CompilerManager(upstream.CompilerManager):
         try:
             super().initialize_cache(cache_dir, disable_cache, prefix)
         except (OSError, SyntaxError, TypeError, ValueError) as error:
-            logger.warning("compiling again: %s cannot be read (%s: %s)", index, type(error).__name__, error)
+            logger.warning("compiling again: %s cannot be read (%s)", index, harmless.error(error))
             index.unlink(missing_ok=True)
             super().initialize_cache(cache_dir, disable_cache, prefix)
 
@@ -35,7 +36,7 @@ class CompilerManager(upstream.CompilerManager):
         except Exception as error:
             entry = self.cache.pop((compile_range, graph_index, self.compiler.name), None)
             handle = entry["graph_handle"] if isinstance(entry, dict) else entry
-            logger.warning("compiling again: %s cannot be loaded (%s: %s)", handle, type(error).__name__, error)
+            logger.warning("compiling again: %s cannot be loaded (%s)", handle, harmless.error(error))
             return None
 
 

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from vllm_compile_ext import metrics
+from vllm_compile_ext import harmless, metrics
 from vllm_compile_ext.bytecode.transformed import NotSaved
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import functions, outcomes, program, rules, scratch, workers
@@ -63,7 +63,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
         with span("compute key", LOADING):
             entry = entries.of(model)
     except Exception as error:
-        logger.warning("nothing is loaded or kept: no key (%s: %s)", type(error).__name__, plain(str(error)))
+        logger.warning("nothing is loaded or kept: no key (%s)", plain(harmless.error(error)))
         logger.debug("no key", exc_info=True)
         entry = None
     path = Path(aot_compilation_path)
@@ -88,7 +88,7 @@ def _try_load_aot_compiled_fn(model: Any, aot_compilation_path: str) -> Any | No
         if waited:
             loaded = _load(entry, model, path)  # by the process that was waited for
     except Exception as error:
-        logger.warning("%snot waiting for other processes: %s: %s", entry.tag, type(error).__name__, error)
+        logger.warning("%snot waiting for other processes: %s", entry.tag, harmless.error(error))
     if loaded is not None:
         entry.release()
         return loaded
@@ -138,7 +138,7 @@ def _load_from_store(entry: Entry, model: Any, path: Path) -> Any | None:
         return None
     except Exception as error:  # whatever it is, compiling again is the way out
         known = isinstance(error, DamagedError | OSError)
-        why = str(error) if known else f"{type(error).__name__}: {error}"
+        why = str(error) if known else harmless.error(error)
         logger.warning("%scompiling again: %s", entry.tag, why)
         note("fallback", model=entry.model, key=entry.key, why=f"compiling again: {why}")
         logger.debug("loading failed", exc_info=True)
@@ -208,7 +208,7 @@ def _keep(entry: Entry, model: Any) -> None:
         count = _pieces(members)
         note("kept", model=entry.model, key=entry.key, pieces=count, bytes=size)
     except Exception as error:
-        why = str(error) if isinstance(error, NotSaved | OSError) else f"{type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, NotSaved | OSError) else harmless.error(error)
         logger.warning("%snot kept, the next start compiles again: %s", entry.tag, why)
         logger.debug("saving failed", exc_info=True)
         metrics.inc("store_failures_total")

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_compile_ext import envs, platforms
+from vllm_compile_ext import envs, harmless, platforms
 from vllm_compile_ext.key import factors, misses
 from vllm_compile_ext.key.miss import Change, closest, summary
 from vllm_compile_ext.key.seen import Seen, changes
@@ -100,7 +100,7 @@ class Entry:
             return self._miss()
         except Exception as error:  # it is only told
             logger.debug("the miss was not explained", exc_info=True)
-            return plain(f"cache miss: {type(error).__name__}: {error}")
+            return plain(f"cache miss: {harmless.error(error)}")
 
     def _miss(self) -> str:
         found: str | None = self.key
@@ -169,7 +169,8 @@ def device() -> str:
 def name_of(model: Any) -> str:
     """A model for people: its checkpoint, its class and its part in the whole."""
     name = getattr(model.vllm_config.model_config, "model", "") or ""
-    return plain(f"{Path(name).name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip())
+    name = harmless.model_name(name).rpartition("/")[2]
+    return plain(f"{name} {type(model).__qualname__} {getattr(model, '_compile_tag', '')}".strip())
 
 
 def _shard(manifest: Manifest) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from vllm_compile_ext import after_import, metrics, platforms
+from vllm_compile_ext import after_import, harmless, metrics, platforms
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.store.store import Manifest, digest, key_of, total
 
@@ -191,7 +191,7 @@ def _load(store: Any, key: str, inputs: Sequence[Any]) -> Callable[..., Any] | N
                 logger.debug("loaded function %s of %s", key[:12], store.root)
                 return found
     except Exception as error:  # whatever it is, compiling it is the way out
-        logger.warning("compiling a function again: %s: %s", type(error).__name__, error)
+        logger.warning("compiling a function again: %s", harmless.error(error))
     return None
 
 

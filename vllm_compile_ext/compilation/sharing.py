@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from vllm_compile_ext import envs, metrics, platforms
+from vllm_compile_ext import envs, harmless, metrics, platforms
 from vllm_compile_ext.compilation import program
 from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.store.files import DamagedError
@@ -56,7 +56,7 @@ class Shared:
             runnables = {s: program.get_piece(self.entry.store, parts["code"]) for s, parts in members.items()}
         except Exception as error:  # whatever it is, compiling it is the way out
             if number not in self._told:
-                why = error if isinstance(error, DamagedError) else f"{type(error).__name__}: {error}"
+                why = error if isinstance(error, DamagedError) else harmless.error(error)
                 logger.warning("compiling one piece again: %s", why)
             self._told.add(number)
             return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from vllm_compile_ext import envs, metrics
+from vllm_compile_ext import envs, harmless, metrics
 from vllm_compile_ext.bytecode import buffers, dump
 from vllm_compile_ext.compilation import entry as entries
 from vllm_compile_ext.compilation import rules, scratch, workers
@@ -107,7 +107,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
             if session.compiling:
                 raise
             # Whatever it is, tracing as stock does it either works or gives the error that stock gives.
-            why = plain(f"{type(error).__name__}: {error}".partition("\n")[0])
+            why = plain(harmless.error(error).partition("\n")[0])
             logger.info("%severy layer is traced, as in stock vLLM: %s", tag, why)
             logger.debug("%strace once gave up", tag, exc_info=True)
             note("fallback", model=tag.strip(), why=f"every layer is traced: {why}")

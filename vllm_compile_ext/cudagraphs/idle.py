@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from vllm_compile_ext import after_import, envs
+from vllm_compile_ext import after_import, envs, harmless
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,10 @@ def capture_while_idle(core: Any) -> None:
             if not any(left):
                 core._graphs_left = None in left
                 return
-    except Exception:
+    except Exception as error:
         core._graphs_left = False
-        logger.warning("CUDA graphs are not captured while idle any more", exc_info=True)
+        logger.warning("CUDA graphs are not captured while idle any more (%s)", harmless.error(error))
+        logger.debug("what stopped the capture while idle", exc_info=True)
 
 
 def _may_capture(core: Any) -> bool:

@@ -24,7 +24,7 @@ from vllm_compile_ext.cudagraphs import capture, coverage, memory, ranks
 from vllm_compile_ext.cudagraphs.addresses import Addresses
 from vllm_compile_ext.cudagraphs.budget import BASE
 from vllm_compile_ext.cudagraphs.policy import FULL, PIECEWISE, Shape
-from vllm_compile_ext.cudagraphs.session import Device, Session
+from vllm_compile_ext.cudagraphs.session import Device, RanksDifferError, Session
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class _OneByOne(upstream.CudaGraphManager):
         self._forget(shape)
         if ranks.several():  # a pass of this rank alone would wait for the others for ever
             there = "ranks captured different calls of all-reduce" if succeeded else "it failed on another rank"
-            return error or RuntimeError(there)
+            return error or RanksDifferError(there)
         # Something was set up for the first time, which a capture does not allow.
         logger.debug("capturing %s failed, trying once more after a forward pass: %s", shape.rest, error)
         again: Exception | None = self._try(shape, warm_up=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.cudagraphs import coverage, memory, ranks
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def around(stock: Callable[[Any], int]) -> Callable[[Any], int]:
             if ranks.all_agree(error is None):
                 return size
             coverage.give_up(config)
-            why = "another rank has no figure for them" if error is None else f"{type(error).__name__}: {error}"
+            why = "another rank has no figure for them" if error is None else harmless.error(error)
             logger.warning("CUDA graphs are captured at start, as in stock vLLM (%s)", why)
             logger.debug("no figure for CUDA graphs", exc_info=error)
         return stock(runner)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.cudagraphs.budget import MARGIN, MIB, UNKEPT_MARGIN, Budget
 from vllm_compile_ext.cudagraphs.counters import Counters
 from vllm_compile_ext.cudagraphs.memory import Memory
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 # Shapes that may fail before no more are tried.
 FAILURES = 3
+
+
+class RanksDifferError(RuntimeError):
+    """A graph is not captured on every rank; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -145,15 +150,16 @@ class Session:
         """After a surprise: what is captured is used, nothing more is captured."""
         if not self._stopped:
             self._stopped = True
-            logger.warning("no more CUDA graphs are captured (%s: %s)", type(error).__name__, error, exc_info=error)
+            logger.warning("no more CUDA graphs are captured (%s)", harmless.error(error))
+            logger.debug("what stopped the capture of CUDA graphs", exc_info=error)
         left = self.policy.left
-        self.policy.bar(left, f"{type(error).__name__}: {error}")
+        self.policy.bar(left, harmless.error(error))
         self.counters.skip(left)
 
     def _failed(self, shape: Shape, error: Exception) -> None:
         self._failures += 1
         last = self._failures == FAILURES
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = harmless.error(error)
         self._bar(self.policy.left if last else [shape], reason)
         logger.warning(
             "batches of %d tokens run without a %s CUDA graph, capturing it failed%s (%s)",

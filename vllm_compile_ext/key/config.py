@@ -14,13 +14,14 @@ import logging
 import re
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.key import readable
-from vllm_compile_ext.key.dropped import DROPPED, SECRET, counts
+from vllm_compile_ext.key.dropped import DROPPED, counts
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def config_factors(vllm_config: Any) -> dict[str, str]:
     try:
         return _separate(vllm_config)
     except Exception as error:
-        logger.debug("vLLM's hash stays in one piece: %s: %s", type(error).__name__, error)
+        logger.debug("vLLM's hash stays in one piece: %s", harmless.error(error))
         return {"config": str(vllm_config.compute_hash())}
 
 
@@ -130,6 +131,19 @@ def _separate(vllm_config: Any) -> dict[str, str]:
     return out.values
 
 
+def _choices(config: Any) -> frozenset[str]:
+    kind: Any = type(config)
+    return harmless.choices(kind) if is_dataclass(config) else frozenset()
+
+
+def _parsed(content: str) -> Any:
+    """What a text is the `str` of, or the text."""
+    try:
+        return ast.literal_eval(content)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return content
+
+
 class _Factors:
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -151,7 +165,7 @@ class _Factors:
                 self._put(name, "{}")
             for field, value in fields.items():
                 if not isinstance(value, str) or value not in below:
-                    self._value(f"{name}.{field}", value)
+                    self._value(f"{name}.{field}", value, _choices(part.config))
         else:
             names = _LISTS.get(type(part.config).__name__, ())
             values = [getattr(part.config, n, None) for n in names]
@@ -162,7 +176,7 @@ class _Factors:
             content = part.content
             for digest, path in below.items():
                 content = content.replace(digest, ".".join(path))
-            self._put(name, readable.cut(content))
+            self._put(name, readable.text(_parsed(content), name))
 
     def rest(self, whole: Hashed, children: list[Hashed]) -> None:
         """Write what VllmConfig hashed apart from its configs and vLLM's version: anything here that is new to us."""
@@ -176,21 +190,21 @@ class _Factors:
             if waiting and item == waiting[0]:
                 waiting.pop(0)
             elif item not in (None, "None") and not (index == 0 and item == __version__):
-                self._put(f"config.{index}", readable.text(item))
+                self._put(f"config.{index}", readable.text(item, f"config.{index}"))
         if waiting:
             raise UnknownLayoutError("VllmConfig leaves out a digest that was made for it")
 
     def _additional(self, part: Hashed) -> None:
-        """`additional_config` is the user's and a platform's own: its values are not shown."""
+        """`additional_config` is the user's and a platform's own: not even its numbers are shown."""
         items = readable.object_of(part.content)
         for key, value in (items if items is not None else {"": part.content}).items():
-            if not SECRET.search(key):
-                self._put(f"config.additional.{key}".rstrip("."), readable.digest(repr(value).encode()))
+            name = readable.below("config.additional", key) if items is not None else "config.additional"
+            self._put(name, readable.hidden(name, repr(value)))
 
-    def _value(self, name: str, value: Any) -> None:
+    def _value(self, name: str, value: Any, choices: frozenset[str] = frozenset()) -> None:
         found = readable.object_of(value)
         if found is None:
-            for key, leaf in readable.flat(name, value):
+            for key, leaf in readable.flat(name, value, choices):
                 self._put(key, leaf)
         else:
             self._object(name, readable.without(found, _IN_HF_CONFIG))
@@ -203,12 +217,11 @@ class _Factors:
             self._put(name, f"same as {first}")
             return
         for key, item in value.items():
-            if SECRET.search(key):
-                continue
+            below = readable.below(name, key)
             if isinstance(item, dict) and 0 < len(item) <= readable.MANY:
-                self._object(f"{name}.{key}", item)
+                self._object(below, item)
             else:
-                for leaf, content in readable.leaves(f"{name}.{key}", item):  # a key that is not there is a default
+                for leaf, content in readable.leaves(below, item):  # a key that is not there is a default
                     self._put(leaf, content)
 
     def _put(self, name: str, value: str) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vllm_compile_ext import compat
+from vllm_compile_ext import compat, harmless
 from vllm_compile_ext.key import config, machine, readable, settings, torch_state
 from vllm_compile_ext.key.dropped import counts
 
@@ -47,8 +47,8 @@ FACTORS: tuple[tuple[str, Callable[[Asked], Any]], ...] = (
     ("passes", lambda _: machine.passes()),
     ("class", lambda asked: _class(asked.model)),
     ("tag", lambda asked: getattr(asked.model, "_compile_tag", "") or "model"),
-    ("encoder", lambda asked: readable.text(getattr(asked.model, "_is_encoder", None))),
-    ("dynamic_args", lambda asked: readable.text(getattr(asked.model, "_dynamic_arg_dims", None))),
+    ("encoder", lambda asked: str(getattr(asked.model, "_is_encoder", None))),
+    ("dynamic_args", lambda asked: readable.cut(readable.plain(getattr(asked.model, "_dynamic_arg_dims", None)))),
     ("", lambda asked: config.config_factors(asked.config)),
     ("env", lambda asked: settings.variables(cpu=asked.cpu)),
     ("cpu", lambda asked: dict.fromkeys(machine.processor(), "yes") if asked.cpu else None),
@@ -112,4 +112,4 @@ def _slow() -> None:
             codecache.triton_key()
         codecache.torch_key()
     except Exception as error:  # `factors` meets it again and says so
-        logger.debug("factors are not prepared: %s: %s", type(error).__name__, error)
+        logger.debug("factors are not prepared: %s", harmless.error(error))

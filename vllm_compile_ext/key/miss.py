@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from vllm_compile_ext.harmless import HIDDEN
 from vllm_compile_ext.printable import plain
 from vllm_compile_ext.store.store import Manifest
 
@@ -26,7 +27,10 @@ class Change(NamedTuple):
     def __str__(self) -> str:
         if self.old is None and self.new is None:  # the name says it all
             return plain(self.name)
-        old, new = _shorten(self.old or "", self.new or "")
+        if str(self.old).startswith(HIDDEN) and str(self.new).startswith(HIDDEN):
+            return plain(f"{self.name.removesuffix(':')} has another value")
+        shown = (HIDDEN if str(value).startswith(HIDDEN) else value or "" for value in (self.old, self.new))
+        old, new = _shorten(*shown)
         return plain(f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}")
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from vllm_compile_ext import harmless
+
 # Longer texts are cut and end in their digest; a longer dictionary of single values (labels, token tables) is one text.
 LIMIT = 300
 MANY = 200
@@ -29,9 +31,24 @@ def digest(data: bytes) -> str:
     return blake3(data).hexdigest()[:32]
 
 
-def text(value: Any) -> str:
-    """`value` in at most about `LIMIT` characters."""
-    return cut(value if type(value) is str and not _LIKE_A_VALUE.fullmatch(value) else plain(value))
+def text(value: Any, name: str = "", choices: Set[str] = frozenset()) -> str:
+    """`value`, of `name`, in at most about `LIMIT` characters; where it is not harmless `hidden`.
+
+    Which of both depends on nothing but the arguments: equal values have equal texts in every process.
+    """
+    full = value if type(value) is str and not _LIKE_A_VALUE.fullmatch(value) else plain(value)
+    shown = harmless.is_harmless(value, name, choices) or (isinstance(value, tuple) and _member(value) is not None)
+    return cut(full) if shown else hidden(name, full)
+
+
+def hidden(name: str, full: str) -> str:
+    """What stands for a value that is not shown, another one for each value.
+
+    Whoever has the key of an entry and its other factors can check a guess of a value, whatever stands here: an entry
+    must be found again on other machines, so there is no secret in it.  A token cannot be guessed; a short password
+    can.  With the name in the digest, equal values of two factors do not look equal.
+    """
+    return f"{harmless.HIDDEN}{digest(f'{name} {full}'.encode('utf-8', 'surrogatepass'))}"
 
 
 def cut(full: str) -> str:
@@ -39,7 +56,7 @@ def cut(full: str) -> str:
     return full if len(full) <= LIMIT else f"{full[:60]}... ({len(full)} characters, {digest(full.encode())})"
 
 
-def flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
+def flat(name: str, value: Any, choices: Set[str] = frozenset()) -> Iterator[tuple[str, str]]:
     """The leaves of `value` as (dotted name, text); nothing for None, which so equals a setting that is not there.
 
     A None inside is a leaf: a key of a dictionary that is not there often stands for a default.
@@ -47,7 +64,7 @@ def flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
     `vllm/config/utils.py: normalize_value`, vLLM 0.32.0).
     """
     if value is not None:
-        yield from leaves(name, value)
+        yield from leaves(name, value, choices)
 
 
 def flat_all(values: Mapping[str, Any]) -> dict[str, str]:
@@ -55,14 +72,19 @@ def flat_all(values: Mapping[str, Any]) -> dict[str, str]:
     return {leaf: part for name, value in values.items() for leaf, part in flat(name, value)}
 
 
-def leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+def leaves(name: str, value: Any, choices: Set[str] = frozenset()) -> Iterator[tuple[str, str]]:
     """As `flat`, and a leaf for None, too."""
     fields = _fields(value)
     if not fields or (len(fields) > MANY and not any(_fields(v) for v in fields.values())):
-        yield name, text(value)
+        yield name, text(value, name, choices)
         return
     for key, part in fields.items():
-        yield from leaves(f"{name}.{key}", part)
+        yield from leaves(below(name, key), part, choices)
+
+
+def below(name: str, key: str) -> str:
+    """The name of an item; of one whose key does not look like a name, with a digest."""
+    return f"{name}.{key if harmless.is_key(key) else hidden(name, key)}"
 
 
 def object_of(value: Any) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ to load looks all of it up again, in itself: one line that differs is a miss tha
 
 from __future__ import annotations
 
+import enum
 import functools
 import re
 import sys
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import torch.fx as fx
 from blake3 import blake3
 from torch._dynamo.trace_rules import _maybe_init_lazy_module
 
+from vllm_compile_ext import harmless
+from vllm_compile_ext.key import readable
 from vllm_compile_ext.key.miss import Change
 from vllm_compile_ext.trace.same_kind import storage_of
 from vllm_compile_ext.trace.values import ATOMS, Accessed, atom, is_torchs, look
@@ -272,7 +276,10 @@ def _classes(name: str) -> tuple[Any, Any]:
 
 
 class _Walk:
-    """Describes values, one line each: what is known of it, after the step that leads to it or the whole path."""
+    """Describes values, one line each: what is known of it, after the step that leads to it or the whole path.
+
+    Lines with paths are for people: what is not harmless is hidden in them.  That a value has changed is found without.
+    """
 
     def __init__(self, accessed: Accessed, *, with_paths: bool) -> None:
         self.accessed = accessed
@@ -295,7 +302,7 @@ class _Walk:
     def value(self, path: str, value: Any) -> None:
         """One line for `value`, and then those of its parts."""
         if type(value) in ATOMS:
-            self.lines.append(f"{path}\t{_text(value)}")
+            self.lines.append(f"{path}\t{self._atom(path, value)}")
             return
         number = self.numbers.get(id(value))
         if number is not None:
@@ -309,19 +316,78 @@ class _Walk:
         if seen is None:
             raise NotDescribed(f"{path or 'the model'}, a {_name(kind)}")
         head, parts = seen
-        words = f"{path}\t{_name(head[0])} {head[1:]!r}"
+        words = f"{path}\t{_name(head[0])} {self._head(head)}"
         if issubclass(kind, torch.Tensor):
             words += f" memory {self.storages.setdefault(storage_of(value), len(self.storages))}"
         lines = self.lines
         lines.append(words)
         outer = path if self.with_paths else ""
         for step, part in parts:
+            place = outer + (_step(step) if self.with_paths else step)
             if type(part) in ATOMS:
-                lines.append(f"{outer}{step}\t{_text(part)}")
+                lines.append(f"{place}\t{self._atom(place, part)}")
             else:
-                self.value(outer + step, part)
+                self.value(place, part)
         if _is_heap_type(kind):
             self.value(kind.__qualname__ if self.with_paths else "type", kind)
+
+    def _atom(self, path: str, value: Any) -> str:
+        text = _text(value)
+        shown = not self.with_paths or harmless.is_harmless(value) or _OF_OPERATOR.fullmatch(path)
+        return text if shown else _hidden(text)
+
+    def _head(self, head: tuple[Any, ...]) -> str:
+        """What is seen of a value itself: of code its names, of others the numbers."""
+        text = repr(head[1:])
+        shown = not self.with_paths or issubclass(head[0], _OF_CODE) or harmless.is_harmless(head[1:])
+        return text if shown else _hidden(text)
+
+
+# What is seen of these is names of code, dtypes, shapes and devices.
+_OF_CODE = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodWrapperType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    types.CodeType,
+    types.ModuleType,
+    types.GenericAlias,
+    types.UnionType,
+    type,
+    enum.Enum,
+    np.ufunc,
+    np.dtype,
+    torch.Tensor,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+    torch._ops.HigherOrderOperator,
+    torch._library.custom_ops.CustomOpDef,
+)
+
+
+_OF_OPERATOR = re.compile(rf"{_OPERATOR}\.[\w:.]+(\[\d+\])+")  # its schemas and tags
+
+
+def _hidden(text: str) -> str:
+    """What stands for a value in a line.  The short digest only tells which line has changed, and little of it."""
+    return f"{harmless.HIDDEN}{readable.digest(text.encode('utf-8', 'surrogatepass'))[:6]}"
+
+
+_ITEM = re.compile(r"\[['\"b].*\]", re.DOTALL)  # of a dictionary, by its key
+
+
+def _step(step: str) -> str:
+    if not _ITEM.fullmatch(step) or harmless.is_key(step[2:-2]):
+        return step
+    return f"[{_hidden(step)}]"
 
 
 @functools.cache

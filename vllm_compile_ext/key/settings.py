@@ -31,7 +31,7 @@ def variables(*, cpu: bool) -> dict[str, str]:
     found: dict[str, Any] = dict(vllm.envs.compile_factors())
     found |= {name: os.environ[name] for name in READ_WHILE_COMPILING if name in os.environ}
     found |= {} if cpu else _triton()
-    return {name: readable.text(value) for name, value in found.items() if value is not None}
+    return {name: readable.text(value, name) for name, value in found.items() if value is not None}
 
 
 def _triton() -> dict[str, str]:
@@ -56,6 +56,7 @@ def of_compilers(overridden: Mapping[str, Any]) -> dict[str, str]:
     from vllm.compilation.compiler_interface import get_inductor_factors
 
     found: dict[str, Any] = {}
+    own: dict[str, str] = {}
     layers = {
         "comms": torch._inductor.config_comms.save_config_portable(),
         "dynamo": torch._dynamo.config.save_config_portable(),
@@ -63,10 +64,11 @@ def of_compilers(overridden: Mapping[str, Any]) -> dict[str, str]:
     }
     match get_inductor_factors():
         case [{"hash": _, **system}, bytes(sources), dict(inductor), dict(functorch)]:
-            found |= {"torch.sources": sources.hex()[:32], "system": system or None}
+            own = {"torch.sources": sources.hex()[:32]}
+            found |= {"system": system or None}
             layers |= {"functorch": functorch}
             layers |= {"inductor": {name: value for name, value in inductor.items() if name not in overridden}}
         case unknown:
             found["inductor"] = str(unknown)
     found |= {f"{layer}.{name}": value for layer, each in layers.items() for name, value in each.items()}
-    return readable.flat_all(found)
+    return own | readable.flat_all(found)

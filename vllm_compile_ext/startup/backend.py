@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.startup import clock
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Plain:
         try:
             yield handle
         except BaseException as raised:
-            error = f"{type(raised).__name__}: {raised}"[:500]
+            error = harmless.error(raised)
             raise
         finally:
             self._current.reset(token)

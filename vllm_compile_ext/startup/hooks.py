@@ -12,11 +12,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from types import ModuleType
 from typing import Any
 
-from vllm_compile_ext import compat, platforms
+from vllm_compile_ext import compat, harmless, platforms
 from vllm_compile_ext.startup import imports, recorder
 from vllm_compile_ext.startup.spans import span, stage
 
@@ -96,7 +96,7 @@ def _or_stop(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"[:500]
+            text = harmless.error(error)
             _quietly(lambda to: to.stop(text))
             raise
 
@@ -140,7 +140,7 @@ def begin(arguments: Any) -> None:
             before.stop()  # its first request never came
         if recorder.active() is None:
             restart()
-        _quietly(lambda to: to.open(about(arguments)))
+        _quietly(lambda to: to.open(about(arguments), getattr(arguments, "model", None)))
     except Exception as error:
         logger.debug("not recorded: %s: %s", type(error).__name__, error)
 
@@ -159,34 +159,16 @@ def _exporting(to: recorder.Recorder, config: Any) -> None:
         to.backend.export()
 
 
-_NOT_SHOWN = ("model", "logging_config")
-
-
 def about(arguments: Any) -> dict[str, Any]:
     """What the start's first line says of the engine, by `EngineArgs`."""
-    options: dict[str, Any] = {}
-    if is_dataclass(arguments):
-        for field in fields(arguments):
-            value = getattr(arguments, field.name, None)
-            try:
-                default = field.default_factory() if callable(field.default_factory) else field.default
-                same = bool(value == default)
-            except Exception:
-                same = False
-            if not same and value not in (None, "") and field.name not in _NOT_SHOWN:
-                options[field.name] = _shown(field.name, value)
+    options = harmless.options(arguments) if is_dataclass(arguments) else {}
+    options.pop("model", None)
     return {
-        "model": str(getattr(arguments, "model", "")),
+        "model": harmless.model_name(str(getattr(arguments, "model", ""))),
         "options": options,
         "versions": _versions(),
         "machine": _machine(),
     }
-
-
-def _shown(name: str, value: Any) -> Any:
-    if recorder.is_secret(name):
-        return "***"
-    return value if isinstance(value, bool | int | float) or value is None else str(value)[:200]
 
 
 def _versions() -> dict[str, str]:

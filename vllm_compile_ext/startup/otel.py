@@ -28,6 +28,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.startup import clock, recorder
 from vllm_compile_ext.startup.backend import Handle, Remote
 
@@ -116,7 +117,7 @@ class ToFile(SpanProcessor):
         else:
             error = None
             if span.status.status_code is StatusCode.ERROR:
-                error = (span.status.description or "error")[:500]
+                error = _error(span)
             to.ended(key, end, _attributes(span), error)
 
 
@@ -281,8 +282,14 @@ class Otel:
     @contextlib.contextmanager
     def enter(self, name: str, attrs: dict[str, Any]) -> Iterator[OtelHandle]:
         around = None if self.current() is not None else _context(self.recorder.stage)
-        with self._tracer().start_as_current_span(name, around, attributes=_valid(attrs)) as span:
-            yield OtelHandle(span, clock.now())
+        # What the SDK would note of an exception by itself is its message and the lines of the stack.
+        own: Any = {"record_exception": False, "set_status_on_exception": False}
+        with self._tracer().start_as_current_span(name, around, attributes=_valid(attrs), **own) as span:
+            try:
+                yield OtelHandle(span, clock.now())
+            except BaseException as error:
+                span.set_status(Status(StatusCode.ERROR, harmless.error(error)))
+                raise
 
     def current(self) -> OtelHandle | None:
         span = api.get_current_span()
@@ -374,6 +381,18 @@ def _valid(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in attrs.items() if v is not None}
 
 
+def _is_ours(span: ReadableSpan) -> bool:
+    return span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
+
+
 def _attributes(span: ReadableSpan) -> dict[str, Any]:
-    """What the file keeps: not where in vLLM's source a span is made."""
-    return {k: v for k, v in (span.attributes or {}).items() if not k.startswith("code.")}
+    """What the file keeps: not where in vLLM's source a span is made, of others' what is harmless."""
+    kept = {k: v for k, v in (span.attributes or {}).items() if not k.startswith("code.")}
+    return kept if _is_ours(span) else {k: v if harmless.is_harmless(v) else harmless.HIDDEN for k, v in kept.items()}
+
+
+def _error(span: ReadableSpan) -> str:
+    """Why a span failed: of others' the class of the exception alone, which the SDK writes before its message."""
+    text = span.status.description or "error"
+    kind = text.partition(":")[0]
+    return text[:500] if _is_ours(span) else kind if kind.isidentifier() else "error"

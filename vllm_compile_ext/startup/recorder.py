@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.startup import clock, display, imports, names, progress
 from vllm_compile_ext.startup.file import Log, encode
 
@@ -41,8 +42,6 @@ SHORTEST = 20_000_000  # ns; imports that took less are not told apart
 JOINED = 5_000_000  # ns; imports with less than this between them are one stretch
 RECENT = 120 * 10**9  # ns; a program that is older when it asks for an engine did something else before
 _KEPT_LINES = 5000  # in memory, while there is no file
-
-_SECRET = re.compile(r"(?i)(^|[-_])(token|password|secret|api[-_]?keys?|credentials?)($|[-_=])")
 
 
 class Recorder:
@@ -103,7 +102,7 @@ class Recorder:
             if log is not None:
                 log.write((*first, *lines))
 
-    def _process_line(self) -> None:
+    def _process_line(self, model: str | None = None) -> None:
         self.line(
             "process",
             t=clock.process_start() or imports.STARTED,
@@ -111,7 +110,7 @@ class Recorder:
             ppid=os.getppid(),
             kind=self.kind,
             name=self.name,
-            argv=without_secrets(sys.orig_argv),
+            argv=harmless.arguments(sys.orig_argv, model),
             host=os.uname().nodename,
             rank=self.rank,
         )
@@ -251,10 +250,11 @@ class Recorder:
         name = f"import {interval.name}"
         interval.span = self._after(name, interval.start, interval.end, phase, around or owner, module=interval.name)
 
-    def open(self, about: dict[str, Any]) -> None:
-        """The front end begins an engine: make the file.  about: of the line "start"."""
+    def open(self, about: dict[str, Any], model: str | None = None) -> None:
+        """The front end begins an engine: make the file.  about: of the line "start"; model: as the user named it."""
         if self._lines is None or self.kind != FRONT:
             return
+        self._process_line(model)  # again: vLLM has told its options meanwhile
         log = Log.create(self.trace)
         span = self.parent[1] if self.parent is not None else None
         first = {"k": "start", "version": 1, "trace": self.trace, "parent": span, "t": self.process.start, **about}
@@ -344,8 +344,7 @@ class Recorder:
     def _exit(self) -> None:
         if self.over or os.getpid() != self.pid:
             return
-        error = getattr(sys, "last_value", None)
-        self.stop(f"{type(error).__name__}: {error}"[:500] if error is not None else None)
+        self.stop(harmless.error(getattr(sys, "last_value", None)) or None)
 
     def stop(self, error: str | None = None) -> None:
         """The process, or its engine, ends before the start was over; one that got no request was over when ready."""
@@ -441,26 +440,3 @@ def with_phase(name: str, attrs: dict[str, Any]) -> dict[str, Any]:
     """`attrs` with the phase of one of vLLM's spans."""
     phase = names.PHASES.get(name)
     return attrs if phase is None or "phase" in attrs else {"phase": phase, **attrs}
-
-
-def without_secrets(arguments: list[str]) -> list[str]:
-    """Command-line arguments as they may be shown to others."""
-    shown: list[str] = []
-    hide = False
-    for argument in arguments:
-        if hide and not argument.startswith("-"):
-            shown.append("***")
-            continue
-        option, equals, _ = argument.partition("=")
-        hide = argument.startswith("-") and _SECRET.search(option) is not None
-        if hide and equals:
-            shown.append(f"{option}=***")
-            hide = False
-        else:
-            shown.append(argument[:500])
-    return shown
-
-
-def is_secret(name: str) -> bool:
-    """Whether the value of the option `name` is nobody else's business."""
-    return _SECRET.search(name) is not None

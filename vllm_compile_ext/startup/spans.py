@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.startup import clock, recorder
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ class stage(span):  # noqa: N801
     ) -> None:
         if self._recorder is not None and self._handle is not None:
             try:
-                text = f"{type(error).__name__}: {error}"[:500] if error is not None else None
-                self._recorder.leave(self._handle, text)
+                self._recorder.leave(self._handle, harmless.error(error) or None)
             except Exception as raised:
                 logger.debug("not recorded: %s: %s", self._name, raised)
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.decorators import mark_unbacked
-from vllm_compile_ext.store.store import Manifest
 
 from vllm_compile_ext.compilation import entry, functions
 from vllm_compile_ext.key import machine
+from vllm_compile_ext.store.store import Manifest
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable
 
 PROGRAM, OTHER = "1" * 64, "2" * 64
@@ -241,7 +241,7 @@ def test_a_damaged_one_is_compiled_again(starts: Starts, caplog: pytest.LogCaptu
     (made,) = starts.kept()
     store = entry.store()
     assert store is not None
-    store.layout.blob(made.members["code"]).write_bytes(b"")
+    store.path(made.members["code"]).write_bytes(b"")
     assert equal(starts.run(torch.sin, [lambda: (X,)]), [expected])
     assert starts.compiled == ["compiled"]
     assert "compiling a function again: " in caplog.text

@@ -141,9 +141,9 @@ def test_an_error_costs_one_line_and_ends_it(caplog: pytest.LogCaptureFixture, w
     core.input_queue, core.model_executor = Queue(), kept
     idle.capture_while_idle(core)
     assert core.captures == []
-    assert [(r.levelno, r.getMessage()) for r in caplog.records] == [
-        (logging.WARNING, "CUDA graphs are not captured while idle any more")
-    ]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("CUDA graphs are not captured while idle any more (AttributeError in ")
 
 
 def test_a_bad_variable_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

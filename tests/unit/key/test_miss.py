@@ -97,3 +97,9 @@ def test_of_long_values_the_line_shows_where_they_differ(place: int) -> None:
     line = summary([Change("config", old, new)])
     assert "DIFFERENT" in line
     assert len(line) < 150
+
+
+def test_of_hidden_values_a_line_says_only_that_they_differ() -> None:
+    assert str(Change("a.b", "***12", "***34")) == "a.b has another value"
+    assert str(Change("a.b:", None, "***34")) == "a.b: unset -> ***"
+    assert str(Change("a.b", "auto", "***34")) == "a.b auto -> ***"

@@ -7,7 +7,7 @@ from enum import Enum, IntEnum
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_compile_ext.key import readable
@@ -43,16 +43,17 @@ def test_none_is_a_setting_that_is_not_there_and_a_key_that_is() -> None:
 
 @pytest.mark.parametrize("value", ["3", "1e5", "True", "None", "", "[1]", "{}", "('a', 1)", "nan", "'x'"])
 def test_a_string_is_not_taken_for_another_value(value: str) -> None:
-    assert readable.text(value) == repr(value)
-    assert readable.text("a plain one") == "a plain one"
+    assert readable.text(value) in (repr(value), readable.hidden("", repr(value)))
+    assert readable.text("True") == "'True'"
+    assert readable.text("auto") == "auto"
 
 
 def test_dictionaries_are_split_also_as_vllm_hashes_them() -> None:
-    assert flat({"b": {"c": 1, "d": [2, "x"]}}) == {"a.b.c": "1", "a.b.d": "[2, 'x']"}
+    assert flat({"b": {"c": 1, "d": [2, "mp"]}}) == {"a.b.c": "1", "a.b.d": "[2, 'mp']"}
     assert flat((("b", 1), ("c", (("d", 2),)))) == {"a.b": "1", "a.c.d": "2"}
     assert flat(("vllm.config.parallel.EPLBConfig", (("policy", "default"),))) == {"a.policy": "default"}
     assert flat((1, 2)) == {"a": "[1, 2]"}
-    assert flat((("b", 1), ("b", 2))) == {"a": "[['b', 1], ['b', 2]]"}, "no dictionary: one key twice"
+    assert flat((("mp", 1), ("mp", 2))) == {"a": "[['mp', 1], ['mp', 2]]"}, "no dictionary: one key twice"
 
 
 def test_members_of_enums_have_names() -> None:
@@ -60,13 +61,13 @@ def test_members_of_enums_have_names() -> None:
     assert readable.text(Mode.FULL) == "FULL"
     assert flat((kind, 0)) == {"a": "RED"}
     assert flat((kind, (2, 1))) == {"a": "BLUE"}
-    assert flat((kind, 7)) == {"a": f"['{kind}', 7]"}
+    assert flat((kind, 7)) == {"a": readable.hidden("a", f"['{kind}', 7]")}
 
 
 def test_long_texts_keep_their_beginning_and_a_digest() -> None:
-    long = [readable.text("x" * 500 + end) for end in "ab"]
+    long = [readable.text([*range(500), end]) for end in (1, 2)]
     assert long[0] != long[1]
-    assert all(t.startswith("xxx") and len(t) < readable.LIMIT for t in long)
+    assert all(t.startswith("[0, 1,") and len(t) < readable.LIMIT for t in long)
     labels = {str(n): f"label {n}" for n in range(readable.MANY + 1)}
     assert list(flat({"labels": labels})) == ["a.labels"]
 
@@ -76,9 +77,28 @@ def test_objects_have_no_addresses() -> None:
         def uuid(self) -> str:
             return "1234"
 
-    assert "1234" in readable.text(Pass())
-    assert readable.text(object()) == "<object object>"
+    assert readable.plain(Pass()).endswith("Pass 1234>")
+    assert readable.plain(object()) == "<object object>"
+    assert readable.text(object()) == readable.text(object())
     assert readable.text({int, str}) == "{<builtins.int>, <builtins.str>}"
+
+
+@settings(deadline=None)
+@given(st.text(), st.text(), st.sampled_from(["token", "dtype", "a"]))
+def test_hidden_values_differ_where_values_do_and_say_nothing(one: str, other: str, name: str) -> None:
+    texts = [readable.text({"x": value}, name) for value in (one + "/s3cret", other + "/s3cret")]
+    assert all(text.startswith("***") and len(text) == 35 for text in texts)
+    assert (texts[0] == texts[1]) == (one == other)
+
+
+def test_equal_values_of_two_names_do_not_look_equal() -> None:
+    assert readable.text("s3cret", "a") != readable.text("s3cret", "b")
+
+
+def test_a_key_that_is_no_name_is_hidden() -> None:
+    (name,) = flat({"postgres://u:s3cret@h": 1})
+    assert name.startswith("a.***")
+    assert flat({"cpp.threads": 1}) == {"a.cpp.threads": "1"}
 
 
 def test_keys_are_dropped_at_any_depth() -> None:

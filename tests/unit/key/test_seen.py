@@ -111,8 +111,11 @@ def test_only_variables_that_were_asked_for_count(monkeypatch: pytest.MonkeyPatc
     assert changes(seen, model) == []
     monkeypatch.setenv("VARIABLE_OF_A_TEST", "2")
     (change,) = changes(seen, model)
-    assert "VARIABLE_OF_A_TEST" in change.name
-    assert change[1:] == ("None", "'2'")
+    assert str(change) == "os.environ['VARIABLE_OF_A_TEST']: None -> ***"
+    seen = read(model)
+    monkeypatch.setenv("VARIABLE_OF_A_TEST", "3")
+    (change,) = changes(seen, model)
+    assert str(change) == "os.environ['VARIABLE_OF_A_TEST'] has another value"
 
 
 NAMES = {"gate", "up", "down", "q_proj", "k_proj", "v_proj"}
