@@ -145,7 +145,7 @@ def test_a_change_that_fails_costs_one_line_and_leaves_the_module(caplog: pytest
     assert (load("changed.one").value, two.value) == ("stock", "ours")
     (line,) = [r.getMessage() for r in caplog.records]
     assert "changed.one" in line
-    assert "no attribute 'ModelCudaGraphManager'" in line
+    assert "AttributeError in test_a_change_that_fails" in line
     undo()
     assert two.value == "stock"
 
@@ -158,7 +158,7 @@ def test_a_change_that_fails_is_a_line_and_the_others_stand(caplog: pytest.LogCa
 
     undo = after_import.install({"changed.one": setting, "changed.two": failing})
     assert (one.value, two.value) == ("ours", "stock")
-    assert "changed.two stays as vLLM has it: AttributeError: surprise" in caplog.text
+    assert "changed.two stays as vLLM has it: AttributeError in test_a_change_that_fails" in caplog.text
     undo()
     assert one.value == "stock"
 

@@ -19,8 +19,6 @@ from types import ModuleType
 from typing import Any
 
 from vllm_compile_ext import after_import, harmless, metrics, platforms
-from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.store.store import Manifest, digest, key_of, total
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +62,9 @@ def _change(torch: ModuleType) -> Callable[[], None]:
 def _compiled(compile_it: Callable[[], Any], graph: Any, inputs: Sequence[Any], options: Any) -> Any:
     """What Dynamo calls for `graph`.  options: of `torch.compile`, None where there are some of an unknown kind."""
     import torch
+
+    from vllm_compile_ext.compilation import entry as entries
+    from vllm_compile_ext.store.store import key_of
 
     store = None
     keys: dict[str, str] = {}
@@ -110,6 +111,7 @@ def _key(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> str:
     """
     import torch
 
+    from vllm_compile_ext.compilation.entry import device
     from vllm_compile_ext.compilation.pieces import constants
     from vllm_compile_ext.key import machine, settings, torch_state
     from vllm_compile_ext.key.dropped import counts
@@ -135,7 +137,7 @@ def _key(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> str:
     for node in piece.nodes:
         _check_target(node.target)
     state = {f"state.{name}": text for name, text in torch_state.state().items()} | settings.of_compilers({})
-    state |= {"threads": str(machine.threads(options)), "device": entries.device()}
+    state |= {"threads": str(machine.threads(options)), "device": device()}
     switched = sorted((name, text) for name, text in state.items() if counts(name))
     return fingerprint(piece, graph, [str(sorted(options.items())), str(switched), *_symbols()])
 
@@ -180,6 +182,7 @@ def _symbols() -> Iterator[str]:
 def _load(store: Any, key: str, inputs: Sequence[Any]) -> Callable[..., Any] | None:
     """The function of which `key` is the key, when the store has it and it is good for `inputs`."""
     from vllm_compile_ext.compilation import program
+    from vllm_compile_ext.store.store import total
 
     try:
         for manifest in store.variants(key, SHARD):
@@ -214,6 +217,7 @@ def _keep(store: Any, keys: dict[str, str], compiled: Any) -> None:
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
     from vllm_compile_ext.compilation import program
+    from vllm_compile_ext.store.store import Manifest, digest, total
 
     if not store.writable:
         return
