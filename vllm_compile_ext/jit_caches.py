@@ -144,7 +144,8 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     try:
         tree = Tree(envs.store(environ))
-        places = _places(environ, _jit(tree))
+        with tree.folder(make=True):  # whether a group shares it decides where `_jit` is
+            places = _places(environ, _jit(tree))
         for place in places.values():
             with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
                 if not os.access(".", os.W_OK | os.X_OK, dir_fd=handle, effective_ids=True):

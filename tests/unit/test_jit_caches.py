@@ -179,6 +179,18 @@ def test_a_folder_of_another_user_is_refused(
     assert "chown" in caplog.text
 
 
+def test_users_of_a_shared_store_have_folders_of_their_own(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_STORE_GROUP", "1")
+    store.mkdir()
+    os.chown(store, -1, os.getegid())
+    store.chmod(0o2770)
+    jit_caches.settle(active=True)
+    mine = store / "v1" / f"jit-{os.geteuid()}"
+    assert jit_caches.folder() == mine
+    assert os.environ["TRITON_CACHE_DIR"].startswith(f"{mine}/triton/")
+    assert Path(os.environ["TRITON_CACHE_DIR"]).is_dir()
+
+
 @pytest.mark.parametrize("level", ["v1", "v1/jit", "v1/jit/triton"])
 def test_a_link_in_the_store_is_refused(
     store: Path, tmp_path: Path, level: str, caplog: pytest.LogCaptureFixture
