@@ -99,11 +99,7 @@ CACHES = (
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder below which the caches lie; `vllm_compile_ext.store.kernels` measures and trims it."""
-    return _jit(Tree(envs.store(environ)))
-
-
-def _jit(tree: Tree) -> Path:
-    return tree.path / tree.jit
+    return Tree(envs.store(environ)).jit
 
 
 def settle(*, active: bool) -> Callable[[], None]:
@@ -144,15 +140,14 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     try:
         tree = Tree(envs.store(environ))
-        with tree.folder(make=True):  # whether a group shares it decides where `_jit` is
-            places = _places(environ, _jit(tree))
+        places = _places(environ, tree.jit)
         for place in places.values():
             with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
                 if not os.access(".", os.W_OK | os.X_OK, dir_fd=handle, effective_ids=True):
                     raise UnsafeStoreError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
         if places:
-            _check_room(_jit(tree))
-            (_jit(tree) / kernels.STAMP).touch(mode=0o600)
+            _check_room(tree.jit)
+            (tree.jit / kernels.STAMP).touch(mode=0o600)
     except (UnsafeStoreError, OSError) as error:
         why = str(error)
         if isinstance(error, OSError):

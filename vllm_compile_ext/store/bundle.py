@@ -311,7 +311,7 @@ def _fill(
         when = found.stat().st_mtime
         if replace or not place.exists() or place.stat().st_mtime < when:
             data = kernels.placed(path, found.read_bytes(), place.parent)
-            store.tree.write(store.tree.jit, *path.split("/"), data=data)
+            store.tree.write(store.jit.name, *path.split("/"), data=data)
             os.utime(place, (time.time(), when))
     for entry in wanted:
         # Another file in the place of an equal manifest that is in use would not be in use.

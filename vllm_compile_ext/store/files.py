@@ -63,6 +63,8 @@ class Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.path = root / "v1"
+        # Of kernel compilers' caches, which do not share with other users.
+        self.jit = self.path / (f"jit-{os.geteuid()}" if envs.store_group() else "jit")
         self.group: int | None = None  # who shares it, by VLLM_COMPILE_STORE_GROUP
         self._handle: int | None = None
 
@@ -82,16 +84,9 @@ class Tree:
                 path /= name
                 handle = _enter(handle, name, path, self.group, make)
                 opened.callback(os.close, handle)
-                if private or number == 0 or names[0] != self.jit:
+                if private or number == 0 or names[0] != self.jit.name:
                     _check(path, os.fstat(handle), self.group, self.root)
             yield handle
-
-    @property
-    def jit(self) -> str:
-        """The folder of kernel compilers' caches.  They do not share with other users, so each user has one."""
-        with suppress(OSError, UnsafeStoreError):
-            self._base(make=False)
-        return "jit" if self.group is None else f"jit-{os.geteuid()}"
 
     def _base(self, make: bool) -> int:
         if self._handle is not None and os.fstat(self._handle).st_nlink == 0:

@@ -162,7 +162,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Store:
     """A store below the folder `root`; `open` makes one.
 
-    tree: its files.
+    tree: its files.  jit: the folder of kernel compilers' caches (kernels.py).
     writable: False when it can only be read (a read-only mount, another user's folder).
     max_bytes: what its entries may take, None for no limit; kept each time a writer is done.
     """
@@ -172,6 +172,7 @@ class Store:
         self.max_bytes = max_bytes
         self.writable = writable
         self.tree = Tree(root)
+        self.jit = self.tree.jit
         self._grown = False  # something was committed since the last `gc`
         self._told: set[Path] = set()  # manifests that a warning named
 
@@ -187,11 +188,6 @@ class Store:
         if not store.writable:
             logger.info("the store %s cannot be written by user %d: it is only read", store.root, os.geteuid())
         return store
-
-    @property
-    def jit(self) -> Path:
-        """The folder of kernel compilers' caches (kernels.py)."""
-        return self.tree.path / self.tree.jit
 
     def path(self, found: Blob | Manifest) -> Path:
         """The file of a blob or a manifest, for people."""

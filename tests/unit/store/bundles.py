@@ -40,9 +40,9 @@ def entry(store: Store, name: str, shard: str = "rank0", **changes: Any) -> Mani
 def kernels(store: Store) -> None:
     """What Triton leaves: a kernel and the file with the places of its files."""
     place = store.jit / KERNEL
-    store.tree.write(store.tree.jit, *KERNEL.split("/"), data=b"machine code" * 10)
+    store.tree.write(store.jit.name, *KERNEL.split("/"), data=b"machine code" * 10)
     group = f'{{"child_paths": {{"kernel.cubin": "{place}"}}}}'
-    store.tree.write(store.tree.jit, *GROUP.split("/"), data=group.encode())
+    store.tree.write(store.jit.name, *GROUP.split("/"), data=group.encode())
 
 
 def filled(root: Path) -> Store:
