@@ -19,6 +19,7 @@ from vllm_compile_ext.key.miss import Change, closest, summary
 from vllm_compile_ext.key.seen import Seen, changes
 from vllm_compile_ext.printable import plain
 from vllm_compile_ext.startup.spans import span
+from vllm_compile_ext.store import evict
 from vllm_compile_ext.store.store import Blob, Manifest, Store, UnsafeStoreError, key_of
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Entry:
         # What has changed since the entry of this key that was used last; None when there is none.
         self.changes: list[Change] | None = None
         self._claim = ExitStack()
+        self._grown = False  # something was committed since the last `release`
 
     def find(self, model: Any) -> Manifest | None:
         """The entry whose trace read what is here now; None when there is none."""
@@ -141,6 +143,9 @@ class Entry:
     def release(self) -> None:
         """Let others write."""
         self._claim.close()
+        if self._grown:
+            evict.keep_limit(self.store)
+        self._grown = False
 
     def commit(self, members: Mapping[str, Blob]) -> None:
         """Write the entry, beside those that were made where the trace read other things.  Raises `OSError`."""
@@ -155,6 +160,7 @@ class Entry:
             members=dict(members),
         )
         self.store.commit(made)
+        self._grown = True
 
 
 def device() -> str:

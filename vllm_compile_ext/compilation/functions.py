@@ -217,6 +217,7 @@ def _keep(store: Any, keys: dict[str, str], compiled: Any) -> None:
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
     from vllm_compile_ext.compilation import program
+    from vllm_compile_ext.store import evict
     from vllm_compile_ext.store.store import Manifest, digest, total
 
     if not store.writable:
@@ -243,5 +244,6 @@ def _keep(store: Any, keys: dict[str, str], compiled: Any) -> None:
                 store.commit(made)
                 metrics.inc("store_kept_bytes_total", total(made.members.values()))
                 logger.debug("kept function %s in %s", key[:12], store.root)
+        evict.keep_limit(store)
     except Exception as error:
         logger.debug("a function is not kept: %s: %s", type(error).__name__, error)

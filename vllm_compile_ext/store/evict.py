@@ -6,6 +6,7 @@ only while no writer is at work: it may be about to name them in its manifest.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -18,6 +19,8 @@ import msgspec
 
 from vllm_compile_ext.store.files import DamagedError, UnsafeStoreError
 from vllm_compile_ext.store.store import ManifestError, Store
+
+logger = logging.getLogger(__name__)
 
 GRACE = 3600.0  # seconds that a file no entry needs is left alone: its writer may not be done
 
@@ -54,6 +57,15 @@ def remove(store: Store, prefix: str) -> Removed:
     if not re.fullmatch("[0-9a-f]{1,64}", prefix):
         raise ManifestError(f"{prefix!r} does not begin a key: 1 to 64 lower hexadecimal digits do")
     return _evict(store, lambda entry, total: entry.names[1].startswith(prefix))
+
+
+def keep_limit(store: Store) -> None:
+    """After something was written: remove what is over the store's limit.  A failure costs a line."""
+    if store.writable and store.max_bytes is not None:
+        try:
+            trim(store)
+        except (OSError, UnsafeStoreError) as error:
+            logger.warning("nothing could be removed from the store %s: %s", store.root, error)
 
 
 def trim(store: Store, max_bytes: int | None = None, max_age: float | None = None) -> Removed:

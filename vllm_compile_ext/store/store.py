@@ -164,7 +164,7 @@ class Store:
 
     tree: its files.  jit: the folder of kernel compilers' caches (kernels.py).
     writable: False when it can only be read (a read-only mount, another user's folder).
-    max_bytes: what its entries may take, None for no limit; kept each time a writer is done.
+    max_bytes: what its entries may take, None for no limit; who has written keeps it (`evict.keep_limit`).
     """
 
     def __init__(self, root: Path, max_bytes: int | None, *, writable: bool) -> None:
@@ -173,7 +173,6 @@ class Store:
         self.writable = writable
         self.tree = Tree(root)
         self.jit = self.tree.jit
-        self._grown = False  # something was committed since the last `gc`
         self._told: set[Path] = set()  # manifests that a warning named
 
     @classmethod
@@ -278,7 +277,6 @@ class Store:
         Raises `OSError` as it comes, and then leaves what was there.
         """
         self.tree.write(*manifest.names, data=seal(manifest))
-        self._grown = True
 
     def commit(self, manifest: Manifest) -> None:
         """`add` a manifest, and `use` it."""
@@ -290,20 +288,11 @@ class Store:
         """Wait until nobody else writes `key`, at most `timeout` seconds.
 
         True: this process is the one writer; look again whether there still is something to write.  False: the wait was
-        over the bound, or the store cannot be written.  No blobs are removed meanwhile; afterwards the store is back
-        within `max_bytes`.
+        over the bound, or the store cannot be written.  No blobs are removed meanwhile.
         """
         names = manifest_names(key, "any")
         with ExitStack() as held:
             yield self.writable and self._lock(held, names[1], timeout)
-        if self._grown and self.max_bytes is not None:
-            from vllm_compile_ext.store import evict
-
-            try:
-                evict.trim(self)
-            except OSError as error:
-                logger.warning("nothing could be removed from the store %s: %s", self.root, error)
-            self._grown = False
 
     def _lock(self, held: ExitStack, key: str, timeout: float) -> bool:
         timeout = max(0.0, timeout)

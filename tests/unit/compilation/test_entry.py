@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import process
+from tests.unit.store import program
 from vllm_compile_ext.compilation import entry
 from vllm_compile_ext.key import factors
 from vllm_compile_ext.store.store import Blob, Store
@@ -62,6 +63,22 @@ def test_the_line_of_a_miss_is_safe_to_print(tmp_path: Path, monkeypatch: pytest
 
     made("a").commit(SEEN)
     assert made("\x1b[31m\nred").miss() == r"cache miss: config.model.hf_config.x a -> \x1b[31m\nred"
+
+
+def test_who_has_written_an_entry_keeps_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(tmp_path / "store", max_bytes=0)
+    old = program.leave(store, "old")
+    monkeypatch.setattr(factors, "factors", lambda config, model: {"model": "new"})
+    parallel = SimpleNamespace(rank=0, data_parallel_index=0, enable_expert_parallel=False)
+    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
+    made = entry.Entry(store, SimpleNamespace(vllm_config=config))
+    assert not made.claim()
+    made.release()
+    assert list(store.manifests()) == [old], "nothing was written"
+    assert not made.claim()
+    made.commit(SEEN)
+    made.release()
+    assert [m.factors for m in store.manifests()] == [{"model": "new"}]
 
 
 def test_under_O_there_is_no_store(tmp_path: Path) -> None:  # noqa: N802 - the option

@@ -81,14 +81,16 @@ def test_without_limits_nothing_goes(store: Store, three: dict[str, program.Mani
     assert names(store) == {"old", "middle", "new"}
 
 
-def test_the_limit_is_kept_each_time_a_writer_is_done(store: Store, three: dict[str, program.Manifest]) -> None:
+def test_who_has_written_keeps_the_limit(store: Store, three: dict[str, program.Manifest]) -> None:
     limited = Store.open(store.root, max_bytes=store.size() + 1000)
     with limited.writer(program.key_of(program.factors("fresh")), 5):
         program.write(limited, "fresh")
+    evict.keep_limit(limited)
     assert names(store) == {"middle", "new", "fresh"}
     tiny = Store.open(store.root, max_bytes=0)
     with tiny.writer(program.key_of(program.factors("huge")), 5):
         huge = program.write(tiny, "huge", size=100_000)
+    evict.keep_limit(tiny)
     assert names(store) == {"fresh", "huge"}  # this process runs both
     assert program.load(tiny, huge) == program.members("huge", size=100_000)
 
