@@ -145,7 +145,15 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
             with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
                 if not os.access(".", os.W_OK | os.X_OK, dir_fd=handle, effective_ids=True):
                     raise UnsafeStoreError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
+            if tree.movable is not None:  # the libraries look for their kernels by name
+                raise UnsafeStoreError(
+                    f"{tree.movable} can be written by other users, who could put others in their place; to keep them, "
+                    "name a folder elsewhere in VLLM_COMPILE_STORE"
+                )
         if places:
+            with tree.folder(tree.jit.name) as handle:
+                if tree.group is None:
+                    os.fchmod(handle, 0o700)  # below it libraries make folders by the umask
             _check_room(tree.jit)
             (tree.jit / kernels.STAMP).touch(mode=0o600)
     except (UnsafeStoreError, OSError) as error:

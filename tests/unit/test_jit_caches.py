@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.process import run
 from vllm_compile_ext import envs, jit_caches
 from vllm_compile_ext.store import kernels
+from vllm_compile_ext.store.store import Store
 
 VARIABLES = [cache.variable for cache in jit_caches.CACHES]
 
@@ -177,6 +179,35 @@ def test_a_folder_of_another_user_is_refused(
     assert seen() == {}
     assert "VLLM_COMPILE_STORE" in caplog.text
     assert "chown" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_kernels_are_not_kept_where_others_can_move_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The root of an emptyDir: what the store opens stays open, but libraries look for their kernels by name."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "none", tmp_path]).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
+        jit_caches.settle(active=True)
+        assert seen() == {}
+        assert f"{tmp_path} can be written by other users, who could put others in their place" in caplog.text
+        Store.open(tmp_path / "store")
+        tmp_path.chmod(0o1777)
+        jit_caches.settle(active=True)
+        assert seen().keys() == {*VARIABLES, jit_caches.MARK}
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_nobody_else_gets_into_the_folder(store: Path) -> None:
+    """Libraries make folders there by the umask."""
+    (store / "v1" / "jit").mkdir(parents=True)
+    for path in (store, store / "v1", store / "v1" / "jit"):
+        path.chmod(0o755)
+    jit_caches.settle(active=True)
+    assert (store / "v1" / "jit").stat().st_mode & 0o777 == 0o700
 
 
 def test_users_of_a_shared_store_have_folders_of_their_own(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

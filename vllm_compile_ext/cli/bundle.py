@@ -77,7 +77,7 @@ def _report(what: str, file: Path, made: Bundle, *, as_json: bool) -> None:
         _store.count(made.jit_files, "kernel file"),
     )
     signed = f"signed by key {made.signed_by}" if made.signed_by else "not signed"
-    typer.echo(f"{what} {', '.join(parts)} ({_store.size(made.size)}) for {made.platform}")
+    typer.echo(f"{what} {', '.join(parts)} ({_store.size(made.size)}) for {_store.plain(made.platform)}")
     for name in made.kept:
         typer.echo(f"kept {name}: the store's was made later (--replace takes the bundle's)")
     typer.echo(f"{file}: {_store.size(file.stat().st_size)}, {signed}")

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vllm_compile_ext import __version__, compat, contract, envs, jit_caches, plugin, swap
+from vllm_compile_ext.store.files import Tree
 from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
 OK, OFF, BAD = "ok", "off", "bad"
@@ -157,23 +158,30 @@ def _swap(report: Report) -> None:
 def _store(report: Report) -> None:
     import vllm.envs
 
-    folder = envs.store()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
     if vllm.envs.VLLM_DISABLE_COMPILE_CACHE:
-        report.add("store", OFF, f"{folder}: VLLM_DISABLE_COMPILE_CACHE=1, every start compiles")
-    elif existing != folder:
+        report.add("store", OFF, "VLLM_DISABLE_COMPILE_CACHE=1: every start compiles")
+        return
+    try:
+        folder = envs.store()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        with contextlib.suppress(FileNotFoundError), Tree(folder).folder():
+            pass  # whether others can write it, without making it
+        store = Store.open(folder) if existing == folder else None
+    except UnsafeStoreError as error:
+        what, _, way_out = str(error).partition(", and what is in it would be run.")
+        report.add("store", BAD, what, way_out.strip())
+        return
+    except OSError as error:
+        text = f"{error.filename or 'the store'}: {error.strerror}"
+        report.add("store", BAD, text, "set VLLM_COMPILE_STORE to a folder of yours")
+        return
+    if store is None:
         if os.access(existing, os.W_OK):
             report.add("store", OK, f"{folder} (not made yet), {shutil.disk_usage(existing).free >> 30} GiB free")
         else:
             text = f"{folder} cannot be made: {existing} is not writable, and no start can be warm"
             report.add("store", BAD, text, "set VLLM_COMPILE_STORE to a folder of yours")
     else:
-        try:
-            store = Store.open(folder)
-        except UnsafeStoreError as error:
-            what, _, way_out = str(error).partition(", and what is in it would be run.")
-            report.add("store", BAD, what, way_out.strip())
-            return
         programs = sum(manifest.kind == "program" for manifest in store.manifests())
         text = f"{folder}: {programs} models or ranks, {store.size() / 1e6:.1f} MB"
         if store.tree.group is not None:

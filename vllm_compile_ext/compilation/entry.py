@@ -36,15 +36,16 @@ def store() -> Store | None:
     if sys.flags.optimize:
         _say_optimized()
         return None
-    folder = envs.store()
-    if folder != _opened:
-        _opened, _store = folder, None
-        try:
+    folder = None
+    try:
+        folder = envs.store()
+        if folder != _opened:
+            _opened, _store = folder, None
             _store = Store.open(folder, envs.store_limit())
-        except UnsafeStoreError as error:
-            logger.warning("every start compiles, nothing is read or kept: %s", error)
-        except OSError as error:
-            logger.warning("every start compiles: the store %s cannot be opened (%s)", folder, error)
+    except UnsafeStoreError as error:
+        logger.warning("every start compiles, nothing is read or kept: %s", error)
+    except OSError as error:
+        logger.warning("every start compiles: the store %s cannot be opened (%s)", folder, error)
     return _store
 
 
@@ -75,7 +76,7 @@ class Entry:
         # What has changed since the entry of this key that was used last; None when there is none.
         self.changes: list[Change] | None = None
         self._claim = ExitStack()
-        self._grown = False  # something was committed since the last `release`
+        self.grown = False  # something was committed since the last `release`
 
     def find(self, model: Any) -> Manifest | None:
         """The entry whose trace read what is here now; None when there is none."""
@@ -143,9 +144,9 @@ class Entry:
     def release(self) -> None:
         """Let others write."""
         self._claim.close()
-        if self._grown:
+        if self.grown:
             evict.keep_limit(self.store)
-        self._grown = False
+        self.grown = False
 
     def commit(self, members: Mapping[str, Blob]) -> None:
         """Write the entry, beside those that were made where the trace read other things.  Raises `OSError`."""
@@ -160,7 +161,7 @@ class Entry:
             members=dict(members),
         )
         self.store.commit(made)
-        self._grown = True
+        self.grown = True
 
 
 def device() -> str:

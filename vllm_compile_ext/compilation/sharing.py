@@ -101,6 +101,7 @@ class Shared:
                     },
                 )
             )
+            self.entry.grown = True
             self.kept[number] = members
         except Exception as error:
             logger.debug("piece %d is not shared: %s", number, error)  # saving the model will say it

@@ -28,8 +28,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from vllm_compile_ext.store import kernels
-from vllm_compile_ext.store.files import DamagedError
+from vllm_compile_ext.store import evict, kernels
+from vllm_compile_ext.store.files import DamagedError, UnsafeStoreError
 from vllm_compile_ext.store.store import Manifest, Store, seal
 
 # The footer is these, 32 bytes of the signer's public key and 64 of the signature; zeros where nobody signed.
@@ -42,7 +42,7 @@ FILES_MAX = 100_000
 
 _PART = 1 << 20  # bytes read at a time, and what a header may make tarfile read at once
 _WAIT = 60.0  # seconds for another process to be done with removing blobs
-_PLACES = re.compile(r"v1/(manifests/[^/]+/[^/]+\.json|blobs/[^/]+/[^/]+|jit/.+)", re.DOTALL)
+_PLACES = re.compile(r"v1/(manifests/[^/]+/[^/]+\.json|blobs/[^/]+/[^/]+|jit/[^/]+/[^/]+/.+)", re.DOTALL)
 _UNREADABLE = (  # what tarfile and gzip raise for bytes that nobody packed
     *(tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError, ValueError, OverflowError, RecursionError),
     *(FileExistsError, NotADirectoryError, IsADirectoryError),
@@ -110,7 +110,8 @@ def pack(
                     _add(tar, blob.names, store.get(blob))
                 for path in paths:
                     data = kernels.placed(path, (store.jit / path).read_bytes(), None)
-                    _add(tar, ("jit", path), data, (store.jit / path).stat().st_mtime)
+                    when = (store.jit / path).stat().st_mtime if path.startswith("flashinfer/") else 0
+                    _add(tar, ("jit", path), data, when)
             file.seek(0)
             file.write(_footer(_hash(file), key))
             file.flush()
@@ -189,7 +190,8 @@ def unpack(
                 if not shared:
                     raise _RefusedError(f"cannot be unpacked now: another process is removing things from {store.root}")
                 kept = _fill(store, Store(folder, None, writable=False), entries, paths, replace=replace)
-    except (_RefusedError, DamagedError) as error:
+        evict.keep_limit(store)
+    except (_RefusedError, DamagedError, UnsafeStoreError) as error:
         raise BundleError(f"{file} {error}; nothing of it was unpacked") from error
     finally:
         store.tree.remove_folder("tmp", name, full=True)
@@ -262,6 +264,7 @@ def _extract(folder: Path, limit: int) -> None:
             with tarfile.open(fileobj=bounded, mode="r:") as tar:
                 left, count = limit, 0
                 for member in tar:
+                    tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps all, with their headers
                     left, count = left - member.size, count + 1
                     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
                         raise _RefusedError(f"has a member {member.name[:300]!r} that is no plain file")
@@ -312,7 +315,8 @@ def _fill(
         if replace or not place.exists() or place.stat().st_mtime < when:
             data = kernels.placed(path, found.read_bytes(), place.parent)
             store.tree.write(store.jit.name, *path.split("/"), data=data)
-            os.utime(place, (time.time(), when))
+            if when:
+                os.utime(place, (time.time(), when))
     for entry in wanted:
         # Another file in the place of an equal manifest that is in use would not be in use.
         if store.find(entry.key, entry.shard) != entry:

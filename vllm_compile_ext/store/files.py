@@ -8,19 +8,25 @@ are checked on what is open: a name that means something else a moment later is 
     a volume's root above it     whoever mounted it decided that
     the store, all below it      ours, root's              the same; files 0600, folders 0700
     a store that a group shares  as well its members'      as well its members; files 0660, folders 2770
+
+In a folder that everyone can write, a group says nothing of who made something: it has to be ours or root's.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import functools
+import itertools
 import os
 import re
 import shlex
 import shutil
 import stat
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -32,6 +38,7 @@ _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 _POLL = 0.05  # seconds between two attempts to get a lock
+_SHARING = 1.0  # seconds in which something new has got its mode
 _LOOK = 0.2  # seconds that `hold` waits for one that only looks whether the file is held
 
 _held: set[tuple[int, int]] = set()  # device and inode of what `hold` locked in this process
@@ -66,7 +73,9 @@ class Tree:
         # Of kernel compilers' caches, which do not share with other users.
         self.jit = self.path / (f"jit-{os.geteuid()}" if envs.store_group() else "jit")
         self.group: int | None = None  # who shares it, by VLLM_COMPILE_STORE_GROUP
+        self.movable: Path | None = None  # a folder above, in which others can put another store in its place
         self._handle: int | None = None
+        self._opening = threading.Lock()
 
     def __del__(self) -> None:
         if self._handle is not None:
@@ -89,12 +98,10 @@ class Tree:
             yield handle
 
     def _base(self, make: bool) -> int:
-        if self._handle is not None and os.fstat(self._handle).st_nlink == 0:
-            os.close(self._handle)
-            self._handle = None
-        if self._handle is None:
-            self._handle, self.group = _open_root(self.root, make)
-        return self._handle
+        with self._opening:
+            if self._handle is None or os.fstat(self._handle).st_nlink == 0:
+                self._handle, self.group, self.movable = _open_root(self.root, make)
+            return self._handle
 
     def writable(self, *names: str) -> bool:
         """Whether this process may make files in a folder."""
@@ -117,8 +124,11 @@ class Tree:
         with self.folder(*names[:-1]) as handle:
             return os.stat(names[-1], dir_fd=handle, follow_symlinks=False)
 
-    def read(self, *names: str, size: int | None = None) -> bytes:
-        """All bytes of a regular file.  Raises `DamagedError` when it is none, not of `size` bytes, or others' work."""
+    def read(self, *names: str, size: int | None = None, most: int = sys.maxsize) -> bytes:
+        """All bytes of a regular file.
+
+        Raises `DamagedError` when it is none, has another size than `size` or more than `most`, or is others' work.
+        """
         path = self.path.joinpath(*names)
         try:
             with self.folder(*names[:-1]) as folder, _opened(names[-1], os.O_RDONLY, folder) as handle:
@@ -129,6 +139,8 @@ class Tree:
                     raise DamagedError(path, why)
                 if size is not None and found.st_size != size:
                     raise DamagedError(path, f"has {found.st_size} bytes where {size} were written")
+                if found.st_size > most:
+                    raise DamagedError(path, f"has {found.st_size} bytes, more than {most}")
                 with os.fdopen(handle, "rb", buffering=0, closefd=False) as file:
                     return file.read()
         except FileNotFoundError:
@@ -197,18 +209,23 @@ class Tree:
         try:
             with ExitStack() as opened:
                 folder = opened.enter_context(self.folder(*names[:-1]))
-                try:
-                    handle = opened.enter_context(_opened(names[-1], os.O_RDWR, folder))
-                except OSError:
-                    pass  # a link, or already gone: nothing that could be held
-                else:
-                    if not _lock(handle, fcntl.LOCK_EX, 0):
-                        return False
-                with suppress(FileNotFoundError):
-                    os.unlink(names[-1], dir_fd=folder)
+                for flags in (os.O_RDWR, os.O_RDONLY):  # NFS locks alone only what is open for writing
+                    try:
+                        handle = opened.enter_context(_opened(names[-1], flags, folder))
+                    except PermissionError:
+                        continue
+                    except OSError as error:
+                        if error.errno not in (errno.ELOOP, errno.ENOENT):  # a link, or gone: nobody can hold it
+                            raise
+                    else:
+                        if not _lock(handle, fcntl.LOCK_EX, 0):
+                            return False
+                    with suppress(FileNotFoundError):
+                        os.unlink(names[-1], dir_fd=folder)
+                    return True
+                return False
         except OSError:
             return False
-        return True
 
     def remove_folder(self, *names: str, full: bool = False) -> None:
         """Remove a folder when nothing is in it, or with what is in it."""
@@ -226,7 +243,8 @@ class Tree:
         system knows no locks.
         """
         with self.folder("locks", make=True) as folder:
-            handle = os.open(f"{name}.lock", os.O_RDWR | os.O_CREAT | _FILE, 0o600, dir_fd=folder)
+            flags = os.O_RDWR | os.O_CREAT | _FILE
+            handle = _patiently(lambda: os.open(f"{name}.lock", flags, 0o600, dir_fd=folder), self.group)
         try:
             with suppress(PermissionError):  # another member of the group made it, and has shared it
                 _share(handle, 0o600, self.group)
@@ -258,8 +276,20 @@ def _lock(handle: int, operation: int, timeout: float) -> bool:
         time.sleep(_POLL)
 
 
-def _open_root(root: Path, make: bool) -> tuple[int, int | None]:
-    """The folder ``v1`` of the store `root`, open, and the group that shares it or None."""
+def _patiently(attempt: Callable[[], int], group: int | None) -> int:
+    """What `attempt` opens.  In a shared store another member may have made it, and be about to share it."""
+    deadline = time.monotonic() + _SHARING
+    while True:
+        try:
+            return attempt()
+        except PermissionError:
+            if group is None or time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL)
+
+
+def _open_root(root: Path, make: bool) -> tuple[int, int | None, Path | None]:
+    """The folder ``v1`` of the store `root`, open; the group that shares it or None; see `Tree.movable`."""
     share = envs.store_group()
     real = Path(os.path.realpath(root))
     above, opened = Path("/"), os.open("/", os.O_PATH | _FOLDER)
@@ -275,31 +305,43 @@ def _open_root(root: Path, make: bool) -> tuple[int, int | None]:
             found.append((above, os.fstat(opened)))
             mounts.append(_mount(opened))
         volume = max(i for i, mount in enumerate(mounts) if i == 0 or mount not in (mounts[i - 1], None))
-        for path, status in found[volume + 1 : len(real.parts) - 1]:
-            _check_above(path, status, root, share)
+        last = len(real.parts) - 1  # the number of the store itself
+        for (_, outer), (path, status) in itertools.pairwise(found[volume:last]):
+            _check_above(path, status, root, share, owned=_is_everyones(outer))
+        movable = None
+        if volume < last and not found[volume][1].st_mode & stat.S_ISVTX:
+            group = _above(found[volume][1], share)
+            movable = found[volume][0] if "written" in (_others(found[volume][1], group) or "") else None
+        outer = found[min(last, len(found)) - 1][1]
         for name in real.parts[len(found) :]:
             above /= name
-            last = above == real
             if not make:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(above))
-            group = os.fstat(opened).st_gid if share and last and _is_mine(os.fstat(opened).st_gid) else None
-            inner = _enter(opened, name, above, group, make, 0o700 if last else 0o755)
+            outer = os.fstat(opened)
+            group = outer.st_gid if share and above == real and _is_mine(outer.st_gid) else None
+            inner = _enter(opened, name, above, group, make, 0o700 if above == real else 0o755)
             os.close(opened)
             opened = inner
         status = os.fstat(opened)
         shared = status.st_gid if share and status.st_mode & stat.S_IWGRP and _is_mine(status.st_gid) else None
-        # A volume's root may be everyone's, as Kubernetes makes an emptyDir; who shares the store is told of it.
-        if not (share and volume == len(real.parts) - 1 == len(found) - 1 and status.st_uid == 0):
-            _check(root, status, shared, root, volume=volume == len(real.parts) - 1)
+        # A volume's root may be everyone's, as Kubernetes makes an emptyDir: then what is in it has to be ours.
+        if not (share and volume == last == len(found) - 1 and status.st_uid == 0):
+            _check(root, status, shared, root, owned=_is_everyones(outer))
+        elif _is_everyones(status):
+            movable = root
         handle = _enter(opened, "v1", root / "v1", shared, make)
     finally:
         os.close(opened)
     try:
-        _check(root / "v1", os.fstat(handle), shared, root)
+        _check(root / "v1", os.fstat(handle), shared, root, owned=_is_everyones(status))
     except UnsafeStoreError:
         os.close(handle)
         raise
-    return handle, shared
+    return handle, shared, movable
+
+
+def _is_everyones(found: os.stat_result) -> bool:
+    return bool(found.st_mode & stat.S_IWOTH)
 
 
 def _mount(handle: int) -> str | None:
@@ -319,7 +361,7 @@ def _enter(folder: int, name: str, path: Path, group: int | None, make: bool, mo
             with suppress(FileExistsError):
                 os.mkdir(name, mode, dir_fd=folder)
                 made = True
-        handle = os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder)
+        handle = _patiently(lambda: os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder), group)
     except NotADirectoryError:
         raise UnsafeStoreError(f"{path} is not a folder: move it away") from None
     except OSError as error:
@@ -344,50 +386,64 @@ def _is_mine(group: int) -> bool:
     return group == os.getegid() or group in os.getgroups()
 
 
-def _others(found: os.stat_result, group: int | None) -> str | None:
-    """How others can have written something: it continues a sentence that begins with its name."""
-    shared = found.st_gid == group
+@functools.cache
+def _unmapped() -> int | None:
+    """Whose everything seems to be that belongs to users outside of this user namespace (user_namespaces(7))."""
+    try:
+        if Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]:
+            return None
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except OSError:
+        return None
+
+
+def _others(found: os.stat_result, group: int | None, *, owned: bool = False) -> str | None:
+    """How others than `group` can have written something: it continues a sentence that begins with its name.
+
+    owned: that it has the group does not say who made it.
+    """
+    me, shared = os.geteuid(), found.st_gid == group
     if found.st_mode & (stat.S_IWOTH if shared else stat.S_IWOTH | stat.S_IWGRP):
-        return f"can be written by other users (mode {stat.S_IMODE(found.st_mode):04o}, {_whose(found)})"
-    if found.st_uid not in (os.geteuid(), 0) and not shared:
-        return f"belongs to user {found.st_uid}, this process to user {os.geteuid()}"
+        mode = stat.S_IMODE(found.st_mode)
+        return f"can be written by other users (mode {mode:04o}, user {found.st_uid}, group {found.st_gid})"
+    if (found.st_uid not in (me, 0) and (owned or not shared)) or found.st_uid == _unmapped():
+        return f"belongs to user {found.st_uid}, this process to user {me}"
     return None
 
 
-def _whose(found: os.stat_result) -> str:
-    return f"user {found.st_uid}, group {found.st_gid}"
-
-
-def _check(path: Path, found: os.stat_result, group: int | None, root: Path, *, volume: bool = False) -> None:
+def _check(path: Path, found: os.stat_result, group: int | None, root: Path, *, owned: bool = False) -> None:
     """Raises `UnsafeStoreError` where others can write the folder `path` of the store `root`."""
-    why = _others(found, group)
+    why = _others(found, group, owned=owned)
     if why is None:
         return
-    me, quoted = os.geteuid(), shlex.quote(str(root))
-    out = ""
-    if found.st_mode & stat.S_IWGRP and not found.st_mode & stat.S_IWOTH and found.st_gid != group:
-        if _is_mine(found.st_gid):
-            out = f" To trust everyone in group {found.st_gid}: VLLM_COMPILE_STORE_GROUP=1."
-    elif volume:
-        out = f" A folder in it will do: VLLM_COMPILE_STORE={shlex.quote(str(root / 'store'))}."
+    me, quoted, mine = os.geteuid(), shlex.quote(str(root)), _is_mine(found.st_gid)
+    ways = []
+    if found.st_mode & stat.S_IWOTH == 0 and found.st_mode & stat.S_IWGRP and group is None:
+        ways += [f"To trust everyone in group {found.st_gid}, set VLLM_COMPILE_STORE_GROUP=1."] if mine else []
+    elif path == root:
+        ways.append(f"A folder in it may do: VLLM_COMPILE_STORE={shlex.quote(str(root / 'store'))}.")
+    who = "" if me in (0, found.st_uid) else f" as user {found.st_uid}"
     if "belongs" in why:
-        out += f" Name another folder in VLLM_COMPILE_STORE. Run as root: chown -R {me} {quoted}"
-    elif found.st_uid == me or me == 0:
-        out += f" Run: chmod -R go-w {quoted}"
+        ways.append(f"Name another folder in VLLM_COMPILE_STORE. Run as root: chown -R {me} {quoted}")
     else:
-        out += f" Run as user {found.st_uid}: chmod -R go-w {quoted}"
-    raise UnsafeStoreError(f"{path} {why}, and what is in it would be run.{out}")
+        ways.append(f"Run{who}: chmod -R {'go' if group is None else 'o'}-w {quoted}")
+    raise UnsafeStoreError(f"{path} {why}, and what is in it would be run. {' Or: '.join(ways)}")
 
 
-def _check_above(path: Path, found: os.stat_result, root: Path, share: bool) -> None:
-    """Raises `UnsafeStoreError` where others can put something else in the place of the store `root` below `path`."""
-    me, group = os.geteuid(), found.st_gid
+def _above(found: os.stat_result, share: bool) -> int | None:
+    """The group that may write a folder above the store."""
     # A group of one: many systems give a user a group of the same number, and let it write.
-    trusted = group if (share and _is_mine(group)) or group == os.getegid() == me else None
-    why = _others(found, trusted)
+    alone = found.st_gid == os.getegid() == os.geteuid()
+    return found.st_gid if alone or (share and _is_mine(found.st_gid)) else None
+
+
+def _check_above(path: Path, found: os.stat_result, root: Path, share: bool, *, owned: bool) -> None:
+    """Raises `UnsafeStoreError` where others can put something else in the place of the store `root` below `path`."""
+    me = os.geteuid()
+    why = _others(found, _above(found, share), owned=owned)
     if why is None or (found.st_mode & stat.S_ISVTX and found.st_uid in (me, 0)):
         return
-    mend = f"run chmod go-w {shlex.quote(str(path))}, or " if found.st_uid == me or me == 0 else ""
+    mend = f"run chmod go-w {shlex.quote(str(path))}, or " if "written" in why and me in (0, found.st_uid) else ""
     raise UnsafeStoreError(
         f"{path} {why}: another store could be put in the place of {root}. To mend it, {mend}name a folder elsewhere "
         "in VLLM_COMPILE_STORE"

@@ -38,6 +38,7 @@ SPARED = 25 * 3600.0
 STAMP = ".started"
 _STARTING = 3600.0
 _LEAVING = ".leaving-"
+_DEEPEST = 16  # steps of a kernel file's path in a bundle
 _TRITON_WRITES = "tmp.pid_"  # how the folders begin in which Triton writes
 
 
@@ -130,11 +131,16 @@ class PathError(ValueError):
 
 
 def check_path(path: str) -> None:
-    """Raises `PathError` unless `path` is relative and stays below the folder that it is put in."""
+    """Raises `PathError` unless `path` is relative, no deeper than a kernel's, and stays below its folder."""
     steps = path.split("/")
     plain = path.isprintable() and "\\" not in path and not {"", ".", ".."}.intersection(steps)
     # Steps of over 255 bytes, and paths of over 4095, are none to Linux.
-    if not plain or len(path.encode()) > 1000 or max(len(step.encode()) for step in steps) > 255:
+    if (
+        not plain
+        or len(steps) > _DEEPEST
+        or len(path.encode()) > 1000
+        or max(len(step.encode()) for step in steps) > 255
+    ):
         raise PathError(f"{path[:300]!r} is not allowed: a printable relative path of up to 1000 bytes is")
 
 
@@ -144,19 +150,21 @@ def paths(folder: Path) -> Iterator[str]:
         top = Path(place) == folder  # where a hidden name is that of a mark or of something that is being removed
         below[:] = sorted(n for n in below if not (n.startswith(_TRITON_WRITES) or (top and n.startswith("."))))
         for found in sorted(Path(place, name) for name in names):
-            if not top and found.is_file() and not found.is_symlink():
-                path = found.relative_to(folder).as_posix()
-                check_path(path)
-                yield path
+            path = found.relative_to(folder).as_posix()
+            with contextlib.suppress(PathError):
+                check_path(f"v1/jit/{path}")
+                if not top and found.is_file() and not found.is_symlink():
+                    yield path
 
 
 def placed(path: str, data: bytes, folder: Path | None) -> bytes:
     """The content of the file `path` as it has to be in `folder`, or in none yet."""
-    name = PurePosixPath(path).name
-    if not (name.startswith("__grp__") and name.endswith(".json")):
+    file = PurePosixPath(path).name
+    if not (file.startswith("__grp__") and file.endswith(".json")):
         return data
     try:
-        names = {name: PurePosixPath(name).name for name in dict(json.loads(data)["child_paths"])}
+        files = {name: PurePosixPath(name).name for name in dict(json.loads(data)["child_paths"])}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return data  # it only looks like a list of Triton's
-    return json.dumps({"child_paths": {n: str(folder / p) if folder else p for n, p in names.items()}}).encode()
+    places = {name: str(folder / file) if folder else file for name, file in files.items()}
+    return json.dumps({"child_paths": places}).encode()

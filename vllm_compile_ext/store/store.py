@@ -32,6 +32,7 @@ __all__ = ["DamagedError", "MissingError", "Store", "UnsafeStoreError"]
 logger = logging.getLogger(__name__)
 
 FORMAT = 3  # of manifests; raised when a reader of the old one would misread the new one
+MANIFEST_MAX = 4 << 20  # bytes; they have about 200 kB
 ROOMS = ("blobs", "manifests", "locks", "tmp")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -179,13 +180,19 @@ class Store:
     def open(cls, root: Path, max_bytes: int | None = None) -> Store:
         """The store below `root`, made where there is none.  Raises `UnsafeStoreError` when others can write it."""
         store = cls(root.expanduser().absolute(), max_bytes, writable=True)
+        why = ""
         for room in ROOMS:
             for make in (True, False):
-                with suppress(OSError), store.tree.folder(room, make=make):
-                    break
+                try:
+                    with store.tree.folder(room, make=make):
+                        break
+                except PermissionError as error:
+                    why = f" ({error.filename}: {error.strerror})"
+                except OSError:
+                    pass
         store.writable = all(map(store.tree.writable, ROOMS))
         if not store.writable:
-            logger.info("the store %s cannot be written by user %d: it is only read", store.root, os.geteuid())
+            logger.info("the store %s cannot be written by user %d: it is only read%s", store.root, os.geteuid(), why)
         return store
 
     def path(self, found: Blob | Manifest) -> Path:
@@ -230,7 +237,7 @@ class Store:
     def _load(self, *names: str) -> Manifest:
         path = self.tree.path.joinpath(*names)
         try:
-            manifest = unseal(self.tree.read(*names), Manifest)
+            manifest = unseal(self.tree.read(*names, most=MANIFEST_MAX), Manifest)
         except ManifestError as error:
             raise DamagedError(path, str(error)) from error
         if manifest.names != names:

@@ -123,9 +123,30 @@ def test_some_entries_only(store: Store, target: Store, out: Path) -> None:
     assert not target.jit.exists()
 
 
+def test_a_kernel_file_that_cannot_be_unpacked_stays_behind(store: Store, target: Store, out: Path) -> None:
+    folder = (store.jit / bundles.KERNEL).parent
+    (folder / "a\nb").write_bytes(b"")
+    (folder / os.fsdecode(b"\xff")).write_bytes(b"")
+    (folder / "/".join(["d"] * 16)).mkdir(parents=True)
+    (folder / "/".join(["d"] * 16) / "deep").write_bytes(b"")
+    assert pack(store, out).jit_files == 2
+    unpack(target, out, allow_unsigned=True)
+
+
+def test_unpacking_keeps_the_limit(store: Store, out: Path, tmp_path: Path) -> None:
+    pack(store, out)
+    target = Store.open(tmp_path / "small", 50_000)
+    bundles.entry(target, "of its own", members={"plan": target.put(bytes(49_000))})
+    for path in target.files():
+        os.utime(target.tree.path.joinpath(*path), (0, 0))
+    unpack(target, out, allow_unsigned=True)
+    assert target.size() < 50_000
+    assert {m.model for m in target.manifests()} == {"llama", "qwen"}
+
+
 def test_the_longest_names_fit(target: Store, out: Path, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "long")
-    shard, path = "r" * 100, "/".join(["d" * 250] * 3 + ["ü" * 100])
+    shard, path = "r" * 100, "/".join(["d" * 240] * 3 + ["ü" * 100])
     bundles.entry(store, "long", shard, members={"m" * 200: store.put(b"")})
     store.tree.write("jit", *path.split("/"), data=b"")
     pack(store, out)

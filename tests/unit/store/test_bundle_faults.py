@@ -98,7 +98,7 @@ def flipped(data: bytes, index: int) -> bytes:
 
 
 def test_every_flipped_byte_of_the_file(target: Store, signed: bytes) -> None:
-    for index in range(len(signed)):
+    for index in {*range(0, len(signed), 5), *range(len(signed) - FOOTER, len(signed))}:
         refused(target, flipped(signed, index), trust=TRUST, allow_unsigned=False)
 
 
@@ -140,7 +140,7 @@ def test_members_that_are_left_out(target: Store, good: bytes) -> None:
 def test_a_member_that_is_no_plain_file(target: Store, good: bytes, kind: str, changes: dict[str, Any]) -> None:
     parts = bundles.members(good)
     for index in (0, 1, len(parts)):
-        strange = bundles.member("v1/jit/a/x", b"", **changes)
+        strange = bundles.member("v1/jit/a/b/x", b"", **changes)
         refused(target, bundles.forged([*parts[:index], strange, *parts[index:]]))
 
 
@@ -149,6 +149,7 @@ def test_a_member_that_is_no_plain_file(target: Store, good: bytes, kind: str, c
     [
         *("", ".", "..", "/etc/x", "../x", "v1", "v1/x", "v2/jit/x", "v1/locks/store.lock", "v1/tmp/x", "v1/misses/x"),
         *("v1/jit/../x", "v1/jit/a/..", "v1/jit/a/./x", "v1/jit/a//x", "v1/jit/a\\x", "v1/jit/a\nx", "v1/jit/\x1b[31m"),
+        *("v1/jit/a", "v1/jit/a/x", "v1/jit/" + "a/" * 20 + "x"),
         *("v1/jit/\u202e", "v1/jit/" + "n" * 256, "v1/jit/" + "ü" * 128, "v1/jit/" + "a/" * 600 + "x", "/v1/jit/a"),
         *("v1/manifests/x.json", "v1/manifests/a/b/c.json", "v1/blobs/x", "v1/blobs/a/b/c", "v1/manifests/../x.json"),
     ],
@@ -159,7 +160,7 @@ def test_a_name_that_leads_elsewhere(target: Store, good: bytes, name: str) -> N
 
 
 def test_a_file_that_is_the_folder_of_another(target: Store, good: bytes) -> None:
-    for names in (("v1/jit/a", "v1/jit/a/b"), ("v1/jit/a/b", "v1/jit/a")):
+    for names in (("v1/jit/a/b/c", "v1/jit/a/b/c/d"), ("v1/jit/a/b/c/d", "v1/jit/a/b/c")):
         extra = [bundles.member(name, b"data") for name in names]
         refused(target, bundles.forged([*bundles.members(good), *extra]))
 
@@ -259,7 +260,7 @@ def test_a_few_bytes_that_become_gigabytes(tmp_path: Path, good: bytes) -> None:
     whole = bundles.tar(bundles.members(good))[:-10240]
     for kind in (tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
         for head in (b"", whole):
-            header = bundles.member("v1/jit/a/x", b"", type=kind, size=2 << 30)[0].tobuf(tarfile.USTAR_FORMAT)
+            header = bundles.member("v1/jit/a/b/x", b"", type=kind, size=2 << 30)[0].tobuf(tarfile.USTAR_FORMAT)
             data = bomb(head + header, 3)
             assert len(data) < 4 << 20
             assert memory(target, data) < 50 << 20
@@ -270,7 +271,7 @@ def test_a_few_bytes_that_become_gigabytes(tmp_path: Path, good: bytes) -> None:
 def test_more_bytes_than_the_store_may_take(tmp_path: Path, good: bytes) -> None:
     target = Store.open(tmp_path / "target", 100)
     assert "VLLM_COMPILE_STORE_MAX_GB" in refused(target, good)
-    extra = [bundles.member(f"v1/jit/a/{number}", b"x" * 1000) for number in range(20)]
+    extra = [bundles.member(f"v1/jit/a/b/{number}", b"x" * 1000) for number in range(20)]
     target = Store.open(tmp_path / "target", 10_000)
     assert "holds more than the store may take" in refused(target, bundles.forged([*bundles.members(good), *extra]))
 
@@ -278,6 +279,16 @@ def test_more_bytes_than_the_store_may_take(tmp_path: Path, good: bytes) -> None
 def test_more_members_than_are_allowed(target: Store, good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle, "FILES_MAX", 5)
     assert "in 5 files" in refused(target, good)
+
+
+def test_headers_that_are_kept_take_no_memory(tmp_path: Path, good: bytes) -> None:
+    target = Store.open(tmp_path / "target", 1 << 30)
+    many = [bundles.member(f"v1/jit/a/b/{n}", b"", pax_headers={"comment": "x" * 500_000}) for n in range(200)]
+    assert memory(target, bundles.forged(many)) < 50 << 20
+
+
+def test_a_manifest_has_a_bound(target: Store, good: bytes) -> None:
+    assert "bytes, more than" in refused(target, changed(good, model="x" * (5 << 20)))
 
 
 def test_a_json_bomb(target: Store, good: bytes) -> None:
@@ -409,7 +420,7 @@ def test_a_bundle_with_some_bytes_changed(fuzzed: Store, source: Store, good: by
 @given(block=st.binary(min_size=512, max_size=512), start=st.integers(0, 511))
 def test_any_header(fuzzed: Store, source: Store, good: bytes, block: bytes, start: int) -> None:
     """Also ones whose checksum is right."""
-    header = bytearray(bundles.member("v1/jit/a/x", b"")[0].tobuf(tarfile.USTAR_FORMAT))
+    header = bytearray(bundles.member("v1/jit/a/b/x", b"")[0].tobuf(tarfile.USTAR_FORMAT))
     header[start:] = block[start:]
     header[148:156] = b"        "
     header[148:156] = b"%06o\0 " % sum(header)
