@@ -38,12 +38,15 @@ CODE = (
         subprocess.run(command, shell=True, check=True)
 
     sh("mount --make-rprivate /; mount -t tmpfs -o mode=755 none /mnt")
-    # The compiler has to get at Python's headers as any user.
-    closed = [p for p in Path(sys.base_prefix).resolve().parents if not p.stat().st_mode & 0o001]
-    if closed:
-        top = closed[-1]
-        sh(f"mkdir /mnt/prefix; mount --bind {sys.base_prefix} /mnt/prefix; mount -t tmpfs -o mode=755 none {top}; "
-           f"mkdir -p {sys.base_prefix}; mount --bind /mnt/prefix {sys.base_prefix}")
+    # Python, its headers and this repository have to be there for every user.
+    needed = {Path(p).resolve() for p in (sys.base_prefix, sys.prefix, os.path.dirname(toys.__file__) + "/..")}
+    shut = {p: [a for a in p.parents if not a.stat().st_mode & 0o001] for p in needed}
+    for number, path in enumerate(p for p in needed if shut[p]):
+        sh(f"mkdir /mnt/{number}; mount --bind '{path}' /mnt/{number}")
+    for top in {tops[-1] for tops in shut.values() if tops}:
+        sh(f"mount -t tmpfs -o mode=755 none '{top}'")
+    for number, path in enumerate(p for p in needed if shut[p]):
+        sh(f"mkdir -p '{path}'; mount --bind /mnt/{number} '{path}'")
 
     class User:
         def __init__(self, uid, gid, groups=()):
