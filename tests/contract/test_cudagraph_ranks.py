@@ -22,7 +22,7 @@ CODE = """
     from tests.unit.cudagraphs.shapes import ALL, decode, fits, mixed
     from vllm_compile_ext.cudagraphs import ranks
     from vllm_compile_ext.cudagraphs.budget import MARGIN
-    from vllm_compile_ext.cudagraphs.session import Device, Session
+    from vllm_compile_ext.cudagraphs.session import Device, RanksDifferError, Session
 
     rank = int(sys.argv[1])
     with set_current_vllm_config(VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=2))):
@@ -37,7 +37,7 @@ CODE = """
         gpu = Gpu(free, failing=failing)
         def capture(shape):
             error = gpu.capture(shape)
-            return None if ranks.all_agree(error is None) else error or RuntimeError("it failed on another rank")
+            return None if ranks.all_agree(error is None) else error or RanksDifferError("it failed on another rank")
         device = Device(capture, lambda: gpu.memory, lambda: gpu.reserved, gpu.give_back, ranks.all_agree,
             ranks.from_first)
         return Session(Remembered(limit, before), 1, device), gpu
@@ -166,7 +166,7 @@ def test_what_fails_on_one_rank_no_rank_has(ranks: list[dict[str, Any]]) -> None
     found = both(ranks, "failure")
     assert found["barred"] == ["FULL 8", "PIECEWISE 64"]
     assert not {"FULL 8", "PIECEWISE 64"} & {*found["captured"], *found["ran"]}
-    assert ranks[1]["failure"]["reasons"] == ["RuntimeError: it failed on another rank"]
+    assert ranks[1]["failure"]["reasons"] == ["RanksDifferError: it failed on another rank"]
 
 
 def test_failures_on_one_rank_stop_captures_on_both(ranks: list[dict[str, Any]]) -> None:

@@ -164,11 +164,12 @@ def test_another_graph_is_not_taken_for_it(starts: Starts, other: tuple[Any, dic
 def test_what_was_switched_in_torch_since_is_in_the_key(starts: Starts) -> None:
     calls: list[Callable[[], Any]] = [lambda: (_data(4, 6),)]
     starts.run(torch.sin, calls)
-    torch.use_deterministic_algorithms(True)
+    before = torch.are_deterministic_algorithms_enabled()  # other tests of this process may have switched it on
+    torch.use_deterministic_algorithms(not before)
     try:
         starts.run(torch.sin, calls)
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
     assert starts.compiled == ["compiled"]
 
 
