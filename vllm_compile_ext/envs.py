@@ -159,11 +159,7 @@ def store_limit() -> int | None:
 
 def store_group() -> bool:
     """Whether a group may share the store: VLLM_COMPILE_STORE_GROUP; a bad value counts as off."""
-    name = "VLLM_COMPILE_STORE_GROUP"
-    try:
-        return load({name: os.environ.get(name, "")}).VLLM_COMPILE_STORE_GROUP
-    except EnvError:
-        return False
+    return _switched("VLLM_COMPILE_STORE_GROUP", bad=False)
 
 
 def _absolute(name: str) -> Path:
@@ -178,11 +174,15 @@ def text(value: bool | int | str) -> str:
 
 def strict() -> bool:
     """Whether ``VLLM_COMPILE_EXT_STRICT`` is on, whatever the other variables hold; a bad value of it counts as on."""
-    name = "VLLM_COMPILE_EXT_STRICT"
+    return _switched("VLLM_COMPILE_EXT_STRICT", bad=True)
+
+
+def _switched(name: str, *, bad: bool) -> bool:
+    """Whether a switch is on, whatever the other variables hold; `bad` where its own value is not allowed."""
     try:
-        return load({name: os.environ.get(name, "")}).VLLM_COMPILE_EXT_STRICT
+        return bool(getattr(load({name: os.environ.get(name, "")}), name))
     except EnvError:
-        return True
+        return bad
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from vllm_compile_ext import envs
 from vllm_compile_ext.store import kernels
-from vllm_compile_ext.store.files import Tree, UnsafeStoreError
+from vllm_compile_ext.store.files import Tree, UnsafeStoreError, is_writable
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
         places = _places(environ, tree.jit)
         for place in places.values():
             with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
-                if not os.access(".", os.W_OK | os.X_OK, dir_fd=handle, effective_ids=True):
+                if not is_writable(handle):
                     raise UnsafeStoreError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
             if tree.movable is not None:  # the libraries look for their kernels by name
                 raise UnsafeStoreError(

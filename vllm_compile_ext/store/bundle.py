@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from vllm_compile_ext.store import evict, kernels
 from vllm_compile_ext.store.files import DamagedError, UnsafeStoreError
-from vllm_compile_ext.store.store import Manifest, Store, seal
+from vllm_compile_ext.store.store import Blob, Manifest, Store, seal
 
 # The footer is these, 32 bytes of the signer's public key and 64 of the signature; zeros where nobody signed.
 MAGIC = b"vllm-compile-ext bundle 2\n"
@@ -97,7 +97,6 @@ def pack(
         raise BundleError(f"{out} is not a regular file")
     written = out.with_name(f".{out.name}.{uuid4().hex}")
     paths = list(kernels.paths(store.jit)) if jit else []
-    blobs = {blob.digest: blob for entry in entries for blob in entry.members.values()}
     try:
         with written.open("x+b") as file:
             with (
@@ -106,7 +105,7 @@ def pack(
             ):
                 for entry in entries:
                     _add(tar, entry.names, seal(entry))
-                for _, blob in sorted(blobs.items()):
+                for _, blob in sorted(_blobs(entries).items()):
                     _add(tar, blob.names, store.get(blob))
                 for path in paths:
                     data = kernels.placed(path, (store.jit / path).read_bytes(), None)
@@ -148,8 +147,12 @@ def _footer(seen: blake3, key: Ed25519PrivateKey | None) -> bytes:
     return MAGIC + key.public_key().public_bytes_raw() + key.sign(_SIGNED + seen.digest())
 
 
+def _blobs(entries: Sequence[Manifest]) -> dict[str, Blob]:
+    return {blob.digest: blob for entry in entries for blob in entry.members.values()}
+
+
 def _told(entries: Sequence[Manifest], jit_files: int, signed_by: str | None, kept: Sequence[Manifest] = ()) -> Bundle:
-    blobs = {blob.digest: blob for entry in entries for blob in entry.members.values()}
+    blobs = _blobs(entries)
     return Bundle(
         platform=entries[0].platform,
         keys=sorted({entry.key for entry in entries}),
@@ -185,11 +188,12 @@ def unpack(
         with store.tree.folder("tmp", name, make=True):
             signed_by = _copy(file, folder / "bundle", trust, allow_unsigned=allow_unsigned, limit=limit)
             _extract(folder, limit)
-            entries, paths = _checked(Store(folder, None, writable=False), platforms)
+            source = Store(folder, None, writable=False)
+            entries, paths = _checked(source, platforms)
             with store.tree.lock("store", exclusive=False, timeout=_WAIT) as shared:
                 if not shared:
                     raise _RefusedError(f"cannot be unpacked now: another process is removing things from {store.root}")
-                kept = _fill(store, Store(folder, None, writable=False), entries, paths, replace=replace)
+                kept = _fill(store, source, entries, paths, replace=replace)
         evict.keep_limit(store)
     except (_RefusedError, DamagedError, UnsafeStoreError) as error:
         raise BundleError(f"{file} {error}; nothing of it was unpacked") from error
@@ -307,7 +311,7 @@ def _fill(
     """Move everything into `store`, the manifests last; returns those that are not wanted."""
     kept = [] if replace else [entry for entry in entries if _has_newer(store, entry)]
     wanted = [entry for entry in entries if entry not in kept]
-    for blob in {blob.digest: blob for entry in wanted for blob in entry.members.values()}.values():
+    for blob in _blobs(wanted).values():
         store.put(source.get(blob))
     for path in paths:
         found, place = source.tree.path / "jit" / path, store.jit / path

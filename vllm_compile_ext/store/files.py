@@ -103,14 +103,6 @@ class Tree:
                 self._handle, self.group, self.movable = _open_root(self.root, make)
             return self._handle
 
-    def writable(self, *names: str) -> bool:
-        """Whether this process may make files in a folder."""
-        try:
-            with self.folder(*names) as handle:
-                return os.access(".", os.W_OK | os.X_OK, dir_fd=handle, effective_ids=True)
-        except OSError:
-            return False
-
     def names(self, *names: str) -> list[str]:
         """What is in a folder, sorted; nothing when it cannot be read."""
         try:
@@ -255,6 +247,11 @@ class Tree:
             os.close(handle)
 
 
+def is_writable(folder: int) -> bool:
+    """Whether this process may make files in an open folder."""
+    return os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True)
+
+
 @contextmanager
 def _opened(name: str, flags: int, folder: int) -> Iterator[int]:
     handle = os.open(name, flags | _FILE, dir_fd=folder)
@@ -308,10 +305,10 @@ def _open_root(root: Path, make: bool) -> tuple[int, int | None, Path | None]:
         last = len(real.parts) - 1  # the number of the store itself
         for (_, outer), (path, status) in itertools.pairwise(found[volume:last]):
             _check_above(path, status, root, share, owned=_is_everyones(outer))
-        movable = None
-        if volume < last and not found[volume][1].st_mode & stat.S_ISVTX:
-            group = _above(found[volume][1], share)
-            movable = found[volume][0] if "written" in (_others(found[volume][1], group) or "") else None
+        movable: Path | None
+        movable, top = found[volume]
+        if volume == last or top.st_mode & stat.S_ISVTX or not _others_write(top, _above(top, share)):
+            movable = None
         outer = found[min(last, len(found)) - 1][1]
         for name in real.parts[len(found) :]:
             above /= name
@@ -397,13 +394,18 @@ def _unmapped() -> int | None:
         return None
 
 
+def _others_write(found: os.stat_result, group: int | None) -> bool:
+    """Whether the mode lets others than the owner and `group` write."""
+    return bool(found.st_mode & (stat.S_IWOTH if found.st_gid == group else stat.S_IWOTH | stat.S_IWGRP))
+
+
 def _others(found: os.stat_result, group: int | None, *, owned: bool = False) -> str | None:
     """How others than `group` can have written something: it continues a sentence that begins with its name.
 
     owned: that it has the group does not say who made it.
     """
     me, shared = os.geteuid(), found.st_gid == group
-    if found.st_mode & (stat.S_IWOTH if shared else stat.S_IWOTH | stat.S_IWGRP):
+    if _others_write(found, group):
         mode = stat.S_IMODE(found.st_mode)
         return f"can be written by other users (mode {mode:04o}, user {found.st_uid}, group {found.st_gid})"
     if (found.st_uid not in (me, 0) and (owned or not shared)) or found.st_uid == _unmapped():
@@ -423,10 +425,10 @@ def _check(path: Path, found: os.stat_result, group: int | None, root: Path, *, 
     elif path == root:
         ways.append(f"A folder in it may do: VLLM_COMPILE_STORE={shlex.quote(str(root / 'store'))}.")
     who = "" if me in (0, found.st_uid) else f" as user {found.st_uid}"
-    if "belongs" in why:
-        ways.append(f"Name another folder in VLLM_COMPILE_STORE. Run as root: chown -R {me} {quoted}")
-    else:
+    if _others_write(found, group):
         ways.append(f"Run{who}: chmod -R {'go' if group is None else 'o'}-w {quoted}")
+    else:
+        ways.append(f"Name another folder in VLLM_COMPILE_STORE. Run as root: chown -R {me} {quoted}")
     raise UnsafeStoreError(f"{path} {why}, and what is in it would be run. {' Or: '.join(ways)}")
 
 
@@ -439,11 +441,15 @@ def _above(found: os.stat_result, share: bool) -> int | None:
 
 def _check_above(path: Path, found: os.stat_result, root: Path, share: bool, *, owned: bool) -> None:
     """Raises `UnsafeStoreError` where others can put something else in the place of the store `root` below `path`."""
-    me = os.geteuid()
-    why = _others(found, _above(found, share), owned=owned)
+    me, group = os.geteuid(), _above(found, share)
+    why = _others(found, group, owned=owned)
     if why is None or (found.st_mode & stat.S_ISVTX and found.st_uid in (me, 0)):
         return
-    mend = f"run chmod go-w {shlex.quote(str(path))}, or " if "written" in why and me in (0, found.st_uid) else ""
+    mend = (
+        f"run chmod go-w {shlex.quote(str(path))}, or "
+        if _others_write(found, group) and me in (0, found.st_uid)
+        else ""
+    )
     raise UnsafeStoreError(
         f"{path} {why}: another store could be put in the place of {root}. To mend it, {mend}name a folder elsewhere "
         "in VLLM_COMPILE_STORE"

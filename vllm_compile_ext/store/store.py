@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import msgspec
 from blake3 import blake3
 
-from vllm_compile_ext.store.files import DamagedError, MissingError, Tree, UnsafeStoreError
+from vllm_compile_ext.store.files import DamagedError, MissingError, Tree, UnsafeStoreError, is_writable
 
 __all__ = ["DamagedError", "MissingError", "Store", "UnsafeStoreError"]
 
@@ -182,15 +182,13 @@ class Store:
         store = cls(root.expanduser().absolute(), max_bytes, writable=True)
         why = ""
         for room in ROOMS:
-            for make in (True, False):
-                try:
-                    with store.tree.folder(room, make=make):
-                        break
-                except PermissionError as error:
+            try:
+                with store.tree.folder(room, make=True) as folder:
+                    store.writable &= is_writable(folder)
+            except OSError as error:
+                store.writable = False
+                if isinstance(error, PermissionError):
                     why = f" ({error.filename}: {error.strerror})"
-                except OSError:
-                    pass
-        store.writable = all(map(store.tree.writable, ROOMS))
         if not store.writable:
             logger.info("the store %s cannot be written by user %d: it is only read%s", store.root, os.geteuid(), why)
         return store
