@@ -230,7 +230,7 @@ def child(side: str, names: list[str], seconds: float, out: Path, at_start: bool
         return {"first": first, "gaps": [], "rates": {}, "used": (now, now), "graphs": {}}
 
     def first_ever(llm: Any) -> dict[str, Any]:
-        from vllm_compile_ext.cudagraphs.memory import DELAY
+        from vllm_compile_ext.cuda_graphs.memory import DELAY
 
         measured = measure(llm)
         time.sleep(DELAY + 1)  # until what graphs took is kept

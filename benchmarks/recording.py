@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from vllm_compile_ext.startup import imports, read, recorder
-from vllm_compile_ext.startup.spans import note, span
+from vllm_compile_ext.record import imports, read, recorder
+from vllm_compile_ext.record.spans import note, span
 
 TIMES = 2000
 

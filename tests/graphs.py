@@ -140,7 +140,7 @@ def _pool() -> tuple[int, int]:
     return (0, state.pools)
 
 
-# Before `vllm_compile_ext.cudagraphs.capture` makes a subclass of it.
+# Before `vllm_compile_ext.cuda_graphs.capture` makes a subclass of it.
 torch.cuda.graph = Capture  # type: ignore[assignment,misc]
 torch.cuda.CUDAGraph = CUDAGraph  # type: ignore[assignment,misc]
 torch.cuda.Stream = Stream  # type: ignore[assignment,misc]

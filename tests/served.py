@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.serve import Server
 from tests import otlp, process
-from vllm_compile_ext.startup import read
-from vllm_compile_ext.startup.read import Start
+from vllm_compile_ext.record import read
+from vllm_compile_ext.record.read import Start
 
 PTH = process.ROOT / "vllm_compile_ext.pth"
 ARGS = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256")

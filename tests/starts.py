@@ -1,4 +1,4 @@
-"""Recorded starts made up for tests: what `vllm_compile_ext/startup/file.py` would have written, without an engine.
+"""Recorded starts made up for tests: what `vllm_compile_ext/record/file.py` would have written, without an engine.
 
 Times are seconds after the start's beginning.  `cold`, `warm` and `crashed` look like a 70B model's on two GPUs.
 """

@@ -78,7 +78,7 @@ class _Finder(MetaPathFinder):
         # By the finders behind this one: another may wait for the same module.
         behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
         specs = (finder.find_spec(fullname, path, target) for finder in behind)
-        self.asking = True  # one of them may ask all finders in turn (startup/imports.py)
+        self.asking = True  # one of them may ask all finders in turn (record/imports.py)
         try:
             found = next((spec for spec in specs if spec is not None), None)
         finally:

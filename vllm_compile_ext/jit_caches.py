@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_compile_ext import envs
+from vllm_compile_ext import settings
 from vllm_compile_ext.store import kernels
 from vllm_compile_ext.store.files import Tree, UnsafeStoreError, is_writable
 
@@ -99,7 +99,7 @@ CACHES = (
 
 def folder(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder below which the caches lie; `vllm_compile_ext.store.kernels` measures and trims it."""
-    return Tree(envs.store(environ)).jit
+    return Tree(settings.store(environ)).jit
 
 
 def settle(*, active: bool) -> Callable[[], None]:
@@ -136,10 +136,10 @@ def _inherited() -> dict[str, str]:
 
 def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables to set, with the mark; nothing when the user wants no store or its folder cannot be used."""
-    if envs.store_off(environ):
+    if settings.store_off(environ):
         return {}
     try:
-        tree = Tree(envs.store(environ))
+        tree = Tree(settings.store(environ))
         places = _places(environ, tree.jit)
         for place in places.values():
             with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
@@ -178,7 +178,7 @@ def _places(environ: Mapping[str, str], jit: Path) -> dict[str, Path]:
 
 
 def _filled(cache: Cache, environ: Mapping[str, str]) -> bool:
-    root = glob.escape(str(envs.cache_root(environ)))
+    root = glob.escape(str(settings.cache_root(environ)))
     patterns = [os.path.expanduser(pattern.format(cache_root=root)) for pattern in cache.filled]  # noqa: PTH111
     return any(next(glob.iglob(pattern), None) for pattern in patterns)  # noqa: PTH207
 

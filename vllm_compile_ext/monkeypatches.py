@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_compile_ext import envs, jit_caches, metrics, platforms, run_folder, swap
-from vllm_compile_ext.compilation import functions, late_patterns
-from vllm_compile_ext.cudagraphs import install as cudagraphs
+from vllm_compile_ext import jit_caches, platforms, run_folder, settings, swap
+from vllm_compile_ext.compilation import functions
+from vllm_compile_ext.cuda_graphs import install as cudagraphs
+from vllm_compile_ext.inductor import late_patterns
+from vllm_compile_ext.record import metrics
 
 Undo = Callable[[], None]
 
@@ -36,9 +38,9 @@ def _swap() -> Undo:
 
 
 def _instruction_set() -> Undo:
-    # Made in the background when a model is constructed (compilation/workers.py): torch is not imported yet.
+    # Made in the background when a model is constructed (inductor/workers.py): torch is not imported yet.
     def undo() -> None:
-        workers = sys.modules.get("vllm_compile_ext.compilation.workers")
+        workers = sys.modules.get("vllm_compile_ext.inductor.workers")
         if workers is not None:
             workers.forget()
 
@@ -46,19 +48,19 @@ def _instruction_set() -> Undo:
 
 
 def _record() -> Undo:
-    if not envs.load().VLLM_COMPILE_STARTS:
+    if not settings.load().VLLM_COMPILE_STARTS:
         return _forget()
     from vllm_compile_ext import plugin
-    from vllm_compile_ext.startup import hooks
+    from vllm_compile_ext.record import hooks
 
     return hooks.install(plugin.loading_since or time.time_ns())
 
 
 def _forget() -> Undo:
     """Drop what the file vllm_compile_ext.pth has begun in this process."""
-    imports = sys.modules.get("vllm_compile_ext.startup.imports")
+    imports = sys.modules.get("vllm_compile_ext.record.imports")
     if imports is not None and imports.observer is not None:
-        from vllm_compile_ext.startup import hooks
+        from vllm_compile_ext.record import hooks
 
         hooks.uninstall()
     return lambda: None
@@ -100,14 +102,14 @@ def _variables() -> Undo:
     def getter(name: str) -> Callable[[], Any]:
         def get() -> Any:
             try:
-                return getattr(envs.load(), name)
-            except envs.EnvError:  # reported by the plugin; vLLM reads all variables at once and must not fail here
+                return getattr(settings.load(), name)
+            except settings.EnvError:  # reported by the plugin; vLLM reads all variables at once and must not fail here
                 return os.environ.get(name)
 
         return get
 
     known = vllm.envs.environment_variables
-    added = [row.name for row in envs.table() if row.name not in known]
+    added = [row.name for row in settings.table() if row.name not in known]
     known.update({name: getter(name) for name in added})
 
     def undo() -> None:
@@ -123,7 +125,7 @@ def _cache_key(*, active: bool) -> Undo:
     from vllm_compile_ext import __version__
 
     upstream = vllm.envs.compile_factors
-    dropped = [row.name for row in envs.table() if not row.in_key]
+    dropped = [row.name for row in settings.table() if not row.in_key]
 
     def compile_factors() -> dict[str, object]:
         factors: dict[str, object] = {k: v for k, v in upstream().items() if k not in dropped}
@@ -209,7 +211,7 @@ ACTIVE = (
         "capture_model of the GPUModelRunner of vllm.v1.worker.gpu.model_runner and vllm.v1.worker.gpu_model_runner, "
         "vllm.v1.engine.core.EngineCoreProc._notify_idle_state_callbacks",
         "CUDA graphs are captured on demand; made when these modules are imported, and only with CUDA "
-        "(cudagraphs/install.py)",
+        "(cuda_graphs/install.py)",
         cudagraphs.install,
     ),
     Change(
@@ -230,7 +232,7 @@ ACTIVE = (
         _instruction_set,
     ),
     Change(
-        "sys.meta_path (startup/imports.py)",
+        "sys.meta_path (record/imports.py)",
         "while a start is recorded: imports are timed, and functions of vLLM are found when their module is imported",
         _record,
     ),
@@ -242,7 +244,7 @@ WHILE_COMPILING = (
         "a repeated layer is traced once",
     ),
     (
-        "torch._inductor.async_compile.AsyncCompile.cpp_pybinding (compilation/workers.py)",
+        "torch._inductor.async_compile.AsyncCompile.cpp_pybinding (inductor/workers.py)",
         "C++ kernels compile in threads",
     ),
     (
@@ -250,11 +252,11 @@ WHILE_COMPILING = (
         "what vLLM hashes of its configuration is noted, field by field, so that a miss can name what changed",
     ),
     (
-        "torch._inductor.config.compile_threads and worker_start_method (compilation/workers.py)",
+        "torch._inductor.config.compile_threads and worker_start_method (inductor/workers.py)",
         "on GPUs, Triton kernels compile in Inductor's own pool of processes",
     ),
 )
-# What is changed while a CUDA graph is captured on demand (cudagraphs/capture.py and addresses.py).
+# What is changed while a CUDA graph is captured on demand (cuda_graphs/capture.py and addresses.py).
 WHILE_CAPTURING = (
     (
         "torch.cuda.graph, torch.cuda.empty_cache, torch._C._host_emptyCache; graph_capture, prepare_inputs_to_capture "
@@ -264,19 +266,19 @@ WHILE_CAPTURING = (
     ),
     (
         "_IS_CAPTURING and _capture_registered of vLLM's CustomAllreduce, register_graph_buffers of vllm._custom_ops "
-        "(cudagraphs/addresses.py)",
+        "(cuda_graphs/addresses.py)",
         "all-reduce reads inputs where they are; a capture that broke off on some rank leaves no address open",
     ),
 )
 # What is changed while a start is recorded, by the module that does it.
 WHILE_STARTING = (
     (
-        "trace and TracerProvider in vllm.tracing.otel (startup/otel.py)",
+        "trace and TracerProvider in vllm.tracing.otel (record/otel.py)",
         "vLLM's own spans go to our provider, which writes the file of the start",
     ),
-    ("os.environ: traceparent (startup/recorder.py)", "vLLM's spans find what they are part of; until ready"),
+    ("os.environ: traceparent (record/recorder.py)", "vLLM's spans find what they are part of; until ready"),
     (
-        "functions of vLLM, listed in startup/hooks.py",
+        "functions of vLLM, listed in record/hooks.py",
         "phases that vLLM has no span for get one; the first request and its first token are seen",
     ),
 )

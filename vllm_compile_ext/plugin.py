@@ -10,7 +10,7 @@ import logging
 import time
 from dataclasses import dataclass
 
-from vllm_compile_ext import __version__, compat, envs, harmless, monkeypatches, swap
+from vllm_compile_ext import __version__, harmless, monkeypatches, settings, swap, versions
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +76,16 @@ def unregister() -> None:
 
 
 def _decide() -> Status:
-    settings = envs.load()
-    if settings.VLLM_COMPILE_EXT:
-        return _take_over(settings)
+    switches = settings.load()
+    if switches.VLLM_COMPILE_EXT:
+        return _take_over(switches)
     _undos.extend(monkeypatches.make(monkeypatches.OFF))
     return Status(False, False, f"vllm-compile-ext {__version__} is off (VLLM_COMPILE_EXT=0): vLLM is stock")
 
 
-def _take_over(settings: envs.Settings) -> Status:
-    vllm, torch = compat.vllm_version(), compat.torch_version()
-    if reason := compat.unsupported(vllm, torch):
+def _take_over(switches: settings.Settings) -> Status:
+    vllm, torch = versions.vllm_version(), versions.torch_version()
+    if reason := versions.unsupported(vllm, torch):
         raise PluginError(reason)
     if late := swap.already_imported():
         raise PluginError(
@@ -93,9 +93,9 @@ def _take_over(settings: envs.Settings) -> Status:
             "call vllm_compile_ext.plugin.register() before importing vLLM's models"
         )
     _undos.extend(monkeypatches.make(monkeypatches.ACTIVE))
-    defaults = envs.Settings()
-    changed = [row.name for row in envs.table() if getattr(settings, row.name) != getattr(defaults, row.name)]
-    switched = [f"{name}={envs.text(getattr(settings, name))}" for name in changed]
+    defaults = settings.Settings()
+    changed = [row.name for row in settings.table() if getattr(switches, row.name) != getattr(defaults, row.name)]
+    switched = [f"{name}={settings.text(getattr(switches, name))}" for name in changed]
     line = (
         f"vllm-compile-ext {__version__} is active (vllm {vllm}, torch {torch}): "
         f"vllm.compilation.{{{','.join(swap.REPLACED)}}} swapped"
@@ -104,9 +104,9 @@ def _take_over(settings: envs.Settings) -> Status:
 
 
 def _give_up(error: Exception) -> Status:
-    bad_value = isinstance(error, envs.EnvError)
+    bad_value = isinstance(error, settings.EnvError)
     reason = str(error) if bad_value or isinstance(error, PluginError) else harmless.error(error)
-    if envs.strict():
+    if settings.strict():
         raise PluginError(f"{reason} (VLLM_COMPILE_EXT_STRICT=1 forbids starting without the plugin)") from error
     try:
         _undos.extend(monkeypatches.make(monkeypatches.OFF))

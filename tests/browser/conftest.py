@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests import starts
+from vllm_compile_ext.record import read
 from vllm_compile_ext.report import facts, html
-from vllm_compile_ext.startup import read
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

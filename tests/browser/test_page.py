@@ -260,7 +260,7 @@ def test_contrast(opened: Opened, made: Callable[[], starts.Recorder], scheme: s
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_of_every_phase(opened: Opened, scheme: str) -> None:
-    from vllm_compile_ext.startup.phases import PHASES
+    from vllm_compile_ext.record.phases import PHASES
 
     made = starts.Recorder()
     made.start(0)

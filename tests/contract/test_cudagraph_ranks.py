@@ -18,11 +18,11 @@ CODE = """
     plugin.register()
     from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
-    from tests.unit.cudagraphs.fakes import GRAPH, Gpu, Remembered
-    from tests.unit.cudagraphs.shapes import ALL, decode, fits, mixed
-    from vllm_compile_ext.cudagraphs import ranks
-    from vllm_compile_ext.cudagraphs.budget import MARGIN
-    from vllm_compile_ext.cudagraphs.session import Device, RanksDifferError, Session
+    from tests.unit.cuda_graphs.fakes import GRAPH, Gpu, Remembered
+    from tests.unit.cuda_graphs.shapes import ALL, decode, fits, mixed
+    from vllm_compile_ext.cuda_graphs import ranks
+    from vllm_compile_ext.cuda_graphs.budget import MARGIN
+    from vllm_compile_ext.cuda_graphs.session import Device, RanksDifferError, Session
 
     rank = int(sys.argv[1])
     with set_current_vllm_config(VllmConfig(parallel_config=ParallelConfig(tensor_parallel_size=2))):
@@ -62,7 +62,7 @@ CODE = """
 
     from vllm.distributed.device_communicators import custom_all_reduce
     from tests import all_reduce
-    from vllm_compile_ext.cudagraphs.addresses import Addresses
+    from vllm_compile_ext.cuda_graphs.addresses import Addresses
 
     out["kernels"] = {name: list(inspect.signature(getattr(custom_all_reduce.ops, name)).parameters) for name in
         ("allocate_shared_buffer_and_handle", "get_graph_buffer_ipc_meta", "register_graph_buffers")}
@@ -91,7 +91,7 @@ CODE = """
 
     # What only one rank remembers.
     from vllm_compile_ext import envs
-    from vllm_compile_ext.cudagraphs import memory, record
+    from vllm_compile_ext.cuda_graphs import memory, record
     os.environ["VLLM_COMPILE_STORE"] = os.path.abspath("store")
     memory.key_of, memory._need = lambda config: config, lambda config, known, activations: known is not None
     for key, there in (("a" * 32, True), ("b" * 32, rank == 0), ("c" * 32, False)):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.process import Outcome, run
-from vllm_compile_ext.cudagraphs.coverage import STOCK
-from vllm_compile_ext.cudagraphs.policy import BATCHES, BATCHES_BETWEEN, FULL, PIECEWISE
+from vllm_compile_ext.cuda_graphs.coverage import STOCK
+from vllm_compile_ext.cuda_graphs.policy import BATCHES, BATCHES_BETWEEN, FULL, PIECEWISE
 
 MANAGER = """
     import contextlib, os
@@ -19,7 +19,7 @@ MANAGER = """
     from tests import graphs
     from tests.graphs import decode, mixed, state, text
     from vllm.compilation import monitor
-    from vllm_compile_ext.cudagraphs import capture, coverage, manager, memory, profile, ranks
+    from vllm_compile_ext.cuda_graphs import capture, coverage, manager, memory, profile, ranks
     os.environ["VLLM_COMPILE_STORE"] = str(Path("store").absolute())
     config = graphs.config(sys.argv[1])
     out = {"mro": [c.__name__ for c in manager.OnDemandManager.__mro__]}
@@ -490,7 +490,7 @@ INERT = """
     from vllm_compile_ext import plugin
     before = list(sys.meta_path)
     if sys.argv[1] == "cuda":
-        from vllm_compile_ext.cudagraphs import install
+        from vllm_compile_ext.cuda_graphs import install
         install._cuda = lambda: True
     plugin.register()
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
@@ -513,7 +513,7 @@ INERT = """
         cudagraph_utils, model_runner, core)]
     plugin.unregister()
     report(dict(registered=registered, after=ours(), status=status, specs=specs, path=sys.meta_path == before,
-        loaded="vllm_compile_ext.cudagraphs.manager" in sys.modules))
+        loaded="vllm_compile_ext.cuda_graphs.manager" in sys.modules))
 """
 
 
@@ -566,7 +566,7 @@ COVERAGE = """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
-    from vllm_compile_ext.cudagraphs import coverage
+    from vllm_compile_ext.cuda_graphs import coverage
 
     def layer(name):
         backend = SimpleNamespace(get_name=lambda: AttentionBackendEnum[name].name)

@@ -34,7 +34,7 @@ CODE = """
     from vllm_compile_ext.store.files import Tree
     from vllm_compile_ext.store.store import key_of
     from vllm_compile_ext.key import factors, settings
-    from vllm_compile_ext.startup import file, hooks, recorder
+    from vllm_compile_ext.record import file, hooks, recorder
     file.KEPT = misses.KEPT = 10**6
 
     serve = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparsers())

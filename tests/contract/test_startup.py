@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_compile_ext.startup import hooks, names
+from vllm_compile_ext.record import hooks, names
 
 
 def source(module: str) -> ast.Module:

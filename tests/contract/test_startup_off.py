@@ -21,7 +21,7 @@ CODE = """
     from vllm.engine.arg_utils import EngineArgs
     report(dict(
         active=plugin.status().active,
-        recorder="vllm_compile_ext.startup.recorder" in sys.modules,
+        recorder="vllm_compile_ext.record.recorder" in sys.modules,
         finders=[type(finder).__name__ for finder in sys.meta_path if type(finder).__name__ == "Observer"],
         trace=type(vllm.tracing.otel.trace).__name__,
         traceparent=os.environ.get("traceparent"),

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 CODE = """
     import os, time
     from tests.gpu.engines import about, make, start, traffic
-    from vllm_compile_ext.cudagraphs import memory
+    from vllm_compile_ext.cuda_graphs import memory
 
     def worker(llm):
         return llm.llm_engine.model_executor.driver_worker.worker

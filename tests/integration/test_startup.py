@@ -15,8 +15,8 @@ import pytest
 
 from tests import process
 from tests.served import ENGINE, MANY, PARENT, PTH, TRACE, Served, recorded
-from vllm_compile_ext.startup import phases, read
-from vllm_compile_ext.startup.read import Start
+from vllm_compile_ext.record import phases, read
+from vllm_compile_ext.record.read import Start
 
 pytestmark = pytest.mark.engine
 

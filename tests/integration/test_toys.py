@@ -263,7 +263,7 @@ FAILS = """
     import depyf
     from tests import toys
     from vllm.config import CUDAGraphMode
-    from vllm_compile_ext.bytecode import buffers
+    from vllm_compile_ext.program import buffers
     from vllm_compile_ext.trace import watch
     decompiled = []
     real = depyf.decompile

@@ -16,7 +16,7 @@ from tests import process
 from tests.unit.store import bundles
 from vllm_compile_ext import platforms
 from vllm_compile_ext.cli import _store, app
-from vllm_compile_ext.cudagraphs import record
+from vllm_compile_ext.cuda_graphs import record
 from vllm_compile_ext.key import misses
 from vllm_compile_ext.key.miss import difference
 from vllm_compile_ext.store.store import Store, key_of, manifest_names

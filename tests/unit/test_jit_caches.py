@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.process import run
-from vllm_compile_ext import envs, jit_caches
+from vllm_compile_ext import jit_caches, settings
 from vllm_compile_ext.store import kernels
 from vllm_compile_ext.store.store import Store
 
@@ -300,15 +300,15 @@ def test_a_cache_in_the_store_is_kept_when_its_usual_place_is_filled_later(tmp_p
 
 def test_the_default_store_lies_in_vllms_cache_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_COMPILE_STORE")
-    assert envs.store() == tmp_path / "home/.cache/vllm/compile_store"
+    assert settings.store() == tmp_path / "home/.cache/vllm/compile_store"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert envs.store() == tmp_path / "xdg/vllm/compile_store"
+    assert settings.store() == tmp_path / "xdg/vllm/compile_store"
     monkeypatch.setenv("VLLM_CACHE_ROOT", "~/root")
-    assert envs.store() == tmp_path / "home/root/compile_store"
+    assert settings.store() == tmp_path / "home/root/compile_store"
     monkeypatch.setenv("VLLM_COMPILE_STORE", "~/store")
-    assert envs.store() == tmp_path / "home/store"
+    assert settings.store() == tmp_path / "home/store"
     monkeypatch.setenv("VLLM_COMPILE_STORE", "store")
-    assert envs.store() == Path.cwd() / "store"
+    assert settings.store() == Path.cwd() / "store"
 
 
 def test_only_the_standard_library_is_imported(tmp_path: Path) -> None:

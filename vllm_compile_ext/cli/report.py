@@ -13,9 +13,9 @@ import typer
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, UserError
 from vllm_compile_ext.key import misses
+from vllm_compile_ext.record import read
+from vllm_compile_ext.record.read import ReadError, Start
 from vllm_compile_ext.report import facts, html, perfetto, terminal, words
-from vllm_compile_ext.startup import read
-from vllm_compile_ext.startup.read import ReadError, Start
 
 _LAST = re.compile(r"last(?:~([0-9]{1,6}))?")
 _LS = "vllm-compile-ext report ls"

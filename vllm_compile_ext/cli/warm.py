@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_compile_ext import envs, jit_caches
+from vllm_compile_ext import jit_caches, settings
 from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.compilation import outcomes, scratch
 from vllm_compile_ext.compilation.outcomes import Outcome
@@ -107,7 +107,7 @@ def run(arguments: Sequence[str], listen: Callable[[str], None]) -> Start:
             start.status = process.wait()
         reader.join(STOP)
         start.told = outcomes.read(Path(told.name))
-    scratch.remove_abandoned(envs.cache_root() / scratch.NAME)  # else an image would keep it
+    scratch.remove_abandoned(settings.cache_root() / scratch.NAME)  # else an image would keep it
     return start
 
 
@@ -150,7 +150,7 @@ def judge(start: Start) -> tuple[str, str]:
 def report(start: Start, seconds: float, kernels_before: int) -> Report:
     """What to print of a start."""
     status, why = judge(start)
-    folder = envs.store()
+    folder = settings.store()
     made = Report(status, why, store=str(folder), seconds=round(seconds, 1))
     if status == "failed":
         return made

@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_compile_ext import envs, harmless
+from vllm_compile_ext import harmless, settings
 from vllm_compile_ext.compilation import outcomes, rules
 from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
@@ -79,7 +79,7 @@ def check_plugin() -> None:
         raise RefusedError("VLLM_DISABLE_COMPILE_CACHE=1: nothing is kept, every start compiles")
     if not vllm.envs.VLLM_USE_AOT_COMPILE:
         raise RefusedError("VLLM_USE_AOT_COMPILE=0: vLLM's older cache is used, and nothing is kept in the store")
-    folder = envs.store()
+    folder = settings.store()
     try:
         store = Store.open(folder)
     except (UnsafeStoreError, OSError) as error:

@@ -19,14 +19,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from vllm_compile_ext import harmless, metrics
-from vllm_compile_ext.bytecode.transformed import NotSaved
+from vllm_compile_ext import harmless
 from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.compilation import functions, outcomes, program, rules, scratch, workers
+from vllm_compile_ext.compilation import functions, outcomes, rules, scratch
 from vllm_compile_ext.compilation.entry import Entry
 from vllm_compile_ext.compilation.wrapper import inspect_bytecode
+from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.printable import plain
-from vllm_compile_ext.startup.spans import note, span
+from vllm_compile_ext.program import program
+from vllm_compile_ext.program.transformed import NotSaved
+from vllm_compile_ext.record import metrics
+from vllm_compile_ext.record.spans import note, span
 from vllm_compile_ext.store.files import DamagedError
 from vllm_compile_ext.store.store import Manifest, total
 from vllm_compile_ext.upstream import decorators as upstream

@@ -13,12 +13,12 @@ from typing import Any
 
 import msgspec
 
-from vllm_compile_ext import envs, harmless, platforms
+from vllm_compile_ext import harmless, platforms, settings
 from vllm_compile_ext.key import factors, misses
 from vllm_compile_ext.key.miss import Change, closest, summary
 from vllm_compile_ext.key.seen import Seen, changes
 from vllm_compile_ext.printable import plain
-from vllm_compile_ext.startup.spans import span
+from vllm_compile_ext.record.spans import span
 from vllm_compile_ext.store import evict
 from vllm_compile_ext.store.store import Blob, Manifest, Store, UnsafeStoreError, key_of
 
@@ -38,10 +38,10 @@ def store() -> Store | None:
         return None
     folder = None
     try:
-        folder = envs.store()
+        folder = settings.store()
         if folder != _opened:
             _opened, _store = folder, None
-            _store = Store.open(folder, envs.store_limit())
+            _store = Store.open(folder, settings.store_limit())
     except UnsafeStoreError as error:
         logger.warning("every start compiles, nothing is read or kept: %s", error)
     except OSError as error:
@@ -136,7 +136,7 @@ class Entry:
         if self._claim.enter_context(self.store.writer(name, 0)):
             return False
         self.release()
-        bound = envs.load().VLLM_COMPILE_WAIT
+        bound = settings.load().VLLM_COMPILE_WAIT
         logger.info("%sanother process is writing this model: waiting for it, at most %d s", self.tag, bound)
         self._claim.enter_context(self.store.writer(name, bound))
         return True

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from vllm_compile_ext import after_import, harmless, metrics, platforms
+from vllm_compile_ext import after_import, harmless, platforms
+from vllm_compile_ext.record import metrics
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,9 @@ def _key(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> str:
     import torch
 
     from vllm_compile_ext.compilation.entry import device
-    from vllm_compile_ext.compilation.pieces import constants
-    from vllm_compile_ext.key import machine, settings, torch_state
+    from vllm_compile_ext.key import compilers, machine, torch_state
     from vllm_compile_ext.key.dropped import counts
+    from vllm_compile_ext.program.pieces import constants
     from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
     from vllm_compile_ext.trace.signature import storage
     from vllm_compile_ext.trace.split import Piece
@@ -136,7 +137,7 @@ def _key(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> str:
             raise Unfingerprintable(why)
     for node in piece.nodes:
         _check_target(node.target)
-    state = {f"state.{name}": text for name, text in torch_state.state().items()} | settings.of_compilers({})
+    state = {f"state.{name}": text for name, text in torch_state.state().items()} | compilers.of_compilers({})
     state |= {"threads": str(machine.threads(options)), "device": device()}
     switched = sorted((name, text) for name, text in state.items() if counts(name))
     return fingerprint(piece, graph, [str(sorted(options.items())), str(switched), *_symbols()])
@@ -181,7 +182,7 @@ def _symbols() -> Iterator[str]:
 
 def _load(store: Any, key: str, inputs: Sequence[Any]) -> Callable[..., Any] | None:
     """The function of which `key` is the key, when the store has it and it is good for `inputs`."""
-    from vllm_compile_ext.compilation import program
+    from vllm_compile_ext.program import program
     from vllm_compile_ext.store.store import total
 
     try:
@@ -216,7 +217,7 @@ def _keep(store: Any, keys: dict[str, str], compiled: Any) -> None:
     import torch
     from torch._inductor.standalone_compile import AOTCompiledArtifact
 
-    from vllm_compile_ext.compilation import program
+    from vllm_compile_ext.program import program
     from vllm_compile_ext.store import evict
     from vllm_compile_ext.store.store import Manifest, digest, total
 

@@ -15,15 +15,15 @@ from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 from vllm.compilation.piecewise_backend import PiecewiseBackend
 
-from vllm_compile_ext import metrics
-from vllm_compile_ext.compilation import workers
-from vllm_compile_ext.compilation.pieces import constants as constants_of
-from vllm_compile_ext.compilation.plan_function import PlanFunction, loaded_piece
 from vllm_compile_ext.compilation.progress import Progress
 from vllm_compile_ext.compilation.session import Differs, Session
 from vllm_compile_ext.compilation.sharing import Shared
+from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.key.seen import NotDescribed, Seen, collect
-from vllm_compile_ext.startup.spans import note, span
+from vllm_compile_ext.program.pieces import constants as constants_of
+from vllm_compile_ext.program.plan_function import PlanFunction, loaded_piece
+from vllm_compile_ext.record import metrics
+from vllm_compile_ext.record.spans import note, span
 from vllm_compile_ext.trace import plan as plans
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
 from vllm_compile_ext.trace.split import Piece, decompose_sizes, extract, split

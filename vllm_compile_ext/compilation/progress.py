@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from vllm_compile_ext.startup import progress
+from vllm_compile_ext.record import progress
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from vllm_compile_ext import envs, harmless, metrics, platforms
-from vllm_compile_ext.compilation import program
+from vllm_compile_ext import harmless, platforms, settings
 from vllm_compile_ext.compilation.entry import Entry
+from vllm_compile_ext.program import program
+from vllm_compile_ext.record import metrics
 from vllm_compile_ext.store.files import DamagedError
 from vllm_compile_ext.store.store import Blob, Manifest, key_of, total
 
@@ -75,7 +76,7 @@ class Shared:
         key = self.keys[number]
         if self.entry is None or key is None or not self.entry.store.writable:
             return True
-        bound = envs.load().VLLM_COMPILE_WAIT if wait else 0
+        bound = settings.load().VLLM_COMPILE_WAIT if wait else 0
         return self._locks.enter_context(self.entry.store.writer(key, bound)) or wait
 
     def keep(self, number: int, piece: Any, own: Sequence[Any]) -> None:

@@ -9,14 +9,16 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from vllm_compile_ext import envs, harmless, metrics
-from vllm_compile_ext.bytecode import buffers, dump
+from vllm_compile_ext import harmless, settings
 from vllm_compile_ext.compilation import entry as entries
-from vllm_compile_ext.compilation import rules, scratch, workers
+from vllm_compile_ext.compilation import rules, scratch
 from vllm_compile_ext.compilation.session import Differs, Session
+from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.key import factors
 from vllm_compile_ext.printable import plain
-from vllm_compile_ext.startup.spans import note, span
+from vllm_compile_ext.program import buffers, dump
+from vllm_compile_ext.record import metrics
+from vllm_compile_ext.record.spans import note, span
 from vllm_compile_ext.upstream import wrapper as upstream
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def inspect_bytecode(model: Any, code: CodeType, artifact: str | Path | None = N
         [Path(place) for place in places if place],
         f"{type(model).__qualname__}.forward [{getattr(model, '_compile_tag', '') or 'model'}]",
         code,
-        decompile=envs.load().VLLM_COMPILE_DEPYF,
+        decompile=settings.load().VLLM_COMPILE_DEPYF,
     )
     if config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
         buffers.forbid(code)

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vllm_compile_ext import compat, harmless
-from vllm_compile_ext.key import config, machine, readable, settings, torch_state
+from vllm_compile_ext import harmless, versions
+from vllm_compile_ext.key import compilers, config, machine, readable, torch_state
 from vllm_compile_ext.key.dropped import counts
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def _class(model: Any) -> str:
 
 # Name, and what finds the text.  Of a dictionary each item is a factor, `name.item`; None is no factor.
 FACTORS: tuple[tuple[str, Callable[[Asked], Any]], ...] = (
-    ("vllm", lambda _: compat.vllm_version()),
+    ("vllm", lambda _: versions.vllm_version()),
     ("", lambda asked: machine.torch_versions(cpu=asked.cpu)),
     ("python", lambda _: machine.python()),
     ("flags", lambda _: machine.flags()),
@@ -50,9 +50,9 @@ FACTORS: tuple[tuple[str, Callable[[Asked], Any]], ...] = (
     ("encoder", lambda asked: str(getattr(asked.model, "_is_encoder", None))),
     ("dynamic_args", lambda asked: readable.cut(readable.plain(getattr(asked.model, "_dynamic_arg_dims", None)))),
     ("", lambda asked: config.config_factors(asked.config)),
-    ("env", lambda asked: settings.variables(cpu=asked.cpu)),
+    ("env", lambda asked: compilers.variables(cpu=asked.cpu)),
     ("cpu", lambda asked: dict.fromkeys(machine.processor(), "yes") if asked.cpu else None),
-    ("", lambda asked: settings.of_compilers(_options(asked))),
+    ("", lambda asked: compilers.of_compilers(_options(asked))),
     ("state", lambda _: torch_state.state()),
 )
 

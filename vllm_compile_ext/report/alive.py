@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from vllm_compile_ext.startup.read import Process, Start
+from vllm_compile_ext.record.read import Process, Start
 
 _SLACK = 2 * 10**9  # ns between two ways of asking when a process began
 

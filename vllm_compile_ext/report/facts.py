@@ -12,10 +12,10 @@ import time
 from collections import Counter, defaultdict
 from typing import Any
 
+from vllm_compile_ext.record import phases
+from vllm_compile_ext.record.phases import Breakdown, Tree
+from vllm_compile_ext.record.read import Process, Span, Start
 from vllm_compile_ext.report import alive, words
-from vllm_compile_ext.startup import phases
-from vllm_compile_ext.startup.phases import Breakdown, Tree
-from vllm_compile_ext.startup.read import Process, Span, Start
 
 FORMAT = 1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_compile_ext.startup.read import Start
+from vllm_compile_ext.record.read import Start
 
 _MAIN = 1  # thread id of the outermost spans; others follow
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich import filesize
 
 from vllm_compile_ext.printable import plain as plain
-from vllm_compile_ext.startup.read import Note
+from vllm_compile_ext.record.read import Note
 
 KEY_DIGITS = 12  # of a key, in sentences
 

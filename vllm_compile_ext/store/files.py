@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from vllm_compile_ext import envs
+from vllm_compile_ext import settings
 
 _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK, opening a pipe that someone put there would wait for ever.
@@ -71,7 +71,7 @@ class Tree:
         self.root = root
         self.path = root / "v1"
         # Of kernel compilers' caches, which do not share with other users.
-        self.jit = self.path / (f"jit-{os.geteuid()}" if envs.store_group() else "jit")
+        self.jit = self.path / (f"jit-{os.geteuid()}" if settings.store_group() else "jit")
         self.group: int | None = None  # who shares it, by VLLM_COMPILE_STORE_GROUP
         self.movable: Path | None = None  # a folder above, in which others can put another store in its place
         self._handle: int | None = None
@@ -287,7 +287,7 @@ def _patiently(attempt: Callable[[], int], group: int | None) -> int:
 
 def _open_root(root: Path, make: bool) -> tuple[int, int | None, Path | None]:
     """The folder ``v1`` of the store `root`, open; the group that shares it or None; see `Tree.movable`."""
-    share = envs.store_group()
+    share = settings.store_group()
     real = Path(os.path.realpath(root))
     above, opened = Path("/"), os.open("/", os.O_PATH | _FOLDER)
     found, mounts = [(above, os.fstat(opened))], [_mount(opened)]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.bytecode.transformed import PYTHON
+from vllm_compile_ext.program.transformed import PYTHON
 from vllm_compile_ext.trace import access, names
 from vllm_compile_ext.trace.bodies import Extra, NotOnce
 from vllm_compile_ext.trace.split import Piece

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests import starts
+from vllm_compile_ext.record import read
+from vllm_compile_ext.record.read import Start
 from vllm_compile_ext.report import facts, perfetto
-from vllm_compile_ext.startup import read
-from vllm_compile_ext.startup.read import Start
 
 FIELDS = {
     "M": {"ph", "name", "pid", "tid", "args"},

@@ -16,8 +16,8 @@ from tests import starts
 from vllm_compile_ext.cli import app
 from vllm_compile_ext.key import misses
 from vllm_compile_ext.key.miss import Change
+from vllm_compile_ext.record import clock, phases
 from vllm_compile_ext.report import terminal
-from vllm_compile_ext.startup import clock, phases
 from vllm_compile_ext.store.store import Store
 
 COLD, WARM, CRASHED = "20261118-110640-4bf92f", "20261118-120640-77a0c3", "20261118-130640-c0ffee"

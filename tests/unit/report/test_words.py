@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from vllm_compile_ext.record.read import Note
 from vllm_compile_ext.report import words
-from vllm_compile_ext.startup.read import Note
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""C++ kernels that compile in threads while Inductor goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+from vllm_compile_ext.inductor import workers
+
+# A module as Inductor generates it: kernels are globals, and a second name may hold one too.
+MODULE = """
+first = async_compile.cpp_pybinding(['float*'], 'one')
+second = async_compile.cpp_pybinding(['float*'], 'two')
+def call():
+    return first(1), second(2)
+"""
+
+
+class Gxx:
+    """Stands in for the compiler: waits until `go`, then gives a kernel, or an error for a source in `bad`."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.bad: set[str] = set()
+        self.seen: list[str] = []
+
+    def load(self, argtypes: list[str], source: str, submit_fn: Callable[..., Any]) -> Callable[[], Any]:
+        future = submit_fn(self.compile, source)
+        return lambda: future.result()
+
+    def compile(self, source: str) -> Callable[..., Any]:
+        assert self.go.wait(10)
+        self.seen.append(source)
+        if source in self.bad:
+            raise SyntaxError(source)
+        return lambda x: (source, x)
+
+
+@pytest.fixture
+def gxx(monkeypatch: pytest.MonkeyPatch) -> Gxx:
+    compiler = Gxx()
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding_async", compiler.load)
+    return compiler
+
+
+def generated() -> dict[str, Any]:
+    module: dict[str, Any] = {"async_compile": AsyncCompile()}
+    exec(MODULE, module)
+    return module
+
+
+def test_the_real_kernels_replace_the_stand_ins_in_the_module(gxx: Gxx) -> None:
+    with workers.compiling(2) as kernels:
+        module = generated()  # does not wait for the compiler
+        assert gxx.seen == []
+        gxx.go.set()
+        kernels.wait()
+        assert not any(isinstance(value, workers._StandIn) for value in module.values())
+        assert module["call"]() == (("one", 1), ("two", 2))
+    assert "first" not in vars(workers)
+
+
+def test_a_stand_in_works_before_the_wait(gxx: Gxx) -> None:
+    gxx.go.set()
+    with workers.compiling(1) as kernels:
+        module = generated()
+        assert module["call"]() == (("one", 1), ("two", 2))
+        kernels.wait()
+
+
+def test_one_worker_compiles_in_order(gxx: Gxx) -> None:
+    with workers.compiling(1) as kernels:
+        generated()
+        gxx.go.set()
+        kernels.wait()
+    assert gxx.seen == ["one", "two"]
+
+
+def test_the_first_error_of_the_compiler_is_raised(gxx: Gxx) -> None:
+    gxx.bad = {"one", "two"}
+    gxx.go.set()
+    upstream = AsyncCompile.__dict__["cpp_pybinding"]
+
+    def build() -> None:
+        with workers.compiling(2) as kernels:
+            generated()
+            kernels.wait()
+
+    with pytest.raises(SyntaxError, match="one"):
+        build()
+    assert AsyncCompile.__dict__["cpp_pybinding"] is upstream
+
+
+def test_inductor_is_as_before_and_waiting_kernels_are_dropped_after_an_error(gxx: Gxx) -> None:
+    upstream = AsyncCompile.__dict__["cpp_pybinding"]
+
+    def lower() -> None:
+        with workers.compiling(1):
+            assert AsyncCompile.__dict__["cpp_pybinding"] is not upstream
+            generated()
+            threading.Timer(0.1, gxx.go.set).start()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        lower()
+    assert AsyncCompile.__dict__["cpp_pybinding"] is upstream
+    assert gxx.seen == ["one"], "the kernel that no worker had begun is not compiled"
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7})
+    assert workers.cores() == 3

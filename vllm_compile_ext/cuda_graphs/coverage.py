@@ -1,0 +1,197 @@
+"""Where graphs are captured on demand, and where stock's capture at start stays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_compile_ext import settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table in docs/cudagraphs.md.
+
+    what: an option, as people name it.  why: the reason for stock's capture.  holds: whether a `VllmConfig` has it.
+    """
+
+    what: str
+    why: str
+    holds: Callable[[Any], bool]
+
+
+STOCK = (
+    Row(
+        "the V1 model runner",
+        "it captures within the step that asks for a graph",
+        lambda c: not c.use_v2_model_runner,
+    ),
+    Row(
+        "breakable CUDA graphs (`VLLM_USE_BREAKABLE_CUDAGRAPH=1`)",
+        "their runner records breaks when it captures",
+        lambda c: _breakable(),
+    ),
+    Row(
+        "DBO and micro-batches",
+        "a capture parks the micro-batches' threads",
+        lambda c: c.parallel_config.use_ubatching,
+    ),
+    Row(
+        "speculative decoding",
+        "draft models capture graphs of their own, sized by the target's",
+        lambda c: c.speculative_config is not None,
+    ),
+    Row(
+        "LoRA",
+        "dummy adapters are loaded for a capture, which would evict those of running requests",
+        lambda c: c.lora_config is not None,
+    ),
+    Row(
+        "graphs of encoders (`cudagraph_mm_encoder`)",
+        "they are captured by budget, not by batch",
+        lambda c: c.compilation_config.cudagraph_mm_encoder,
+    ),
+    Row(
+        "data parallel ranks that step together",
+        "a rank that captures would be alone in the experts' collectives",
+        lambda c: c.parallel_config.data_parallel_size > 1,
+    ),
+    Row(
+        "pipeline parallelism",
+        "a stage that captures holds up the others",
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
+    ),
+    Row(
+        "context parallelism (PCP, DCP)",
+        "its dummy batches touch state of running requests",
+        lambda c: (
+            c.parallel_config.prefill_context_parallel_size > 1 or c.parallel_config.decode_context_parallel_size > 1
+        ),
+    ),
+    Row(
+        "elastic EP and EPLB",
+        "experts move while serving, and a dummy pass would be counted as load",
+        lambda c: c.parallel_config.enable_eplb or c.parallel_config.enable_elastic_ep,
+    ),
+    Row(
+        "KV and encoder cache connectors",
+        "a dummy pass would wait for, or send, blocks",
+        lambda c: c.kv_transfer_config is not None or c.ec_transfer_config is not None,
+    ),
+    Row(
+        "weights offloaded to the CPU",
+        "a dummy pass in between would move the weights that the next step has prefetched",
+        lambda c: _offloads(c.offload_config),
+    ),
+    Row(
+        "sleep mode that offloads graphs (`sleep_mode_offload_cudagraph`)",
+        "graphs live in a pool of its own",
+        lambda c: c.use_cumem_cudagraph_pool,
+    ),
+    Row(
+        "Inductor's graph partition (`use_inductor_graph_partition`)",
+        "a capture reclaims the storages of earlier ones",
+        lambda c: c.compilation_config.use_inductor_graph_partition,
+    ),
+    Row(
+        "fast prefill with shared KV (`kv_sharing_fast_prefill`)",
+        "it asks for a second graph within a step",
+        lambda c: c.cache_config.kv_sharing_fast_prefill,
+    ),
+    Row(
+        "attention backends other than FLASH_ATTN and TRITON_ATTN",
+        "a capture at start finds the size of their workspaces",
+        lambda c: not _backends(c) <= {"FLASH_ATTN", "TRITON_ATTN"},
+    ),
+    Row(
+        "prompts in graphs of whole steps (`cudagraph_mode=FULL`)",
+        "such a graph is as large as a decode step's and as rarely used as a prompt's",
+        lambda c: c.compilation_config.cudagraph_mode.mixed_mode().name == "FULL",
+    ),
+    Row(
+        "all-reduce kernels of FlashInfer (PCIe) and AITER",
+        "they have to be told when a capture begins and ends",
+        lambda c: c.parallel_config.tensor_parallel_size > 1 and _exchanges(),
+    ),
+    Row(
+        "HiSparse",
+        "its residency state is on the device",
+        lambda c: c.attention_config.hisparse_config is not None,
+    ),
+    Row(
+        "the Proton profiler",
+        "it has to see graphs being captured",
+        lambda c: c.profiler_config.profiler == "proton",
+    ),
+    Row(
+        "`--jit-monitor-mode error`",
+        "a capture may compile kernels",
+        lambda c: c.observability_config.jit_monitor_mode == "error",
+    ),
+)
+
+
+# Ids of configurations for which profiling memory met a surprise: their start goes on as in stock vLLM.
+_given_up: set[int] = set()
+
+
+def stock_because(config: Any) -> str | None:
+    """The first row that holds for `config`, as a phrase; None where graphs are captured on demand."""
+    row = next((row for row in STOCK if row.holds(config)), None)
+    return None if row is None else f"{row.what}: {row.why}"
+
+
+def on_demand(config: Any) -> bool:
+    """Whether graphs are captured on demand: asked for, and covered."""
+    if id(config) in _given_up:
+        return False
+    return settings.load().VLLM_COMPILE_CUDAGRAPHS != "eager" and stock_because(config) is None
+
+
+def give_up(config: Any) -> None:
+    """From here on graphs of `config` are captured as in stock vLLM."""
+    _given_up.add(id(config))
+
+
+def say(config: Any) -> None:
+    """Log why graphs are captured at start, where that was not asked for."""
+    if id(config) in _given_up:
+        return  # said before
+    reason = stock_because(config)
+    if reason is not None and settings.load().VLLM_COMPILE_CUDAGRAPHS != "eager":
+        logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)
+
+
+def _breakable() -> bool:
+    import vllm.envs
+
+    return bool(vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH)
+
+
+def _backends(config: Any) -> set[str]:
+    """Names of the attention backends of the model's layers, as far as they are made."""
+    layers = config.compilation_config.static_forward_context.values()
+    found = [layer.get_attn_backend() for layer in layers if hasattr(layer, "get_attn_backend")]
+    return {str(backend.get_name()) for backend in found}
+
+
+def _exchanges() -> bool:
+    from vllm.distributed import parallel_state
+
+    communicator = parallel_state.get_tp_group().device_communicator
+    names = ("fi_pcie_ipc_ar_comm", "aiter_ar_comm")
+    return any(getattr(communicator, name, None) is not None for name in names)
+
+
+def _offloads(config: Any) -> bool:
+    return bool(config.uva.cpu_offload_gb or config.prefetch.offload_group_size)
+
+
+def markdown() -> str:
+    """The table as docs/cudagraphs.md has it."""
+    rows = [f"| {row.what} | {row.why} |" for row in STOCK]
+    return "\n".join(["| with | stock's capture stays, because |", "|---|---|", *rows]) + "\n"

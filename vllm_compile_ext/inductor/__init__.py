@@ -1,0 +1,1 @@
+"""Each distinct piece of a model compiled once, by Inductor."""

@@ -1,0 +1,182 @@
+"""Compilers that run beside Python: g++ and the probe for the CPU's instruction set in threads, Triton in processes.
+
+vLLM pins Inductor to one compile thread (`TORCHINDUCTOR_COMPILE_THREADS=1`, `vllm/env_override.py`): its workers may be
+daemonic and must not fork.  Threads that wait for g++ fork nothing of ours (`subprocess` starts a program), and
+Inductor's own pool of Triton compilers is started the same way when its start method is "subprocess".
+
+Memory stays bounded: at most `count` compilers run at a time, each on one kernel, pieces are lowered one by one, and
+the processes end with the compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vllm_compile_ext import settings
+
+logger = logging.getLogger(__name__)
+
+_preparing: threading.Thread | None = None
+_undo: Callable[[], None] | None = None
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def wanted() -> int:
+    """How many kernels may compile at a time: `VLLM_COMPILE_WORKERS`, or the cores that this process may use."""
+    return settings.load().VLLM_COMPILE_WORKERS or cores()
+
+
+def prepare(count: int, cold: Callable[[], bool]) -> None:
+    """Start what compiling or loading will need, in the background and once: called when a model is constructed.
+
+    On CPU that is the probe for the instruction set; on GPUs, where `cold()` says that there is nothing to load,
+    `count` processes that compile Triton kernels: they import torch while the weights load.
+    """
+    from vllm.platforms import current_platform
+
+    global _preparing
+    if _preparing is not None:
+        return
+    work = _know_instruction_set if current_platform.is_cpu() else functools.partial(_start_processes, count, cold)
+    # Inductor's settings live in context variables: the thread sees what this one does.
+    context = contextvars.copy_context()
+    _preparing = threading.Thread(target=context.run, args=(_quietly, work), daemon=True, name="prepare-compilers")
+    _preparing.start()
+
+
+def _quietly(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception as error:  # a slower start is all that it costs
+        logger.debug("compilers are not prepared: %s: %s", type(error).__name__, error)
+
+
+def _start_processes(count: int, cold: Callable[[], bool]) -> None:
+    """Start Inductor's pool of Triton compilers: a helper process that is spawned, and that forks its own workers."""
+    if count < 2 or not cold():
+        return
+    import torch._inductor.config as inductor
+    from torch._inductor.async_compile import AsyncCompile
+
+    inductor.worker_start_method = "subprocess"
+    inductor.compile_threads = count
+    AsyncCompile.warm_pool()
+    AsyncCompile.wakeup()
+
+
+def stop() -> None:
+    """End the pool, and let Inductor compile in this process again, as vLLM has it."""
+    import torch._inductor.config as inductor
+    from torch._inductor.async_compile import shutdown_compile_workers
+
+    if inductor.compile_threads != 1:
+        shutdown_compile_workers()
+        inductor.compile_threads = 1
+
+
+def _know_instruction_set() -> None:
+    """Let Inductor choose among one instruction set, the best that works, instead of probing all that the CPU names.
+
+    Inductor compiles, and loads in a child process, a probe for each of up to five sets and their combinations (torch
+    2.13.0, `_inductor/cpu_vec_isa.py`): 7 s of a cold start and 1 s of a warm one, measured on an AMX machine.  The
+    first of its list is the one that it picks.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    if platform.machine() != "x86_64" or sys.platform != "linux" or os.environ.get("ATEN_CPU_CAPABILITY"):
+        return
+    flags = cpu_vec_isa.x86_isa_checker()
+    named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
+    best = next((isa for isa in named if isa), None)
+    if best is not None:
+        global _undo
+        upstream = cpu_vec_isa.valid_vec_isa_list
+        _undo = lambda: setattr(cpu_vec_isa, "valid_vec_isa_list", upstream)  # noqa: E731
+        cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [best])
+
+
+def forget() -> None:
+    """Give Inductor its own choice of instruction sets back; for tests."""
+    global _preparing, _undo
+    wait()
+    if _undo is not None:
+        _undo()
+    _preparing, _undo = None, None
+
+
+def wait() -> None:
+    """Wait for what `prepare` started."""
+    if _preparing is not None:
+        _preparing.join()
+
+
+class Kernels:
+    """C++ kernels that compile in a thread pool while Inductor lowers the next piece.
+
+    A kernel is a stand-in until `wait` puts the real one into the generated modules.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="compile")
+        self._made: list[tuple[dict[str, Any], _StandIn]] = []
+
+    def make(self, argtypes: list[str], source: str, module: dict[str, Any]) -> _StandIn:
+        """Start compiling the kernel `source`, which the module that Inductor generated keeps among its globals."""
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        load = CppPythonBindingsCodeCache.load_pybinding_async
+        kernel = _StandIn(load(argtypes, source, submit_fn=self._pool.submit))
+        self._made.append((module, kernel))
+        return kernel
+
+    def wait(self) -> None:
+        """Raise what the compiler says about the first kernel that does not compile; else all are real afterwards."""
+        for module, kernel in self._made:
+            real = kernel.result()
+            module.update({name: real for name, value in module.items() if value is kernel})
+        self._made.clear()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+class _StandIn:
+    def __init__(self, result: Callable[[], Any]) -> None:
+        self.result = result
+
+    def __call__(self, *args: Any) -> Any:
+        return self.result()(*args)
+
+
+@contextlib.contextmanager
+def compiling(count: int) -> Iterator[Kernels]:
+    """Compile with `count` workers inside; what is changed of Inductor for that is restored."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait()
+    kernels = Kernels(count)
+    upstream = AsyncCompile.__dict__["cpp_pybinding"]
+
+    def cpp_pybinding(_: AsyncCompile, argtypes: list[str], source: str) -> _StandIn:
+        return kernels.make(argtypes, source, sys._getframe(1).f_globals)
+
+    AsyncCompile.cpp_pybinding = cpp_pybinding
+    try:
+        yield kernels
+    finally:
+        AsyncCompile.cpp_pybinding = upstream
+        kernels.close()
