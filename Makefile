@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz lint fix clean distclean tools
+.PHONY: help venv demo test fuzz faults lint fix clean distclean tools
 
 PYTHON ?= python3
 CXX    ?= g++
@@ -13,6 +13,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # More arguments for pytest: make test ARGS='-k swap'
 ARGS   ?=
+# Processes that run tests.  A start of an engine has one thread for most of its life, and takes 3 GiB.
+JOBS   ?= 2
 
 # pip prints a line "WARNING: Location ... is ignored" for each package that a local index or link folder lacks: hundreds,
 # harmless.  Only these are dropped.  pip's exit status is kept, since nothing is piped.
@@ -28,12 +30,15 @@ venv: $(STAMP)  ## install the locked environment in .venv (minutes, mostly down
 demo: $(STAMP) | tools  ## start `vllm serve` stock, ours cold, ours warm and compare (under 8 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.demo
 
-test: lint | tools  ## lint, types and all tests (many minutes on 2 cores: the integration tests start real engines)
-	@echo "==> pytest: unit tests in seconds, then tests with a real engine"
-	$(BIN)/python -m pytest $(ARGS)
+test: lint | tools  ## lint, types and all tests (20 to 25 minutes on 2 cores: the integration tests start real engines)
+	@echo "==> pytest, $(JOBS) processes: unit tests in a minute or two, then tests with a real engine"
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+faults: $(STAMP) | tools  ## many faults of the store: each blob damaged in each way, writers killed at each step, full disks, hostile bundles
+	FULL=1 $(BIN)/python -m pytest --timeout 3600 tests/unit/store tests/integration/test_faults.py $(ARGS)
 
 fuzz: $(STAMP) | tools  ## many layers that differ, many changes between starts: is anything copied or loaded that must not be?
-	@status=0; $(BIN)/python -m tests.fuzz.copies || status=1; $(BIN)/python -m tests.fuzz.loads || status=1; exit $$status
+	$(BIN)/python -m tests.fuzz
 
 lint: $(STAMP)  ## ruff and mypy
 	@echo "==> ruff and mypy (under a minute)"

@@ -161,13 +161,13 @@ def graphs(worker: Any) -> dict[str, Any]:
     session = getattr(worker.model_runner.cudagraph_manager, "session", None)
     if session is None:
         return {}
-    counters, costs = session.counters, session.budget.costs
+    counts, costs = session.counts, session.budget.costs
     return {
-        "captured": dict(counters.captured),
-        "replayed": dict(counters.replayed),
-        "missed": dict(counters.missed),
-        "skipped": dict(counters.skipped),
-        "seconds": counters.seconds,
+        "captured": dict(counts["captured"]),
+        "replayed": dict(counts["replayed"]),
+        "missed": dict(counts["missed"]),
+        "skipped": dict(counts["skipped"]),
+        "seconds": session.seconds,
         "held": session.budget.held,
         "limit": session.budget.limit,
         "mean_cost": {kind: statistics.fmean(cost) for kind, cost in costs.items()},

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.serve import Line, Phases, Server, ServerError, tail
-from vllm_compile_ext.bench.machine import machine
+from benchmarks.serve import Server
+from vllm_compile_ext.cli.bench.figures import machine
+from vllm_compile_ext.cli.program import Program, ProgramError, excerpt, interruptible
 from vllm_compile_ext.cli.progress import Progress
 
 FOLDER = Path(".demo")
@@ -36,19 +36,22 @@ PROMPTS = (
     "import os\nimport sys\n",
 )
 CHATS = ("What does a list hold?", "Name three statements that end a loop.")
-# What the user sees while a line of vLLM's log is the latest of these.
-STEPS = {
-    "Initializing a V1 LLM engine": "starting the engine",
-    "Starting to load model": "loading weights",
-    "Warming up model for the compilation": "loading or compiling the model",
-    "Warming up done": "making the KV cache",
-    "init engine (profile": "starting the HTTP server",
+# Rows of the table, and the phases of `Server.phases` that they show.
+ROWS = {
+    "imports and configuration": "imports",
+    "engine start": "engine",
+    "weights (vLLM's figure)": "weights",
+    "compile or load, and first pass": "first_run",
+    "  torch.compile (vLLM's figure)": "compile",
+    "KV cache and warm-up": "kv_cache",
+    "HTTP server": "front_end",
+    "time to ready": "ready",
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One of the three starts: its title, the plugin's switch and the folder (in `FOLDER`) of its caches."""
+    """One start: its title, the plugin's switch and the folder (in `FOLDER`) of its caches."""
 
     title: str
     switch: str
@@ -73,10 +76,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run showed; `first` and `requests` are seconds (the first request, all of them)."""
+    """What one run showed.
+
+    first, requests: seconds of the first request and of all.  plugin: "active", "not active" or "off", by the plugin's
+    own line.  code: whether the model's was "compiled" or "loaded", by stock's lines or ours; "-" where no line says.
+    """
 
     run: Run
-    phases: Phases
+    phases: dict[str, float]
     answers: list[Answer]
     first: float
     requests: float
@@ -84,105 +91,91 @@ class Result:
     code: str
 
 
+@contextmanager
+def running(folder: Path, console: Console) -> Iterator[Progress]:
+    """An empty `FOLDER`, in which every start is cold, and its progress; an error ends with the log, status 1."""
+    global FOLDER
+    FOLDER = folder
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    with interruptible():
+        try:
+            with Progress(console) as progress:
+                yield progress
+        except ProgramError as error:
+            console.print("\n".join([*excerpt(error.lines), f"error: {error}"]), markup=False, soft_wrap=True)
+            console.print(f"the whole log is in {FOLDER.resolve()}", markup=False, soft_wrap=True)
+            sys.exit(1)
+
+
+def call(progress: Progress, title: str, command: Sequence[str], log: str, **env: str) -> None:
+    """Run a command to its end, its output in the file `log`.  Raises `ProgramError`."""
+    progress.task(title, "running")
+    with Program(command, os.environ | env, log=FOLDER / log) as program:
+        if status := program.wait():
+            raise program.error(f"{' '.join(command[1:3])} ended with status {status}")
+    progress.done()
+
+
 def make_model(progress: Progress, size: str = SIZE) -> Path:
     """Make the model in a process of its own, so that its memory is free again when the servers run."""
-    folder, log = FOLDER / size, FOLDER / f"{size}.log"
-    title = f"making {size}: tokenizer and seeded weights"
-    progress.task(title)
-    call([sys.executable, "-m", "benchmarks.models", size, str(folder)], log)
-    progress.done(title)
-    return folder
+    command = [sys.executable, "-m", "benchmarks.models", size, str(FOLDER / size)]
+    call(progress, f"making {size}: tokenizer and seeded weights", command, f"{size}.log")
+    return FOLDER / size
 
 
 def read_ahead(progress: Progress) -> None:
     """Import vLLM once, unmeasured: else the first run alone would pay for reading its files from the disk."""
-    title = "reading vLLM's files once, so that no run pays for a cold disk"
-    progress.task(title)
     code = "import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.model_executor.models.llama"
-    call([sys.executable, "-c", code], FOLDER / "read-ahead.log", env={"VLLM_COMPILE_EXT": "0"})
-    progress.done(title)
+    title = "reading vLLM's files once, so that no run pays for a cold disk"
+    call(progress, title, [sys.executable, "-c", code], "read-ahead.log", VLLM_COMPILE_EXT="0")
 
 
-def call(command: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> None:
-    """Run a command, its output in `log`, with `env` added to the environment.  Raises `ServerError`."""
-    merged = {**os.environ, **(env or {})}
-    with log.open("wb") as file:
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=merged, check=False)
-    if done.returncode:
-        raise ServerError(f"{' '.join(command[1:3])} ended with status {done.returncode}", log)
-
-
-def measure(
-    run: Run, number: int, of: int, model: Path, progress: Progress, env: Mapping[str, str] | None = None
-) -> Result:
-    """Start one server, number `number` of `of`, ask it everything, end it."""
-    title = f"[{number}/{of}] {run.title}"
-
-    def listen(line: Line) -> None:
-        for mark, step in STEPS.items():
-            if mark in line.text:
-                progress.step(f"{title}: {step}")
-
-    progress.task(f"{title}: importing vLLM")
+def measure(run: Run, number: str, model: Path, progress: Progress, env: Mapping[str, str] | None = None) -> Result:
+    """Start one server, ask it everything, end it.  Raises `ProgramError`."""
+    progress.task(f"[{number}] {run.title}")
     cache, switch = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}
-    with Server(model, run.log, cache, env={**switch, **(env or {})}, args=ARGS, listen=listen) as server:
+    with Server(model, run.log, cache, env=switch | dict(env or {}), args=ARGS, listen=progress.listen) as server:
         server.wait_ready()
-        progress.step(f"{title}: answering requests")
+        progress.step("answering requests")
         answers, seconds = ask(server)
-        progress.step(f"{title}: ending the server")
-    progress.done(title)
-    return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin_state(server), code_source(server))
+        progress.step("ending the server")
+    progress.done()
+    line = server.said("vllm-compile-ext ") or ""
+    plugin = next((state for state in ("not active", "active", "off") if f" is {state}" in line), "-")
+    loaded = server.said("Directly load AOT compilation") or server.said("loaded compiled code")
+    compiled = server.said("saved AOT compiled function") or server.said("kept as")
+    code = "loaded" if loaded else "compiled" if compiled else "-"
+    return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin, code)
 
 
 def ask(server: Server) -> tuple[list[Answer], list[float]]:
-    """Every request, one after the other: the answers and the seconds that each took."""
+    """Send every request, one after the other; returns the answers and the seconds that each took."""
     common = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
-    answers, seconds = [], []
-    for prompt in PROMPTS:
-        begin = time.monotonic()
-        reply = server.post("/v1/completions", common | {"prompt": prompt, "logprobs": 2})
-        seconds.append(time.monotonic() - begin)
-        answers.append(completion_answer(reply["choices"][0]))
+    bodies = [("/v1/completions", {"prompt": prompt, "logprobs": 2}) for prompt in PROMPTS]
     for question in CHATS:
+        chat = {"messages": [{"role": "user", "content": question}], "logprobs": True, "top_logprobs": 2}
+        bodies.append(("/v1/chat/completions", chat))
+    answers, seconds = [], []
+    for path, body in bodies:
         begin = time.monotonic()
-        messages = [{"role": "user", "content": question}]
-        body = common | {"messages": messages, "logprobs": True, "top_logprobs": 2}
-        reply = server.post("/v1/chat/completions", body)
+        choice = server.post(path, common | body)["choices"][0]
         seconds.append(time.monotonic() - begin)
-        answers.append(chat_answer(reply["choices"][0]))
+        answers.append(parse_answer(choice))
     return answers, seconds
 
 
-def completion_answer(choice: dict[str, Any]) -> Answer:
+def parse_answer(choice: dict[str, Any]) -> Answer:
     logprobs = choice["logprobs"]
-    tops = [list(top.values()) for top in logprobs["top_logprobs"]]
-    return Answer(choice["token_ids"], logprobs["token_logprobs"], [_lead(top) for top in tops])
-
-
-def chat_answer(choice: dict[str, Any]) -> Answer:
-    content = choice["logprobs"]["content"]
-    tops = [[top["logprob"] for top in token["top_logprobs"]] for token in content]
-    return Answer(choice["token_ids"], [token["logprob"] for token in content], [_lead(top) for top in tops])
-
-
-def _lead(logprobs: Sequence[float]) -> float:
-    ordered = sorted(logprobs, reverse=True)
-    return ordered[0] - ordered[1] if len(ordered) > 1 else 0.0  # two tokens of one spelling share an entry
-
-
-def plugin_state(server: Server) -> str:
-    """What the plugin's own line says: "active", "off", or that it is not active."""
-    line = server.said("vllm-compile-ext ")
-    if line is None:
-        return "-"
-    return next((state for state in ("not active", "active", "off") if f" is {state}" in line), "-")
-
-
-def code_source(server: Server) -> str:
-    """Whether the model's code was compiled or loaded, by stock's lines or ours; "-" where they say neither."""
-    if server.said("Directly load AOT compilation") or server.said("loaded compiled code"):
-        return "loaded"
-    return "compiled" if server.said("saved AOT compiled function") or server.said("kept as") else "-"
+    if "content" in logprobs:  # of a chat
+        chosen = [token["logprob"] for token in logprobs["content"]]
+        tops = [[top["logprob"] for top in token["top_logprobs"]] for token in logprobs["content"]]
+    else:
+        chosen = logprobs["token_logprobs"]
+        tops = [list(top.values()) for top in logprobs["top_logprobs"]]
+    ordered = [sorted(top, reverse=True) for top in tops]
+    # Two tokens of one spelling share an entry.
+    return Answer(choice["token_ids"], chosen, [top[0] - top[1] if len(top) > 1 else 0.0 for top in ordered])
 
 
 def agreement(answers: Sequence[Answer], reference: Sequence[Answer]) -> str:
@@ -191,8 +184,8 @@ def agreement(answers: Sequence[Answer], reference: Sequence[Answer]) -> str:
     parted = [(a, r) for a, r in pairs if a.tokens != r.tokens]
     if not parted:
         return "yes"
-    answer, wanted = parted[0]
-    step = next(i for i, (a, r) in enumerate(zip(answer.tokens, wanted.tokens, strict=False)) if a != r)
+    first, wanted = parted[0]
+    step = next(i for i, (a, r) in enumerate(zip(first.tokens, wanted.tokens, strict=False)) if a != r)
     return f"{len(pairs) - len(parted)} of {len(pairs)} (lead {wanted.leads[step]:.2f})"
 
 
@@ -211,34 +204,26 @@ def drift(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:
 def table(results: Sequence[Result]) -> Table:
     """The one table: a row for each phase, a column for each run, and ours as a ratio to stock."""
     stock, cold, warm = results
-    grid = Table(title=f"vllm serve, {SIZE}: seconds, and ours as a ratio to stock", title_justify="left")
+    title = f"vllm serve, {SIZE}: seconds, and ours as a ratio to stock"
+    grid = Table(title=title, title_justify="left", caption=machine(), caption_justify="left")
     grid.add_column("")
     for result in results:
         grid.add_column(result.run.title, justify="right")
 
-    def row(name: str, values: Sequence[float | None], *, end: bool = False) -> None:
-        grid.add_row(name, *(cell(value, values[0] if i else None) for i, value in enumerate(values)), end_section=end)
+    def row(name: str, values: Sequence[float | None]) -> None:
+        grid.add_row(name, *(cell(value, values[0] if i else None) for i, value in enumerate(values)))
 
-    def phase(name: str, field: str, *, end: bool = False) -> None:
-        row(name, [getattr(result.phases, field) for result in results], end=end)
-
-    phase("imports and configuration", "imports")
-    phase("engine start", "engine")
-    phase("weights (vLLM's figure)", "weights")
-    phase("compile or load, and first pass", "first_run")
-    phase("  torch.compile (vLLM's figure)", "compile")
-    phase("KV cache and warm-up", "kv_cache")
-    phase("HTTP server", "front_end")
-    phase("time to ready", "ready", end=True)
+    for name, phase in ROWS.items():
+        row(name, [result.phases.get(phase) for result in results])
+    grid.add_section()
     row(f"first request, {TOKENS} tokens", [result.first for result in results])
-    row(f"all {len(PROMPTS) + len(CHATS)} requests", [result.requests for result in results], end=True)
+    row(f"all {len(PROMPTS) + len(CHATS)} requests", [result.requests for result in results])
+    grid.add_section()
     grid.add_row("plugin", *(result.plugin for result in results))
     grid.add_row("the model's code was", *(result.code for result in results))
     grid.add_row("tokens as stock", "", *(agreement(result.answers, stock.answers) for result in (cold, warm)))
     grid.add_row("largest |d logprob| to stock", "", *(f"{drift(r.answers, stock.answers):.4f}" for r in (cold, warm)))
     grid.add_row("tokens warm as cold", "", "", agreement(warm.answers, cold.answers))
-    grid.caption = machine()
-    grid.caption_justify = "left"
     return grid
 
 
@@ -251,14 +236,8 @@ def cell(value: float | None, stock: float | None = None) -> str:
     return f"{value:.2f} ({value / stock:.2f}x)"
 
 
-def prepare() -> None:
-    """An empty `FOLDER`: every demo starts cold."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
-
-
 def verdict(results: Sequence[Result], console: Console) -> int:
-    """Say what the table means; the exit status."""
+    """Say what the table means; returns the exit status."""
     stock, cold, warm = results
     if agreement(cold.answers, stock.answers) != "yes":
         console.print(
@@ -276,35 +255,16 @@ def verdict(results: Sequence[Result], console: Console) -> int:
     return 0
 
 
-def report(error: ServerError, console: Console) -> None:
-    """The error, the end of the log that belongs to it, and where the rest is."""
-    console.print(f"error: {error}", style="red", markup=False)
-    console.print(f"the end of {error.log}:", markup=False)
-    console.print(tail(error.log), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"the whole log: {error.log.resolve()}", markup=False, soft_wrap=True)
-
-
 def main() -> int:
-    # A terminated or hung-up demo takes its server along, as one that is interrupted does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda got, _: sys.exit(128 + got))
     console = Console() if sys.stdout.isatty() else Console(width=100)
     begin = time.monotonic()
-    prepare()
     console.print(f"Three starts of vllm serve, logs in {FOLDER}/. This takes 2 to 8 minutes.", markup=False)
     if (load := os.getloadavg()[0]) > 0.5:
         console.print(f"The machine is busy (load {load:.1f}, 1 minute): the figures will be noisy.", style="yellow")
-    try:
-        with Progress(console) as progress:
-            model = make_model(progress)
-            read_ahead(progress)
-            results = [measure(run, number, len(RUNS), model, progress) for number, run in enumerate(RUNS, 1)]
-    except ServerError as error:
-        report(error, console)
-        return 1
-    except KeyboardInterrupt:
-        console.print("interrupted; the server was ended", style="red")
-        return 130
+    with running(FOLDER, console) as progress:
+        model = make_model(progress)
+        read_ahead(progress)
+        results = [measure(run, f"{n}/{len(RUNS)}", model, progress) for n, run in enumerate(RUNS, 1)]
     console.print(table(results))
     console.print(f"{time.monotonic() - begin:.0f} s in all.")
     return verdict(results, console)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve import MEMORY_SHARE, ServerError, environment
+from benchmarks.serve import MEMORY_SHARE, environment
+from vllm_compile_ext.cli.program import Line, Program
 
 RANKS = 2
 DISTINCT = re.compile(r"pieces to compile, (\d+) of them distinct")
@@ -43,19 +44,19 @@ class Count:
         return self.total / self.needed if self.needed else float("nan")
 
 
-def count(model: Path, cache: Path, log: Path, switch: str) -> Count:
-    """Start two ranks on the cache folder `cache`; `switch` is VLLM_COMPILE_EXT.  Raises `ServerError`."""
+def count(model: Path, cache: Path, log: Path, switch: str, listen: Callable[[Line], None]) -> Count:
+    """Start two ranks on the cache folder `cache`; `switch` is VLLM_COMPILE_EXT.  Raises `ProgramError`."""
     out = log.with_suffix(".json")
     out.unlink(missing_ok=True)
     env = environment(cache, ENV | {"VLLM_COMPILE_EXT": switch})
-    with log.open("wb") as file:
-        command = [sys.executable, "-m", "benchmarks.ranks", str(model), str(out)]
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=False)
-    if done.returncode or not out.exists():
-        raise ServerError(f"an engine of {RANKS} ranks ended with status {done.returncode}", log)
+    command = [sys.executable, "-m", "benchmarks.ranks", str(model), str(out)]
+    with Program(command, env, log=log, listen=listen) as program:
+        status = program.wait()
+    if status or not out.exists():
+        raise program.error(f"an engine of {RANKS} ranks ended with status {status}")
     ranks = json.loads(out.read_text())
     # Ours says how many pieces a rank has; a stock rank compiles all of its own.
-    distinct = [int(found) for found in DISTINCT.findall(log.read_text(errors="replace"))]
+    distinct = [int(match[1]) for line in program.lines if (match := DISTINCT.search(line.text))]
     return Count(ranks, max(distinct, default=max(ranks)))
 
 

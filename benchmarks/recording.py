@@ -11,9 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
-from vllm_compile_ext.record import imports, read, recorder
+from vllm_compile_ext import finder
+from vllm_compile_ext.record import read, recorder
 from vllm_compile_ext.record.spans import note, span
 
 TIMES = 2000
@@ -32,42 +32,27 @@ def one_span() -> None:
         pass
 
 
-def tracing() -> ModuleType:
-    """Stands for ``vllm.tracing.otel``, which has imported OpenTelemetry's SDK."""
-    from opentelemetry import trace
-    from opentelemetry.sdk.trace import TracerProvider
-
-    module = ModuleType("vllm.tracing.otel")
-    vars(module).update(trace=trace, TracerProvider=TracerProvider, is_otel_available=lambda: True)
-    return module
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", type=Path)
     args = parser.parse_args()
     nothing = each(one_span)
-    begin = time.perf_counter()
-    module = tracing()
-    sdk = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VLLM_CACHE_ROOT"] = folder
         begin = time.perf_counter()
-        recorder.meet(module)
-        to = recorder.active()
+        to = recorder.begin()
         assert to is not None
-        to.watch()
+        to.watch_imports()
         to.open({})
         first = time.perf_counter() - begin
         a_span = each(one_span)
         a_note = each(lambda: note("key", key="k" * 64))
-        observer = imports.install()
-        look = each(lambda: observer.find_spec("no_such_module") and None)
+        look = each(lambda: finder.finder.find_spec("no_such_module") and None)
         recorder.forget()
     print(f"a span: {a_span * 1e6:.0f} us (two lines; {nothing * 1e6:.1f} us where nothing is recorded)")
     print(f"a note: {a_note * 1e6:.0f} us")
     print(f"an outermost import: {look * 1e6:.0f} us at most")
-    print(f"beginning a process: {first * 1e3:.1f} ms (vLLM itself imports OpenTelemetry's SDK: {sdk * 1e3:.0f} ms)")
+    print(f"beginning a process: {first * 1e3:.1f} ms")
     if args.file is not None:
         start = read.read(args.file)
         lines = len(args.file.read_bytes().splitlines())

@@ -1,15 +1,16 @@
-"""The server of `vllm_compile_ext.bench.server`, with caches of its own and what small CPU machines need."""
+"""``vllm serve MODEL`` with caches of its own and what small CPU machines need; ask it with `post` and `get`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from vllm_compile_ext.bench import server
-from vllm_compile_ext.bench.server import Line, Phases, ServerError, alias_metadata, tail
+import requests
 
-__all__ = ["MEMORY_SHARE", "Line", "Phases", "Server", "ServerError", "environment", "tail"]
+from vllm_compile_ext.cli.bench import server
+from vllm_compile_ext.cli.program import Line
 
 # A CPU engine refuses to start when less than this share of a NUMA node's memory is free (vLLM 0.32.0, default 0.92).
 MEMORY_SHARE = 0.4
@@ -17,7 +18,7 @@ MEMORY_SHARE = 0.4
 
 def environment(cache: Path, extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server whose caches all lie in `cache`; what the caller set for vLLM is not passed on."""
-    alias = alias_metadata(cache / "metadata")
+    alias = server.alias_metadata(cache / "metadata")
     path = [str(alias)] if alias else []
     dropped = ("VLLM_", "TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_CACHE_DIR", "TRITON_HOME")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped) or k == "VLLM_USE_FLASHINFER_SAMPLER"}
@@ -51,4 +52,26 @@ class Server(server.Server):
         listen: Callable[[Line], None] | None = None,
     ) -> None:
         common = ["--served-model-name", "model", "--gpu-memory-utilization", str(MEMORY_SHARE)]
-        super().__init__([str(model), *common, *args], log, environment(cache, env or {}), listen=listen)
+        super().__init__([str(model), *common, *args], environment(cache, env or {}), log=log, listen=listen)
+        self._requests = requests.Session()
+        self._requests.trust_env = False  # no proxy for loopback addresses
+
+    def post(self, path: str, body: Mapping[str, Any], timeout: float = 120.0) -> dict[str, Any]:
+        """POST `body` to `path` ("/v1/completions") for this server's model; returns the answer's JSON.
+
+        Raises `ProgramError` with what the server said when it answers with an error or not at all.
+        """
+        try:
+            answer = self._requests.post(self._url(path), json={"model": "model", **body}, timeout=timeout)
+        except requests.RequestException as error:
+            raise self.error(f"{path} did not answer: {error}") from error
+        if not answer.ok:
+            raise self.error(f"{path} answered {answer.status_code}: {answer.text[:500]}")
+        return dict(answer.json())
+
+    def get(self, path: str, timeout: float = 60.0) -> str:
+        """GET `path` ("/metrics"); returns the text."""
+        return self._requests.get(self._url(path), timeout=timeout).text
+
+    def _url(self, path: str) -> str:
+        return f"http://{server.HOST}:{self.port}{path}"

@@ -1,7 +1,7 @@
 """Many starts from one process: vLLM is imported once, and each start is a fork of it.
 
-Imported by processes of `tests/process.py` only, after the plugin is loaded.  No thread pool may have run before the
-first fork.
+`prepare` and `Fork` are for processes of `tests/process.py`, after the plugin is loaded.  No thread pool may have run
+before the first fork.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# What `prepare` replaced by its uncompiled form.
+COMPILED: dict[str, Any] = {}
+
 
 def prepare() -> None:
     """Import what an engine of a Llama needs, and let forks inherit what would take each of them seconds."""
@@ -25,16 +28,21 @@ def prepare() -> None:
     import vllm.model_executor.models.llama
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401
+    from torch._inductor import codecache
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from vllm.model_executor.models import registry
     from vllm.v1.sample import sampler
 
-    # Inductor compiles and loads a library for each set of instructions, and keeps what it found.
+    # Inductor compiles and loads a library for each set of instructions, and keeps what it found.  The same goes for
+    # the header that it compiles first, for kernels with vectors and without.
     pick_vec_isa()
+    for code in ("", "at::vec::"):
+        codecache.CppPythonBindingsCodeCache.load_async(code, device_type="cpu")
     # vLLM has the model's class looked at in a Python of its own where its cache knows nothing of it.
     registry._run_in_subprocess = lambda function: function()
     # Compiled by the first request for logprobs.
-    sampler.batched_count_greater_than = sampler.batched_count_greater_than._torchdynamo_orig_callable
+    COMPILED["batched_count_greater_than"] = compiled = sampler.batched_count_greater_than
+    sampler.batched_count_greater_than = compiled._torchdynamo_orig_callable
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,19 @@ class Ended:
     output: str
 
     def lines(self, *words: str) -> list[str]:
+        """The printed lines that contain all of `words`."""
         return [line for line in self.output.splitlines() if all(word in line for word in words)]
+
+    def warnings(self) -> list[str]:
+        """What it warned of that has to do with compiled code or the store."""
+        return [line for line in self.lines("WARNING") if "compil" in line or "store" in line]
+
+    def counts(self) -> list[int]:
+        """Of a start by `toys.start` that gave the right answer: models loaded, pieces compiled, models kept."""
+        assert self.status == 0, self.output[-3000:]
+        off, *counts = self.value
+        assert off <= 1e-5
+        return counts
 
 
 class Fork:

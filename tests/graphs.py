@@ -33,6 +33,7 @@ class State:
         self.forwards: list[Any] = []  # (kind asked for, tokens, guard open, within a capture)
         self.pooled: list[Any] = []  # for each of them, the pool that it allocated from, or None
         self.graphs: list[Any] = []  # (pool, stream, error mode, guard open)
+        self.captures: list[str] = []
         self.open: list[Any] = []
         self.uses: Counter[Any] = Counter()
         self.pool_calls: list[str] = []  # of what is not within a capture
@@ -94,6 +95,7 @@ class Capture:
     def __enter__(self) -> None:
         begin(0, self._pool)
         state.capturing = True
+        state.captures.append("capture")
         state.graphs.append((*self._about, monitor.cudagraph_capturing_enabled))
 
     def __exit__(self, kind: Any, *exc: Any) -> None:
@@ -275,6 +277,24 @@ def decode(made: Any, requests: int) -> Any:
 def mixed(made: Any, requests: int, tokens: int) -> Any:
     """What a batch with a prompt runs on."""
     return made.dispatch(requests, tokens, None, 0, None)
+
+
+def entries(made: Any) -> list[list[int]]:
+    """For each piece of the model, the sizes that have a PIECEWISE graph."""
+    return [sorted(d.num_tokens for d in piece.concrete_cudagraph_entries) for piece in made.model.pieces]
+
+
+def look(made: Any, *, guard: bool = False) -> dict[str, Any]:
+    """The sizes that have a graph, and how often one was captured; "left open": pools, and uses of the graphs' pool
+    beside the graphs and the start's.  vLLM's guard has to be as `guard`."""
+    assert monitor.cudagraph_capturing_enabled is guard
+    uses = state.uses[made.pool] - len(made.graphs) - sum(map(len, entries(made)))
+    return {
+        "full": sorted(d.num_tokens for d in made.graphs),
+        "pieces": entries(made),
+        "captures": len(state.graphs),
+        "left open": [*state.open, *["use"] * (uses - (made.session is not None))],
+    }
 
 
 def text(desc: Any) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import sys
+from pathlib import Path
 
 from tests import forks
 from vllm_compile_ext import plugin
@@ -23,7 +24,7 @@ def run(folder: str, args: list[str], env: dict[str, str]) -> None:
     os.environ.update(env)
     sys.argv = ["main.py", *args]
     sys.path.insert(0, folder)
-    runpy.run_path("main.py", run_name="__main__")
+    runpy.run_path(str(Path("main.py").resolve()), run_name="__main__")  # what it spawns looks for the file
 
 
 def main() -> None:

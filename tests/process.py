@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.forks import Ended
+
 ROOT = Path(__file__).parent.parent
 BASE = {
     "HF_HUB_OFFLINE": "1",
@@ -29,6 +31,11 @@ BASE = {
 }
 # A machine without FlashInfer has to say so, also to the processes of tests.
 KEPT = ("VLLM_USE_FLASHINFER_SAMPLER",)
+PRELUDE = """
+import json, sys
+def report(value):
+    json.dump(value, open("report.json", "w"), default=vars)
+"""
 
 
 @dataclass(frozen=True)
@@ -69,50 +76,47 @@ class Parent:
 parent = functools.cache(Parent)
 
 
-class Fork:
+class ForkedProgram:
     """A program in a fork of `Parent`'s process; what tests use of `subprocess.Popen`."""
 
     def __init__(self, folder: Path, args: tuple[str, ...], env: dict[str, str]) -> None:
         self.pid = parent().ask({"folder": str(folder), "args": args, "env": env})
-        self._ended = os.pidfd_open(self.pid)
-        self._code: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
-        if self._code is None:
-            if not select.select([self._ended], [], [], timeout)[0]:
+        ended = os.pidfd_open(self.pid)
+        try:
+            if not select.select([ended], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("a fork", timeout or 0)
-            os.close(self._ended)
-            self._code = parent().ask(self.pid)
-        return self._code
+        finally:
+            os.close(ended)
+        return parent().ask(self.pid)
 
 
-Started = subprocess.Popen[bytes] | Fork
+Started = subprocess.Popen[bytes] | ForkedProgram
 
 
 def start(code: str, folder: Path, *args: str, fork: bool = False, **env: str | None) -> Started:
-    """Start `code` in `folder`; it calls ``report(value)`` with something that JSON can hold."""
-    prelude = "import json, sys\ndef report(value):\n    json.dump(value, open('report.json', 'w'))\n"
+    """Start `code` in `folder`; it calls ``report(value)`` with something that JSON can hold, or `Ended`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").unlink(missing_ok=True)
-    (folder / "main.py").write_text(prelude + textwrap.dedent(code))
+    (folder / "main.py").write_text(PRELUDE + textwrap.dedent(code))
     with (folder / "output.txt").open("w") as output:
         if fork:
-            return Fork(folder, args, environment(**env))
-        return subprocess.Popen(
-            [sys.executable, "main.py", *args],
-            cwd=folder,
-            env=environment(**env),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+            return ForkedProgram(folder, args, environment(**env))
+        command, both = [sys.executable, "main.py", *args], {"stdout": output, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=folder, env=environment(**env), **both)  # type: ignore[call-overload]
 
 
 def finish(process: Started, folder: Path, timeout: float = 870) -> Outcome:
     """Wait for a process of `start`, at most `timeout` seconds."""
     code = process.wait(timeout)
     report = folder / "report.json"
-    value = json.loads(report.read_text()) if report.exists() else None
+    value = json.loads(report.read_text(), object_hook=_restore) if report.exists() else None
     return Outcome(code, (folder / "output.txt").read_text(), value)
+
+
+def _restore(found: dict[str, Any]) -> Any:
+    return Ended(**found) if found.keys() == {"status", "value", "output"} else found
 
 
 def run(code: str, *args: str, folder: Path | None = None, fork: bool = False, **env: str | None) -> Outcome:

@@ -14,6 +14,11 @@ FRONT, CORE, WORKERS = 4100, 4200, (4301, 4302)
 MODEL = "meta-llama/Llama-3.3-70B-Instruct"
 KEY = "b818f53c0d22e8b7" * 4
 OLD_KEY = "07c1a4529fde6630" * 4
+CRASH, KILL = 38.8405, 57.0  # seconds: `cold` reads its first shard, compiles its second piece
+HOSTILE = (
+    '</script><script>alert(1)</script><img src="https://example.invalid/x" onerror=alert(2)>'
+    '{{script}}{% raw %}<!--" onfocus="alert(3)'
+)
 
 
 class Recorder:
@@ -36,10 +41,10 @@ class Recorder:
             "trace": "4bf92f3577b34da6a3ce929d0e0e4736",
             "parent": None,
             "model": model,
+            "options": {"tensor_parallel_size": 2, "max_model_len": 8192, "gpu_memory_utilization": 0.92},
+            "versions": {"vllm": "0.32.0", "torch": "2.13.0+cu130", "plugin": "0.1.0", "python": "3.12.9"},
+            "machine": {"host": "gpu-7", "device": "NVIDIA H100 80GB HBM3", "devices": 2, "cpus": 32},
         }
-        about["options"] = {"tensor_parallel_size": 2, "max_model_len": 8192, "gpu_memory_utilization": 0.92}
-        about["versions"] = {"vllm": "0.32.0", "torch": "2.13.0+cu130", "plugin": "0.1.0", "python": "3.12.9"}
-        about["machine"] = {"host": "gpu-7", "device": "NVIDIA H100 80GB HBM3", "devices": 2, "cpus": 32}
         self.line("start", t, **(about | values))
 
     def process(self, t: float, pid: int, ppid: int, kind: str, rank: int | None = None) -> None:
@@ -65,16 +70,23 @@ class Recorder:
         self.end_span(key, end, **attrs)
         return key
 
-    def known(self, parent: str | None, pid: int, name: str, t: float, end: float, phase: str) -> str:
-        """A span that is known only after it ended."""
-        self._count += 1
-        key = f"{self._count:016x}"
-        attrs = {"phase": phase}
-        self.line("span", t, id=key, parent=parent, pid=pid, name=name, end=self.at(end), attrs=attrs, error=None)
-        return key
+    def note(self, t: float, pid: int, name: str, line: str | None = None, **attrs: Any) -> None:
+        """line: as it was logged; None as in older records."""
+        self.line("note", t, pid=pid, name=name, attrs=attrs if line is None else {"line": line, **attrs})
 
-    def note(self, t: float, pid: int, name: str, **attrs: Any) -> None:
-        self.line("note", t, pid=pid, name=name, attrs=attrs)
+    def until(self, t: float) -> Recorder:
+        """Drop what is written after `t`, as if all processes were killed then."""
+        self.lines = [line for line in self.lines if json.loads(line).get("end", json.loads(line)["t"]) <= self.at(t)]
+        return self
+
+    def fail(self, pid: int, t: float, error: str) -> None:
+        """End a process and its open spans with an error."""
+        lines = [json.loads(line) for line in self.lines]
+        ended = {line["id"] for line in lines if line["k"] == "end"}
+        for line in reversed(lines):
+            if line["k"] == "begin" and line["pid"] == pid and line["id"] not in ended:
+                self.end_span(line["id"], t, error)
+        self.line("exit", t + 0.1, pid=pid, error=error)
 
     def bytes(self) -> bytes:
         return "".join(line + "\n" for line in self.lines).encode()
@@ -86,186 +98,184 @@ class Recorder:
         return path
 
 
-def _imports(to: Recorder, parent: str, pid: int, t: float, scale: float) -> float:
-    """Interpreter and imports of a process from `t`; when they are over."""
-    to.known(parent, pid, "interpreter", t, t + 0.05 * scale, "interpreter")
-    outer = to.begin_span(parent, pid, "imports", t + 0.05 * scale, "imports")
-    at = t + 0.05 * scale
-    packages = {"numpy": 0.2, "torch": 5.1, "transformers": 3.4, "triton": 0.9, "fastapi": 0.8, "vllm": 4.2}
-    for package, seconds in packages.items():
-        to.known(outer, pid, f"import {package}", at, at + seconds * scale, "imports")
-        at += seconds * scale
-    to.end_span(outer, at)
-    return at
+class Lane:
+    """One process of a start: its clock, and the spans that are open in it."""
 
+    def __init__(
+        self, to: Recorder, pid: int, kind: str, ppid: int, at: float = 0, parent: str | None = None, rank: int = 0
+    ) -> None:
+        self.to, self.pid, self.at, self.rank = to, pid, at, rank
+        self.open = [parent]
+        to.process(at, pid, ppid, kind, rank if kind == "worker" else None)
 
-def _until_workers(to: Recorder, scale: float = 1.0, **about: Any) -> tuple[str, str, str, list[str], float]:
-    """Spans still open: root, the front end's wait, the core's, the workers'; and when these have imported all."""
-    to.start(0.4, **about)
-    to.process(0, FRONT, 1, "front end")
-    root = to.begin_span(None, FRONT, "start", 0)
-    at = _imports(to, root, FRONT, 0, scale)
-    to.span(root, FRONT, "load plugin", at, at + 0.03, "plugin")
-    to.span(root, FRONT, "resolve configuration", at + 0.03, at + 1.7, "config")
-    at += 1.7
-    wait = to.begin_span(root, FRONT, "AsyncMPClient init", at, "spawn")
-    to.process(at + 0.05, CORE, FRONT, "engine core")
-    core = to.begin_span(wait, CORE, "EngineCoreProc init", at + 0.05)
-    at = _imports(to, core, CORE, at + 0.05, 0.6 * scale)
-    to.span(core, CORE, "load plugin", at, at + 0.03, "plugin")
-    executor = to.begin_span(core, CORE, "Executor init", at + 0.03, "spawn")
-    workers, over = [], 0.0
-    for rank, pid in enumerate(WORKERS):
-        to.process(at + 0.1, pid, CORE, "worker", rank)
-        worker = to.begin_span(executor, pid, "Worker init", at + 0.1)
-        over = max(over, _imports(to, worker, pid, at + 0.1, (0.55 + 0.02 * rank) * scale))
-        workers.append(worker)
-    return root, wait, executor, [core, *workers], over
+    def begin(self, name: str, phase: str | None = None) -> None:
+        self.open.append(self.to.begin_span(self.open[-1], self.pid, name, self.at, phase))
+
+    def end(self, at: float | None = None) -> None:
+        self.at = self.at if at is None else at
+        self.to.end_span(self.open.pop() or "", self.at)
+
+    def step(self, seconds: float, name: str, phase: str, **attrs: Any) -> None:
+        self.to.span(self.open[-1], self.pid, name, self.at, self.at + seconds, phase, **attrs)
+        self.at += seconds
+
+    def join(self, other: Lane) -> None:
+        """Go on at the time of `other`, for its open span."""
+        self.at, self.open = other.at, [other.open[-1]]
+
+    def note(self, name: str, line: str, **attrs: Any) -> None:
+        self.to.note(self.at, self.pid, name, line, **attrs)
+
+    def known(self, seconds: float, name: str, phase: str) -> None:
+        """A step that is known only after it ended: one line."""
+        values = {"id": f"{self.pid} {self.at}", "parent": self.open[-1], "pid": self.pid, "name": name}
+        end = self.to.at(self.at + seconds)
+        self.to.line("span", self.at, **values, end=end, attrs={"phase": phase}, error=None)
+        self.at += seconds
+
+    def imports(self, scale: float) -> None:
+        """The interpreter starts, and the packages are imported."""
+        self.known(0.05 * scale, "interpreter", "interpreter")
+        self.begin("imports", "imports")
+        packages = {"numpy": 0.2, "torch": 5.1, "transformers": 3.4, "triton": 0.9, "fastapi": 0.8, "vllm": 4.2}
+        for package, seconds in packages.items():
+            self.known(seconds * scale, f"import {package}", "imports")
+        self.end()
 
 
 def cold(begin: int = BEGIN, model: str = MODEL) -> Recorder:
     """A first start: compiles, keeps, captures, serves a token."""
-    to = Recorder(begin)
-    root, wait, executor, (core, *workers), at = _until_workers(to, model=model)
-    changes = [["torch", "2.13.0", "2.13.1"], ["vllm.source", "sha256:55ab01", "sha256:9c0e77"]]
-    for rank, (pid, worker) in enumerate(zip(WORKERS, workers, strict=True)):
-        lag = 0.3 * rank
-        to.span(worker, pid, "init distributed", at, at + 2.4, "distributed", backend="nccl")
-        to.span(worker, pid, "Initialize model", at + 2.4, at + 3.9, "model construction")
-        load = to.begin_span(worker, pid, "Load model", at + 3.9, "weights")
-        for shard in range(6):
-            to.span(
-                load,
-                pid,
-                f"shard {shard + 1}/6",
-                at + 4 + 2 * shard,
-                at + 6 + 2 * shard - 0.05,
-                "weights",
-                bytes=11 << 30,
-            )
-        to.end_span(load, at + 16.2 + lag)
-        to.end_span(worker, at + 16.2 + lag)
-    at += 16.5
-    to.end_span(executor, at)
-    profiling = to.begin_span(core, CORE, "determine available memory", at, "memory profiling")
-    for rank, pid in enumerate(WORKERS):
-        own = to.begin_span(profiling, pid, "profile run", at, "memory profiling")
-        to.note(at + 0.1, pid, "key", key=KEY, shard=f"rank_{rank}")
-        to.note(
-            at + 0.1,
-            pid,
-            "miss",
-            key=KEY,
-            closest=OLD_KEY,
-            summary="cache miss: torch 2.13.0 -> 2.13.1",
-            changes=changes,
-        )
-        compiling = to.begin_span(own, pid, "compile", at + 0.2, "compile")
-        if rank == 0:
-            to.span(compiling, pid, "trace", at + 0.2, at + 4.1, "compile", layers=80)
-            to.span(compiling, pid, "split and fingerprint", at + 4.1, at + 4.6, "compile")
-            for piece in range(3):
-                to.span(
-                    compiling, pid, f"piece {piece + 1}/3", at + 4.6 + 1.5 * piece, at + 6.1 + 1.5 * piece, "compile"
-                )
-            to.span(compiling, pid, "save", at + 9.1, at + 9.6, "compile")
-            to.note(at + 9.1, pid, "compiled", key=KEY, traced=2, copied=78, pieces=81, distinct=3, seconds=8.9)
-            to.note(at + 9.6, pid, "kept", key=KEY, bytes=312_004)
-        else:
-            to.span(compiling, pid, "wait for the rank that compiles", at + 0.3, at + 9.6, "compile", wait=True)
-            to.note(at + 9.7, pid, "loaded", key=KEY, bytes=312_004, pieces=81, seconds=0.02)
-        to.end_span(compiling, at + 9.7)
-        to.span(own, pid, "forward", at + 9.7, at + 11.9, "memory profiling")
-        to.end_span(own, at + 12)
-    to.end_span(profiling, at + 12.1)
-    at += 12.1
-    return _rest(to, root, wait, core, at, capture=14.8)
-
-
-def _rest(to: Recorder, root: str, wait: str, core: str, at: float, capture: float) -> Recorder:
-    """From the KV cache to the first token."""
-    to.span(core, CORE, "Allocate KV cache", at, at + 0.6, "kv cache", blocks=21_344)
-    for pid in WORKERS:
-        to.span(core, pid, "warm up kernels", at + 0.6, at + 2.8, "warm-up")
-        outer = to.begin_span(core, pid, "Capture model", at + 2.8, "graph capture")
-        each = capture / 102
-        for number in range(102):
-            kind = "PIECEWISE" if number < 51 else "FULL"
-            size = (512 - 8 * (number % 51)) or 1
-            begin = at + 2.8 + number * each
-            to.span(outer, pid, f"{kind} {size}", begin, begin + each * 0.97, "graph capture")
-        to.end_span(outer, at + 2.8 + capture)
-        to.note(
-            at + 2.8 + capture, pid, "graphs", kind="PIECEWISE", captured=51, seconds=capture / 2, bytes=210_000_000
-        )
-        to.note(at + 2.8 + capture, pid, "graphs", kind="FULL", captured=51, seconds=capture / 2, bytes=94_000_000)
-    at += 2.9 + capture
-    to.end_span(core, at)
-    to.end_span(wait, at)
-    to.span(root, FRONT, "API server setup", at + 0.05, at + 1.4, "api server")
-    to.end_span(root, at + 1.45)
-    to.line("ready", at + 1.45)
-    to.span(root, FRONT, "first request", at + 3.1, at + 3.4, "first request")
-    to.line("first_token", at + 3.38)
-    return to
+    return _served(Recorder(begin), model, is_warm=False)
 
 
 def warm(begin: int = BEGIN + 3_600_000_000_000, model: str = MODEL) -> Recorder:
     """A second start: loads what the first kept."""
-    to = Recorder(begin)
-    root, wait, executor, (core, *workers), at = _until_workers(to, 0.8, model=model)
-    for pid, worker in zip(WORKERS, workers, strict=True):
-        to.span(worker, pid, "init distributed", at, at + 2.3, "distributed", backend="nccl")
-        to.span(worker, pid, "Initialize model", at + 2.3, at + 3.7, "model construction")
-        to.span(worker, pid, "Load model", at + 3.7, at + 15.4, "weights")
-        to.end_span(worker, at + 15.4)
-    at += 15.5
-    to.end_span(executor, at)
-    profiling = to.begin_span(core, CORE, "determine available memory", at, "memory profiling")
+    return _served(Recorder(begin), model, is_warm=True)
+
+
+def _served(to: Recorder, model: str, *, is_warm: bool) -> Recorder:
+    scale = 0.8 if is_warm else 1.0
+    to.start(0.4, model)
+    front = Lane(to, FRONT, "front end", 1)
+    front.begin("start")
+    root = front.open[-1]
+    front.imports(scale)
+    front.step(0.03, "load plugin", "plugin")
+    front.step(1.67, "resolve configuration", "config")
+    front.begin("AsyncMPClient init", "spawn")
+    core = Lane(to, CORE, "engine core", FRONT, front.at + 0.05, front.open[-1])
+    core.begin("EngineCoreProc init")
+    core.imports(0.6 * scale)
+    core.step(0.03, "load plugin", "plugin")
+    core.begin("Executor init", "spawn")
+    workers = []
     for rank, pid in enumerate(WORKERS):
-        own = to.begin_span(profiling, pid, "profile run", at, "memory profiling")
-        to.note(at + 0.1, pid, "key", key=KEY, shard=f"rank_{rank}")
-        outer = to.begin_span(own, pid, "load compiled code", at + 0.1, "load compiled code")
-        for number, step in enumerate(("read", "verify", "map", "bind")):
-            to.span(outer, pid, step, at + 0.1 + 0.02 * number, at + 0.12 + 0.02 * number, "load compiled code")
-        to.end_span(outer, at + 0.18)
-        to.note(at + 0.18, pid, "loaded", key=KEY, bytes=312_004, pieces=81, seconds=0.08)
-        to.end_span(own, at + 2.3)
-    to.end_span(profiling, at + 2.35)
-    return _rest(to, root, wait, core, at + 2.35, capture=14.5)
+        worker = Lane(to, pid, "worker", CORE, core.at + 0.07, core.open[-1], rank)
+        worker.begin("Worker init")
+        worker.imports((0.55 + 0.02 * rank) * scale)
+        workers.append(worker)
+    loading = max(worker.at for worker in workers)
+    for worker in workers:
+        worker.at = loading
+        _load_model(worker, is_warm=is_warm)
+    core.end(loading + (15.5 if is_warm else 16.5))
+
+    core.begin("determine available memory", "memory profiling")
+    for worker in workers:
+        worker.join(core)
+        worker.begin("profile run", "memory profiling")
+        worker.at += 0.1
+        worker.note("key", f"rank_{worker.rank}: key {KEY[:12]}", key=KEY, shard=f"rank_{worker.rank}")
+        if is_warm:
+            worker.begin("load compiled code", "load compiled code")
+            for step in ("read", "verify", "map", "bind"):
+                worker.step(0.02, step, "load compiled code")
+            worker.end()
+            worker.note("loaded", f"loaded 81 pieces of {KEY[:12]} in 80 ms", key=KEY, pieces=81)
+            worker.end(core.at + 2.3)
+        else:
+            _compile(worker)
+            worker.step(2.2, "forward", "memory profiling")
+            worker.end(core.at + 12)
+    core.end(core.at + (2.35 if is_warm else 12.1))
+
+    core.step(0.6, "Allocate KV cache", "kv cache", blocks=21_344)
+    capture = 14.5 if is_warm else 14.8
+    for worker in workers:
+        worker.join(core)
+        worker.step(2.2, "warm up kernels", "warm-up")
+        worker.begin("Capture model", "graph capture")
+        for number in range(102):
+            kind, size = "PIECEWISE" if number < 51 else "FULL", (512 - 8 * (number % 51)) or 1
+            worker.step(capture / 102 * 0.97, f"{kind} {size}", "graph capture")
+            worker.at += capture / 102 * 0.03
+        worker.end(core.at + 2.2 + capture)
+        for kind, size in (("PIECEWISE", 210), ("FULL", 94)):
+            line = f"captured 51 {kind} CUDA graphs, {size}.0 MB in {capture / 2:.1f} s"
+            worker.note("graphs", line, kind=kind, captured=51)
+    core.end(core.at + 2.3 + capture)
+    front.end(core.at)
+    front.at += 0.05
+    front.step(1.35, "API server setup", "api server")
+    front.end(front.at + 0.05)
+    to.line("ready", front.at)
+    to.span(root, FRONT, "first request", front.at + 1.65, front.at + 1.95, "first request")
+    to.line("first_token", front.at + 1.93)
+    return to
+
+
+def _load_model(worker: Lane, *, is_warm: bool) -> None:
+    worker.step(2.3 if is_warm else 2.4, "init distributed", "distributed", backend="nccl")
+    worker.step(1.4 if is_warm else 1.5, "Initialize model", "model construction")
+    if is_warm:
+        worker.step(11.7, "Load model", "weights")
+    else:
+        worker.begin("Load model", "weights")
+        worker.at += 0.1
+        for shard in range(6):
+            worker.step(1.95, f"shard {shard + 1}/6", "weights", bytes=11 << 30)
+            worker.at += 0.05
+        worker.end(worker.at + 0.2 + 0.3 * worker.rank)
+    worker.end()
+
+
+def _compile(worker: Lane) -> None:
+    """Rank 0 compiles, the other waits and loads."""
+    changes = [["torch", "2.13.0", "2.13.1"], ["vllm.source", "sha256:55ab01", "sha256:9c0e77"]]
+    line = "cache miss: torch 2.13.0 -> 2.13.1, vllm.source sha256:55ab01 -> sha256:9c0e77"
+    worker.note("miss", line, key=KEY, closest=OLD_KEY, changes=changes)
+    worker.at += 0.1
+    worker.begin("compile", "compile")
+    if worker.rank == 0:
+        worker.step(3.9, "trace", "compile", layers=80)
+        worker.step(0.5, "split and fingerprint", "compile")
+        for piece in range(3):
+            worker.step(1.5, f"piece {piece + 1}/3", "compile")
+        line = "traced 2 layers and copied 78; compiled 81 pieces, 3 of them distinct in 8.9 s"
+        worker.note("compiled", line, key=KEY, traced=2, copied=78, pieces=81, distinct=3)
+        worker.step(0.5, "save", "compile")
+        worker.note("kept", f"kept as {KEY[:12]}, 312.0 kB", key=KEY, bytes=312_004)
+        worker.at += 0.1
+    else:
+        worker.at += 0.1
+        worker.step(9.3, "wait for the rank that compiles", "compile", wait=True)
+        worker.at += 0.1
+        worker.note("loaded", f"loaded 81 pieces of {KEY[:12]} in 20 ms", key=KEY, pieces=81)
+    worker.end()
 
 
 def crashed(begin: int = BEGIN + 7_200_000_000_000) -> Recorder:
     """Rank 1 runs out of memory while it loads weights; rank 0 is killed because of that."""
-    to = Recorder(begin)
-    root, wait, executor, (core, *workers), at = _until_workers(to)
-    error = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
-    for pid, worker in zip(WORKERS, workers, strict=True):
-        to.span(worker, pid, "init distributed", at, at + 2.4, "distributed")
-        to.span(worker, pid, "Initialize model", at + 2.4, at + 3.9, "model construction")
-        load = to.begin_span(worker, pid, "Load model", at + 3.9, "weights")
-        shard = to.begin_span(load, pid, "shard 1/6", at + 4, "weights")
-        if pid == WORKERS[1]:
-            to.end_span(shard, at + 5.2, error)
-            to.end_span(load, at + 5.2, error)
-            to.end_span(worker, at + 5.2, error)
-            to.line("exit", at + 5.3, pid=pid, error=error)
-    outer = "RuntimeError: Engine core initialization failed. See root cause above."
-    to.end_span(executor, at + 5.9, outer)
-    to.end_span(core, at + 5.9, outer)
-    to.line("exit", at + 6.0, pid=CORE, error=outer)
-    to.end_span(wait, at + 6.2, outer)
-    to.end_span(root, at + 6.2, outer)
-    to.line("exit", at + 6.3, pid=FRONT, error=outer)
+    to = cold(begin).until(CRASH)
+    to.fail(WORKERS[1], CRASH, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
+    to.fail(CORE, CRASH + 0.7, "RuntimeError: Engine core initialization failed. See root cause above.")
+    to.fail(FRONT, CRASH + 1, "RuntimeError: Engine core initialization failed. See root cause above.")
     return to
 
 
 def killed(begin: int = BEGIN) -> Recorder:
     """The operating system ended all processes while rank 0 compiled its second piece."""
-    to = cold(begin)
-    last = next(n for n, line in enumerate(to.lines) if '"name": "piece 2/3"' in line)
-    del to.lines[last + 1 :]
-    return to
+    return cold(begin).until(KILL)
 
 
 def damaged(begin: int = BEGIN) -> bytes:
@@ -274,6 +284,22 @@ def damaged(begin: int = BEGIN) -> bytes:
     lines[3:5] = [lines[3][:40] + b"\n", b"\x00\xff\xfe noise\n", b"[1, 2]\n", b'{"k": "new kind", "t": 5}\n']
     lines[9] = lines[9].replace(b'"t": ', b'"t": "x')
     return b"".join(lines[:60]) + lines[60][:25]
+
+
+def hostile() -> Recorder:
+    """Every text of it tries to be markup."""
+    to = cold(model=HOSTILE)
+    for text in ("gpu-7", "max_model_len", "vllm", "NVIDIA H100 80GB HBM3"):
+        to.lines = [line.replace(json.dumps(text), json.dumps(HOSTILE)) for line in to.lines]
+    attrs = {"phase": HOSTILE, HOSTILE: HOSTILE}
+    to.line("span", 1, id="e", parent=None, pid=9, name=HOSTILE, end=to.at(9), attrs=attrs, error=HOSTILE)
+    to.line("process", 1, pid=9, ppid=1, kind=HOSTILE, name=HOSTILE, argv=[HOSTILE], host=HOSTILE, rank=None)
+    to.note(1, 9, "miss", HOSTILE, closest=HOSTILE, changes=[[HOSTILE, HOSTILE, HOSTILE]])
+    to.note(1, 9, "key", key=HOSTILE, shard=HOSTILE)
+    to.note(1, 9, HOSTILE, **{HOSTILE: HOSTILE})
+    to.note(1, 9, "fallback", HOSTILE)
+    to.line("exit", 80, pid=9, error=HOSTILE)
+    return to
 
 
 def folder(where: Path) -> Path:

@@ -21,6 +21,7 @@ from vllm.config.logging import LoggingConfig  # noqa: E402
 from vllm.logger import configure_logging  # noqa: E402
 from vllm.sequence import IntermediateTensors  # noqa: E402
 
+from tests import forks  # noqa: E402
 from vllm_compile_ext.compilation import rules  # noqa: E402
 from vllm_compile_ext.store.store import Store  # noqa: E402
 
@@ -56,10 +57,11 @@ class Layers(nn.Module):
     """What the decorated models have in common."""
 
     kind: type[nn.Module] = Layer
+    count = 5
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(self.kind() for _ in range(5))
+        self.layers = nn.ModuleList(self.kind() for _ in range(self.count))
 
     def run(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         for layer in self.layers:
@@ -76,10 +78,31 @@ class Plain(Layers):
 
 
 @support_torch_compile
+class Single(nn.Module):
+    """One piece: the quickest to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.up(x)) + x
+
+
+@support_torch_compile
 class Head(Layers):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, residual = self.run(x, None)
         return x * residual
+
+
+@support_torch_compile
+class Few(Layers):
+    """`count` is set before it is built."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, residual = self.run(x, None)
+        return x + residual
 
 
 class ConstantLayer(Layer):
@@ -202,6 +225,30 @@ def off(model: Any, counts: tuple[int, ...] = (7, 2, 30)) -> float:
 
 def eager(model: Any, *args: Any) -> Any:
     return type(model).forward(model, *args)
+
+
+def start(
+    root: str | Path,
+    kind: Callable[[], nn.Module] = Plain,
+    compilation: dict[str, Any] | None = None,
+    before: Callable[[], object] = lambda: None,
+    **env: str,
+) -> forks.Fork:
+    """A start with `kind` on the cache root `root`, in a fork; `Ended.counts` says what came of it."""
+
+    def function() -> list[float]:
+        os.environ.update(env)
+        before()
+        difference = off(build(kind, config(str(root), **(compilation or {}))))
+        counts = compilation_counter
+        return [
+            difference,
+            counts.num_aot_artifacts_loaded,
+            counts.num_inductor_compiles,
+            counts.num_aot_artifacts_saved,
+        ]
+
+    return forks.Fork(function)
 
 
 def error(call: Callable[[], Any]) -> list[str]:

@@ -23,6 +23,11 @@ from typing import Any
 HIDDEN = "***"
 
 
+def plain(text: str) -> str:
+    r"""`text` with all that a terminal or a log would act on written out: \x1b, \n, \u202e (bidirectional), ..."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -66,10 +71,8 @@ _OPTIONS = _words("""
 """)
 _SHORTS = _words("-c -m -tp -pp -dp -dpn -dpr -dpa -n -r -q -cc -ac -sc -O -O0 -O1 -O2 -O3")
 _COMMANDS = frozenset({"serve", "bench", "chat", "complete", "launch", "run-batch", "collect-env"})
-_TOLD = (("vllm.engine.arg_utils", "AsyncEngineArgs"), ("vllm.entrypoints.launchers.cli_args", "FrontendArgs"))
+_DECLARED = (("vllm.engine.arg_utils", "AsyncEngineArgs"), ("vllm.entrypoints.launchers.cli_args", "FrontendArgs"))
 _FLAGS = re.compile(r"-[BbdEhiIOPqsSuvx]{1,3}")  # of Python itself, without a value
-_OF_PYTHON = frozenset({"-c", "-X", "-W"})
-_ONE = "one value"
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?[kKmMgGtT]?i?")
 _MODULE = re.compile(r"vllm(_compile_ext)?(\.[a-z_]{1,32}){0,8}")
 _PROGRAM = re.compile(r"python[\d.]{0,5}|vllm|vllm-compile-ext|pytest|[A-Za-z_][\w-]{0,40}\.py")
@@ -154,33 +157,28 @@ def arguments(given: Iterable[Any], model: str | None = None) -> list[str]:
 
     Shown are programs, options that vLLM has (of a dotted one its beginning), words, and numbers of `NUMBERS`.
     """
-    first, *rest = [str(text) for text in given] or [""]
-    shown, known = [_program(first)], _known()
+    words = [str(text) for text in given] or [""]
+    shown = [_program(words.pop(0))]
+    if shown[0].startswith("python"):
+        shown += _interpreter(words)
+    if words and not words[0].startswith("-"):
+        command = words.pop(0)
+        shown.append(command if command in _COMMANDS else HIDDEN)
+    known = _known()
     option = ""  # whose values follow
-    before = [_program] if shown[0].startswith("python") else []  # what shows the next arguments that are of no option
-    before.insert(0, _command)
-    for text in rest:
-        if text.startswith("-") and not _NUMBER.fullmatch(text):
-            name, equals, value = text.partition("=")
-            name, dot, _ = name.partition(".")
-            option = name.lstrip("-").replace("-", "_")
-            if not _is_option(name, option, known):
-                shown.append(name if name in _OF_PYTHON else name[:2] + HIDDEN if name[:2] in _OF_PYTHON else HIDDEN)
-                option = _ONE if name in _OF_PYTHON else HIDDEN
-                continue
-            shown.append(name + (f".{HIDDEN}" if dot else ""))
-            if equals:
-                shown[-1] += f"={HIDDEN if dot else _value(value, option, model)}"
-            option = HIDDEN if dot else "" if _program in before and _FLAGS.fullmatch(name) else option
-        elif option == "m" and _program in before:
-            shown.append(text if _MODULE.fullmatch(text) else HIDDEN)
-            option = ""
-            before.pop()
-        elif not option and before:
-            shown.append(before.pop()(text))
-        else:
+    for text in words:
+        if not text.startswith("-") or _NUMBER.fullmatch(text):
             shown.append(_value(text, option, model))
-            option = "" if option == _ONE else option
+            continue
+        name, equals, value = text.partition("=")
+        name, dot, _ = name.partition(".")
+        option = HIDDEN if dot else name.lstrip("-").replace("-", "_")
+        if _is_option(name, known):
+            told = HIDDEN if dot else _value(value, option, model)
+            shown.append(name + (f".{HIDDEN}" if dot else "") + (f"={told}" if equals else ""))
+        else:
+            shown.append(HIDDEN)
+            option = HIDDEN
     return shown
 
 
@@ -189,21 +187,38 @@ def _program(text: str) -> str:
     return name if _PROGRAM.fullmatch(name) else HIDDEN
 
 
-def _command(text: str) -> str:
-    return text if text in _COMMANDS else HIDDEN
+def _interpreter(words: list[str]) -> list[str]:
+    """Python's own options and what it runs, as they may be shown; they are taken from `words`."""
+    shown = []
+    while words:
+        text = words.pop(0)
+        head, joined = text[:2], text[2:]
+        if head in ("-c", "-m", "-X", "-W"):
+            value = joined or (words.pop(0) if words else "")
+            harmless = head == "-m" and _MODULE.fullmatch(value)
+            shown += [head + HIDDEN] if joined else [head, value if harmless else HIDDEN]
+            if head in ("-c", "-m"):
+                break
+        elif text.startswith("-"):
+            shown.append(text if _FLAGS.fullmatch(text) else HIDDEN)
+        else:
+            shown.append(_program(text))
+            break
+    return shown
 
 
-def _is_option(head: str, option: str, known: Set[str]) -> bool:
-    if not head.startswith("--"):
-        return head in _SHORTS or _FLAGS.fullmatch(head) is not None
-    names = {option, option.removeprefix("no_")} - {""}
-    return any(each.startswith(name) for name in names for each in known)  # vLLM takes abbreviations
+def _is_option(name: str, known: Set[str]) -> bool:
+    if not name.startswith("--"):
+        return name in _SHORTS
+    option = name[2:].replace("-", "_")
+    starts = {option, option.removeprefix("no_")} - {""}
+    return any(each.startswith(start) for start in starts for each in known)  # vLLM takes abbreviations
 
 
 def _known() -> Set[str]:
     """The names of vLLM's options, as far as they have been imported."""
     known = set(NUMBERS | _OPTIONS)
-    for module, name in _TOLD:
+    for module, name in _DECLARED:
         kind = getattr(sys.modules.get(module), name, None)
         if is_dataclass(kind):
             known |= {field.name for field in fields(kind)}

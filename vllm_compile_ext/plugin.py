@@ -1,4 +1,4 @@
-"""The entry point: decide, swap, say one line.
+"""The entry point: decide, install, say one line.
 
 vLLM calls `register` in each of its processes (front end, engine core, workers).  Whatever goes wrong here must not
 take serving down: vLLM then starts as it would without the plugin, and one line says why.
@@ -6,11 +6,17 @@ take serving down: vLLM then starts as it would without the plugin, and one line
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from vllm_compile_ext import __version__, harmless, monkeypatches, settings, swap, versions
+from vllm_compile_ext import __version__, changes, finder, harmless, settings, versions
+from vllm_compile_ext.replace import Undo
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Status:
     """What the plugin did in this process.
 
-    active: the swap is in place.
+    active: vLLM's modules are swapped.
     wanted: False only where the user switched the plugin off.
     line: the sentence that is logged, at `level`.
     """
@@ -32,8 +38,8 @@ class Status:
 
 _status: Status | None = None
 _announced = False
-_undos: list[monkeypatches.Undo] = []
-loading_since: int | None = None  # unix ns, of `register`
+_undos: list[Undo] = []
+_began = 0  # unix ns, of `register`
 
 
 class PluginError(RuntimeError):
@@ -45,11 +51,11 @@ def register() -> None:
 
     Raises `PluginError` only under ``VLLM_COMPILE_EXT_STRICT=1``.
     """
-    global _status, loading_since
+    global _status, _began
     if _status is None:
-        loading_since = time.time_ns()
+        _began = time.time_ns()
         try:
-            _status = _decide()
+            _status = _take_over()
         except Exception as error:
             _status = _give_up(error)
         announce()
@@ -71,46 +77,76 @@ def announce() -> None:
 def unregister() -> None:
     """Undo everything that `register` changed.  For tests: models made in between keep the classes they are of."""
     global _status, _announced
-    monkeypatches.undo(_undos)
+    changes.undo(_undos)
+    finder.remove()
     _status, _announced = None, False
 
 
-def _decide() -> Status:
+def _take_over() -> Status:
+    global _undos
     switches = settings.load()
-    if switches.VLLM_COMPILE_EXT:
-        return _take_over(switches)
-    _undos.extend(monkeypatches.make(monkeypatches.OFF))
-    return Status(False, False, f"vllm-compile-ext {__version__} is off (VLLM_COMPILE_EXT=0): vLLM is stock")
-
-
-def _take_over(switches: settings.Settings) -> Status:
+    if not switches.VLLM_COMPILE_EXT:
+        _undos = changes.make(changes.ALWAYS, changes.OFF, changes.NOT_RECORDED)
+        return Status(False, False, f"vllm-compile-ext {__version__} is off (VLLM_COMPILE_EXT=0): vLLM is stock")
     vllm, torch = versions.vllm_version(), versions.torch_version()
     if reason := versions.unsupported(vllm, torch):
         raise PluginError(reason)
-    if late := swap.already_imported():
-        raise PluginError(
-            f"{', '.join(late)} imported before the plugin was loaded: "
-            "call vllm_compile_ext.plugin.register() before importing vLLM's models"
-        )
-    _undos.extend(monkeypatches.make(monkeypatches.ACTIVE))
-    defaults = settings.Settings()
-    changed = [row.name for row in settings.table() if getattr(switches, row.name) != getattr(defaults, row.name)]
-    switched = [f"{name}={settings.text(getattr(switches, name))}" for name in changed]
-    line = (
-        f"vllm-compile-ext {__version__} is active (vllm {vllm}, torch {torch}): "
-        f"vllm.compilation.{{{','.join(swap.REPLACED)}}} swapped"
-    )
-    return Status(True, True, "; ".join([line, *switched]))
+    recording = changes.STARTING if switches.VLLM_COMPILE_STARTS else changes.NOT_RECORDED
+    _undos = changes.make(changes.ALWAYS, changes.ACTIVE, recording)
+    swapped = f"vllm.compilation.{{{','.join(finder.REPLACED)}}} swapped"
+    line = f"vllm-compile-ext {__version__} is active (vllm {vllm}, torch {torch}): {swapped}"
+    return Status(True, True, "; ".join([line, *settings.changed(switches)]))
 
 
 def _give_up(error: Exception) -> Status:
+    global _undos
     bad_value = isinstance(error, settings.EnvError)
-    reason = str(error) if bad_value or isinstance(error, PluginError) else harmless.error(error)
+    reason = str(error) if bad_value or isinstance(error, PluginError | finder.TooLateError) else harmless.error(error)
     if settings.strict():
         raise PluginError(f"{reason} (VLLM_COMPILE_EXT_STRICT=1 forbids starting without the plugin)") from error
     try:
-        _undos.extend(monkeypatches.make(monkeypatches.OFF))
+        _undos = changes.make(changes.ALWAYS, changes.OFF, changes.NOT_RECORDED)
     except Exception as also:  # an unsupported vLLM may not have what these change
         logger.debug("variables not registered with this vLLM: %s", also)
     line = f"vllm-compile-ext {__version__} is not active, vLLM starts stock: {reason}"
     return Status(False, True, line, logging.ERROR if bad_value else logging.WARNING)
+
+
+# Rows of the table of changes.
+
+
+def log_as_vllm() -> Undo:
+    """Hand our lines to vLLM's logger."""
+    ours = logging.getLogger("vllm_compile_ext")
+    before, ours.parent = ours.parent, logging.getLogger("vllm")
+    return functools.partial(setattr, ours, "parent", before)
+
+
+def announce_after(configure_logging: Callable[..., None]) -> Callable[..., None]:
+    """`configure_logging`, and the status line."""
+
+    def configure_and_announce(*args: Any, **kwargs: Any) -> None:
+        configure_logging(*args, **kwargs)
+        announce()
+
+    return configure_and_announce
+
+
+def unfreeze_later() -> Undo:
+    """What is to be undone of `gc.freeze`, which is called where vLLM's models are defined."""
+    return gc.unfreeze
+
+
+def record() -> Undo:
+    """Record this process as a part of a start."""
+    from vllm_compile_ext.record import vllm_spans
+
+    return vllm_spans.install(_began)
+
+
+def drop_record() -> None:
+    """Drop what the .pth file has begun to record in this process."""
+    finder.finder.stop_timing()
+    vllm_spans = sys.modules.get("vllm_compile_ext.record.vllm_spans")
+    if vllm_spans is not None:
+        vllm_spans.forget()

@@ -1,137 +1,114 @@
 """Every environment variable of the plugin: name, type, default, meaning.
 
-`Settings` is the one table.  The command ``vllm-compile-ext env``, the docs page and the registration with vLLM are all
-made from it.
+`Settings` is the one table: the command ``vllm-compile-ext env``, the docs page and what vLLM knows are made from it.
+None of the variables changes compiled code: all are left out of vLLM's compile cache key.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_compile_ext.replace import Undo
+
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
+_ALLOWED = {bool: "0 or 1", int: "a whole number from 0", str: "a folder"}
 
 
 class EnvError(ValueError):
     """A variable holds a value that its type does not allow; the message names both and what is allowed."""
 
 
-def _switch(*, default: bool, meaning: str, in_key: bool = False) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "in_key": in_key, "allowed": "0 or 1"})
-
-
-def _count(*, default: int, meaning: str, in_key: bool = False) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "in_key": in_key, "allowed": "a whole number from 0"})
-
-
-def _choice(*allowed: str, meaning: str) -> Any:
-    """One of `allowed`; the first is the default."""
-    text = ", ".join(allowed[:-1]) + f" or {allowed[-1]}"
-    return field(
-        default=allowed[0], metadata={"meaning": meaning, "in_key": False, "allowed": text, "choices": allowed}
-    )
-
-
-def _folder(*, default: str, meaning: str) -> Any:
-    """A folder's name, kept as text; "" where it is unset, and `default` says in words what that stands for."""
-    return field(default="", metadata={"meaning": meaning, "in_key": False, "allowed": "a folder", "default": default})
+def _variable(default: bool | int | str, meaning: str, *, shown: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """shown: the default in words, where the value does not say it.  choices: the texts that are allowed."""
+    return field(default=default, metadata={"meaning": meaning, "shown": shown, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The plugin's variables, one field each, parsed.  A field's metadata holds:
+    """The plugin's variables, one field each, parsed."""
 
-    ``meaning``: what the variable does, in a sentence or two; ``allowed``: its values, for people;
-    ``in_key``: True where the value changes the compiled code, and so belongs in vLLM's compile cache key;
-    ``default``: the default in words, where its value does not say it.
-    """
-
-    VLLM_COMPILE_EXT: bool = _switch(
-        default=True,
-        meaning="0 leaves vLLM exactly as it is without the plugin.",
+    VLLM_COMPILE_EXT: bool = _variable(
+        True,
+        "0 leaves vLLM exactly as it is without the plugin.",
     )
-    VLLM_COMPILE_EXT_STRICT: bool = _switch(
-        default=False,
-        meaning="1 makes it an error when the plugin cannot take over (an unsupported version, a bad variable). "
+    VLLM_COMPILE_EXT_STRICT: bool = _variable(
+        False,
+        "1 makes it an error when the plugin cannot take over (an unsupported version, a bad variable). "
         "With 0 vLLM starts stock and one line says why.",
     )
-    VLLM_COMPILE_DEPYF: bool = _switch(
-        default=False,
-        meaning="1 decompiles Dynamo's bytecode of every compiled callable into transformed_code.py, in the model's "
+    VLLM_COMPILE_DEPYF: bool = _variable(
+        False,
+        "1 decompiles Dynamo's bytecode of every compiled callable into transformed_code.py, in the model's "
         "cache folder and, when one is set, the debug dump folder. 0 decompiles nothing while starting.",
     )
-    VLLM_COMPILE_WORKERS: int = _count(
-        default=0,
-        meaning="How many kernels compile at a time in a cold start. 0 stands for the cores that the process may use.",
+    VLLM_COMPILE_WORKERS: int = _variable(
+        0,
+        "How many kernels compile at a time in a cold start. 0 stands for the cores that the process may use.",
     )
-    VLLM_COMPILE_STORE: str = _folder(
-        default="compile_store in vLLM's cache root",
-        meaning="Where compiled code is kept between starts. What lies there is run: the folder is made for its owner "
+    VLLM_COMPILE_STORE: str = _variable(
+        "",
+        "Where compiled code is kept between starts. What lies there is run: the folder is made for its owner "
         "only and is not used while others can write to it.",
+        shown="compile_store in vLLM's cache root",
     )
-    VLLM_COMPILE_STORE_GROUP: bool = _switch(
-        default=False,
-        meaning="1 uses a store that its group can write, where this process has that group: whoever is in the group "
+    VLLM_COMPILE_STORE_GROUP: bool = _variable(
+        False,
+        "1 uses a store that its group can write, where this process has that group: whoever is in the group "
         "can then run code in this process. For volumes that several users of a cluster share.",
     )
-    VLLM_COMPILE_STORE_MAX_GB: int = _count(
-        default=10,
-        meaning="How many GiB compiled code may take in the store; what was not used for longest goes first. "
+    VLLM_COMPILE_STORE_MAX_GB: int = _variable(
+        10,
+        "How many GiB compiled code may take in the store; what was not used for longest goes first. "
         "0 stands for no limit.",
     )
-    VLLM_COMPILE_CUDAGRAPHS: str = _choice(
+    VLLM_COMPILE_CUDAGRAPHS: str = _variable(
         "lazy",
-        "idle",
-        "eager",
-        meaning="When CUDA graphs are captured: lazy, each when traffic first asks for its shape, and before the "
+        "When CUDA graphs are captured: lazy, each when traffic first asks for its shape, and before the "
         "first request those that earlier starts used; idle, also the others while there are no requests; eager, all "
         "while starting, as in stock vLLM.",
+        choices=("lazy", "idle", "eager"),
     )
-    VLLM_COMPILE_WAIT: int = _count(
-        default=200,
-        meaning="How many seconds to wait for another process that compiles the same model, before doing it here too.",
+    VLLM_COMPILE_WAIT: int = _variable(
+        200,
+        "How many seconds to wait for another process that compiles the same model, before doing it here too.",
     )
-    VLLM_COMPILE_STARTS: bool = _switch(
-        default=True,
-        meaning="Where each start spends its time is kept in compile_starts in vLLM's cache root, the last 20, for "
+    VLLM_COMPILE_STARTS: bool = _variable(
+        True,
+        "Where each start spends its time is kept in compile_starts in vLLM's cache root, the last 20, for "
         "vllm-compile-ext report. 0 records nothing. 1 also times the imports of programs that are not called vllm.",
     )
-    VLLM_COMPILE_PROGRESS: bool = _switch(
-        default=True,
-        meaning="What a start is doing is shown while it lasts: in the last line of a terminal, elsewhere in a line of "
-        "the log every 10 s of a long phase. 0 shows nothing; neither does VLLM_COMPILE_STARTS=0.",
+    VLLM_COMPILE_PROGRESS: bool = _variable(
+        True,
+        "What a start is doing is said in a line of the log every 10 s. 0 says nothing; neither does "
+        "VLLM_COMPILE_STARTS=0.",
     )
 
 
-def _parse(name: str, raw: str, kind: type, choices: tuple[str, ...] = ()) -> bool | int | str:
-    value = raw.strip().lower()
-    if choices:
+def _parse(variable: Any, raw: str) -> bool | int | str:
+    value, choices = raw.strip().lower(), variable.metadata["choices"]
+    if isinstance(variable.default, bool):
+        choices = (*_TRUE, *_FALSE)
         if value in choices:
-            return value
-        raise EnvError(f"{name}={raw!r} is not allowed: use one of {', '.join(choices)}, or unset it")
-    if kind is str:
-        return raw
-    if kind is int:
+            return value in _TRUE
+    elif isinstance(variable.default, int):
         if value.isdecimal():
             return int(value)
-        raise EnvError(f"{name}={raw!r} is not allowed: use a whole number from 0, or unset it")
-    if value in _TRUE:
-        return True
-    if value in _FALSE:
-        return False
-    raise EnvError(f"{name}={raw!r} is not allowed: use one of {', '.join((*_TRUE, *_FALSE))}, or unset it")
+    elif not choices:
+        return raw
+    elif value in choices:
+        return value
+    allowed = f"one of {', '.join(choices)}" if choices else _ALLOWED[int]
+    raise EnvError(f"{variable.name}={raw!r} is not allowed: use {allowed}, or unset it")
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Parse the variables that are set; an empty value counts as unset.  Raises `EnvError` on the first bad one."""
-    found = [f for f in fields(Settings) if environ.get(f.name)]
-    values: dict[str, Any] = {
-        f.name: _parse(f.name, environ[f.name], type(f.default), f.metadata.get("choices", ())) for f in found
-    }
+    values: dict[str, Any] = {f.name: _parse(f, environ[f.name]) for f in fields(Settings) if environ.get(f.name)}
     return Settings(**values)
 
 
@@ -167,11 +144,6 @@ def _absolute(name: str) -> Path:
     return Path(os.path.expanduser(name)).absolute()  # noqa: PTH111
 
 
-def text(value: bool | int | str) -> str:
-    """The value of a variable as one would set it."""
-    return value if isinstance(value, str) else str(int(value))
-
-
 def strict() -> bool:
     """Whether ``VLLM_COMPILE_EXT_STRICT`` is on, whatever the other variables hold; a bad value of it counts as on."""
     return _switched("VLLM_COMPILE_EXT_STRICT", bad=True)
@@ -192,7 +164,6 @@ class Row:
     name: str
     allowed: str
     default: str
-    in_key: bool
     meaning: str
 
 
@@ -200,8 +171,58 @@ def table() -> list[Row]:
     """The variables as rows, in the order of `Settings`."""
     rows = []
     for f in fields(Settings):
-        assert f.default is not MISSING
-        about = f.metadata
-        default = about.get("default", text(f.default))
-        rows.append(Row(f.name, about["allowed"], default, about["in_key"], about["meaning"]))
+        choices = f.metadata["choices"]
+        allowed = f"{', '.join(choices[:-1])} or {choices[-1]}" if choices else _ALLOWED[type(f.default)]
+        rows.append(Row(f.name, allowed, f.metadata["shown"] or _text(f.default), f.metadata["meaning"]))
     return rows
+
+
+def changed(switches: Settings) -> list[str]:
+    """What is set other than by default, as one would set it: "NAME=value"."""
+    found = {f.name: getattr(switches, f.name) for f in fields(Settings)}
+    return [f"{f.name}={_text(found[f.name])}" for f in fields(Settings) if found[f.name] != f.default]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(int(value))
+
+
+# Rows of the table of changes.
+
+
+def add_to_vllm() -> Undo:
+    """Add our variables to vLLM's table, in place: others may hold it."""
+    import vllm.envs
+
+    def getter(name: str) -> Callable[[], Any]:
+        def get() -> Any:
+            try:
+                return getattr(load(), name)
+            except EnvError:  # reported by the plugin; vLLM reads all variables at once and must not fail here
+                return os.environ.get(name)
+
+        return get
+
+    known = vllm.envs.environment_variables
+    added = {f.name: getter(f.name) for f in fields(Settings) if f.name not in known}
+    known.update(added)
+
+    def undo() -> None:
+        for name in added:
+            known.pop(name, None)
+
+    return undo
+
+
+def without_ours(compile_factors: Callable[[], dict[str, object]]) -> Callable[[], dict[str, object]]:
+    """vLLM's part of its compile cache key that comes from variables, without ours."""
+    ours = {f.name for f in fields(Settings)}
+    return lambda: {name: value for name, value in compile_factors().items() if name not in ours}
+
+
+def with_our_version(compile_factors: Callable[[], dict[str, object]]) -> Callable[[], dict[str, object]]:
+    """The same, and the plugin's version."""
+    from vllm_compile_ext import __version__
+
+    stock = without_ours(compile_factors)
+    return lambda: stock() | {"vllm_compile_ext": __version__}

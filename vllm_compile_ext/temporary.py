@@ -5,23 +5,35 @@ The kernel gives a lock back when its process ends, however it ends: a folder wh
 
 from __future__ import annotations
 
+import atexit
 import fcntl
+import logging
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 PROBE = 1 << 16  # bytes that have to fit: a full disk can make a folder, and nothing in it
 _LOCK = "in use"
+
+# Names the run's folder to the engine and the workers.  Not VLLM_*: vLLM warns of such names that it does not know.
+RUN = "_VLLM_COMPILE_EXT_RUN"
+RUN_PREFIX = "vllm-compile-ext-run-"
 
 
 class Folder:
     """A new folder below `root`, owner-only, in use until `remove` or the end of this process and those it forks.
 
-    Raises `OSError` where none can be made, or nothing be written in it.
+    Folders that killed processes left there are removed first.  Raises `OSError` where none can be made, or nothing be
+    written in it.
     """
 
     def __init__(self, root: Path, prefix: str) -> None:
+        remove_abandoned(root, prefix)
         self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
         self._process = os.getpid()
         self._lock: int | None = None
@@ -34,13 +46,9 @@ class Folder:
             self.remove()
             raise
 
-    def is_mine(self) -> bool:
-        """Whether this is the process that made it, not a fork."""
-        return os.getpid() == self._process
-
     def remove(self) -> None:
         """Remove the folder, now and once; a forked child that calls this removes nothing."""
-        if not self.is_mine():
+        if os.getpid() != self._process:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
@@ -62,3 +70,38 @@ def remove_abandoned(root: Path, prefix: str) -> None:
             pass
         finally:
             os.close(handle)
+
+
+def run_folder() -> Path | None:
+    """The folder in which the processes of this vLLM count while it runs, or None; it may be gone by now."""
+    name = os.environ.get(RUN)
+    return Path(name) if name else None
+
+
+def make_run_folder() -> Callable[[], None]:
+    """Make that folder, unless this process was started by one that did; returns the undo.  A failure costs a line."""
+    before = os.environ.get(RUN)
+    # A child by Python's `multiprocessing`, which starts the engine, the workers and more API servers.  A program that
+    # another vLLM runs, such as a second server, inherits the variable and is no part of it.
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    is_child = multiprocessing is not None and multiprocessing.parent_process() is not None
+    if is_child and before and Path(before).is_dir():
+        return lambda: None
+    try:
+        made = Folder(Path(tempfile.gettempdir()), RUN_PREFIX)
+    except OSError as error:
+        logger.warning("no metrics of this start: no temporary folder (%s)", error)
+        os.environ.pop(RUN, None)
+        return lambda: None
+    os.environ[RUN] = str(made.path)
+    atexit.register(made.remove)
+
+    def undo() -> None:
+        made.remove()
+        atexit.unregister(made.remove)
+        if os.environ.get(RUN) == str(made.path):
+            os.environ.pop(RUN)
+            if before is not None:
+                os.environ[RUN] = before
+
+    return undo

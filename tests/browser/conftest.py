@@ -12,7 +12,8 @@ import pytest
 
 from tests import starts
 from vllm_compile_ext.record import read
-from vllm_compile_ext.report import facts, html
+from vllm_compile_ext.report import facts
+from vllm_compile_ext.report.page import render
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -43,15 +44,13 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         start = read.parse(content.splitlines(), "20261118-120640-77a0c3")
         before = None if other is None else read.parse(other.bytes().splitlines(), "20261118-110640-4bf92f")
         path = tmp_path / "page.html"
-        path.write_text(html.page(facts.facts(start, before)), encoding="utf-8", errors="replace")
+        path.write_text(render(facts.facts(start, before)), encoding="utf-8", errors="replace")
         context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on(
-            "request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append(request.url)
-        )
+        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
         page.on("dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.goto(path.as_uri())
         page.wait_for_function("document.getElementById('view').dataset.b")

@@ -13,36 +13,6 @@ Opened = Callable[..., Any]
 
 PHONE = 390
 
-# Contrast of each element's own text with what is behind it, by WCAG 2; hatched and empty elements are left out.
-CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const light = ([r, g, b]) => {
-    const [x, y, z] = [r, g, b].map((v) => (v /= 255, v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
-  };
-  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  const behind = (node) => {
-    for (; node; node = node.parentElement) {
-      const colour = rgba(getComputedStyle(node).backgroundColor);
-      if (colour[3] === 255) return colour;
-    }
-    return [255, 255, 255, 255];
-  };
-  const found = [];
-  for (const node of document.querySelectorAll("body *")) {
-    const text = [...node.childNodes].filter((n) => n.nodeType === 3).map((n) => n.data.trim()).join("");
-    const style = getComputedStyle(node);
-    if (!text || !node.getClientRects().length || style.backgroundImage !== "none") continue;
-    const name = `${node.tagName}.${node.className}: ${text.slice(0, 40)}`;
-    found.push([ratio(light(rgba(style.color)), light(behind(node))), name]);
-  }
-  return found;
-}"""
-
 
 def shown(page: Any) -> tuple[float, float]:
     """The seconds that the timeline shows, after it was drawn again."""
@@ -51,8 +21,8 @@ def shown(page: Any) -> tuple[float, float]:
     return float(view.get_attribute("data-a")), float(view.get_attribute("data-b"))
 
 
-def settled(page: Any) -> float:
-    """How many seconds it shows."""
+def width(page: Any) -> float:
+    """How many seconds the timeline shows."""
     a, b = shown(page)
     return b - a
 
@@ -91,22 +61,11 @@ def test_opens(opened: Opened) -> None:
     assert page.locator(".mark b").all_inner_texts() == ["ready", "first token"]
 
 
-def test_without_javascript(opened: Opened, browser: Any) -> None:
-    url = opened(starts.cold()).url
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto(url)
-    assert page.locator(".phases tbody tr").count() == 15
-    assert page.locator("noscript").is_visible()
-    assert not page.locator("#timeline").is_visible()
-    context.close()
-
-
 def test_filter(opened: Opened) -> None:
     page = opened(starts.cold())
     everything = names(page)
     page.fill("#filter", "Load")
-    settled(page)
+    width(page)
     assert set(names(page)) < set(everything)
     assert {"Load model"} <= set(names(page))
     assert "Capture model" not in names(page)
@@ -115,72 +74,69 @@ def test_filter(opened: Opened) -> None:
     page.locator("details > summary").click()
     assert page.locator("#spans tbody tr").count() == int(hits)
     page.fill("#filter", "no such span")
-    settled(page)
+    width(page)
     assert names(page) == []
     assert page.inner_text("#hits") == f"0 of {of} spans"
     page.fill("#filter", "")
-    settled(page)
+    width(page)
     assert names(page) == everything
 
 
 def test_filter_by_phase(opened: Opened) -> None:
     page = opened(starts.cold())
     page.get_by_role("button", name="graph capture").click()
-    settled(page)
+    width(page)
     assert page.input_value("#filter") == "phase:graph capture"
     assert names(page) == ["Capture model", "Capture model"]
     page.get_by_role("button", name="graph capture").click()
     assert page.input_value("#filter") == ""
 
 
-def test_zoom_buttons(opened: Opened) -> None:
+def test_zoom_and_move(opened: Opened) -> None:
     page = opened(starts.cold())
-    whole = settled(page)
+    whole = width(page)
     page.get_by_role("button", name="Zoom in").click()
-    assert settled(page) == pytest.approx(whole / 2)
+    assert width(page) == pytest.approx(whole / 2)
     a, _ = shown(page)
     page.get_by_role("button", name="Move right").click()
     assert shown(page)[0] == pytest.approx(a + 0.3 * whole / 2)
     page.get_by_role("button", name="Move left").click()
     assert shown(page)[0] == pytest.approx(a)
-    for _ in range(40):  # to its end, and not beyond
-        page.get_by_role("button", name="Zoom in").click()
-    assert 0 < settled(page) < 1e-3
-    page.get_by_role("button", name="All").click()
-    assert shown(page) == pytest.approx((0, whole))
-    page.get_by_role("button", name="Zoom out").click()
-    assert settled(page) == pytest.approx(whole)
-
-
-def test_zoom_keys(opened: Opened) -> None:
-    page = opened(starts.cold())
-    whole = settled(page)
     page.locator("#view").focus()
     page.keyboard.press("+")
-    page.keyboard.press("+")
-    assert settled(page) == pytest.approx(whole / 4)
+    assert width(page) == pytest.approx(whole / 4)
     a, _ = shown(page)
     page.keyboard.press("ArrowRight")
     assert shown(page)[0] > a
-    page.keyboard.press("0")
-    assert settled(page) == pytest.approx(whole)
+    for _ in range(40):  # to its end, and not beyond
+        page.keyboard.press("+")
+    assert 0 < width(page) < 1e-3
+    page.get_by_role("button", name="All").click()
+    assert shown(page) == pytest.approx((0, whole))
+    page.get_by_role("button", name="Zoom out").click()
+    assert width(page) == pytest.approx(whole)
+
+
+def test_keys_step_from_span_to_span(opened: Opened) -> None:
+    page = opened(starts.cold())
+    page.locator("#view").focus()
     page.keyboard.press("ArrowDown")
     assert page.inner_text("#detail strong") == "start"
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     assert page.inner_text("#detail strong") == "interpreter"
-    assert settled(page) < 0.1
+    assert width(page) < 0.1
     page.keyboard.press("Escape")
     assert page.locator("#detail strong").count() == 0
 
 
 def test_wheel(opened: Opened) -> None:
     page = opened(starts.cold())
-    whole = settled(page)
+    whole = width(page)
     box = page.locator("#lanes").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 4, box["y"] + 40)
     page.mouse.wheel(0, 200)  # of the page: it scrolls
-    assert settled(page) == pytest.approx(whole)
+    assert width(page) == pytest.approx(whole)
     page.wait_for_function("scrollY > 0")
     page.evaluate("scrollTo(0, 0)")
     page.keyboard.down("Control")
@@ -209,13 +165,16 @@ def test_drag_and_click(opened: Opened) -> None:
     page.locator(".lane.path .bar", has_text="weights").click()
     assert "12.6 s · what the start waited for" in page.inner_text("#detail")
     page.locator(".bar", has_text="Load model").first.dblclick()
-    assert settled(page) < 20
+    assert width(page) < 20
     assert "shard 2/6" in names(page)
 
 
-def test_phone(opened: Opened) -> None:
-    page = opened(starts.cold(), starts.warm(), width=PHONE)
-    assert overflow(page) == []
+MADE = [starts.cold, starts.crashed, starts.damaged, lambda: starts.cold(model="x" * 200)]
+
+
+@pytest.mark.parametrize("made", MADE, ids=["cold", "crashed", "damaged", "long"])
+def test_phone(opened: Opened, made: Callable[[], Any]) -> None:
+    page = opened(made(), starts.warm(), width=PHONE)
     page.locator("details > summary").click()
     assert overflow(page) == []
     for button in page.locator(".toolbar button").all():
@@ -229,51 +188,10 @@ def test_phone(opened: Opened) -> None:
     assert small == []
 
 
-@pytest.mark.parametrize("made", [starts.crashed, starts.damaged, lambda: starts.cold(model="x" * 200)])
-def test_phone_of_others(opened: Opened, made: Callable[[], Any]) -> None:
-    assert overflow(opened(made(), width=PHONE)) == []
-
-
-def test_dark(opened: Opened) -> None:
-    def colours(scheme: str) -> set[str]:
-        page = opened(starts.cold(), scheme=scheme)
-        return set(
-            page.evaluate(
-                """() => ["body", ".tile", ".bar", "#view"].map((n) => {
-                const style = getComputedStyle(document.querySelector(n));
-                return n + style.backgroundColor + style.color; })"""
-            )
-        )
-
-    assert colours("light").isdisjoint(colours("dark"))
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("made", [starts.cold, starts.crashed])
-def test_contrast(opened: Opened, made: Callable[[], starts.Recorder], scheme: str) -> None:
-    page = opened(made(), starts.warm(), scheme=scheme)
-    page.locator("details > summary").click()
-    found = page.evaluate(CONTRAST)
-    assert len(found) > 150
-    assert [text for ratio, text in found if ratio < 4.5] == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast_of_every_phase(opened: Opened, scheme: str) -> None:
-    from vllm_compile_ext.record.phases import PHASES
-
-    made = starts.Recorder()
-    made.start(0)
-    for number, phase in enumerate((*PHASES, "a phase of another version")):
-        made.span(None, 7, f"span of {phase}", number, number + 1, phase)
-    made.line("ready", len(PHASES) + 1)
-    page = opened(made, scheme=scheme)
-    found = [(ratio, text) for ratio, text in page.evaluate(CONTRAST) if "bar" in text]
-    assert len(found) > len(PHASES)
-    assert [text for ratio, text in found if ratio < 4.5] == []
-    # The bars themselves stand out from what they lie on.
-    bars = page.evaluate(CONTRAST.replace("rgba(style.color)", "behind(node.parentElement)"))
-    assert [text for ratio, text in bars if ".bar" in text and ratio < 3 and "plain" not in text] == []
+@pytest.mark.parametrize(("scheme", "background"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(13, 17, 23)")])
+def test_light_and_dark(opened: Opened, scheme: str, background: str) -> None:
+    page = opened(starts.cold(), scheme=scheme)
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
 
 
 def test_accessible(opened: Opened) -> None:
@@ -303,40 +221,13 @@ def test_accessible(opened: Opened) -> None:
 
 def test_nothing_is_run_that_was_recorded(opened: Opened) -> None:
     """Whatever a name or an error holds, it is text."""
-    evil = (
-        '</script><script>alert(1)</script><img src="https://example.invalid/x" onerror=alert(2)>{{script}}\u2028<!--'
-    )
-    made = starts.cold(model=evil)
-    made.line(
-        "span", 1, id="e", parent=None, pid=9, name=evil, end=made.at(9), attrs={"phase": evil, evil: evil}, error=evil
-    )
-    made.line("process", 1, pid=9, ppid=1, kind=evil, name=evil, argv=[evil], host=evil, rank=None)
-    made.note(1, 9, "miss", summary=evil, closest=evil, changes=[[evil, evil, evil]])
-    made.note(1, 9, "key", key=evil, shard=evil)
-    made.note(1, 9, evil, **{evil: evil})
-    made.line("exit", 80, pid=9, error=evil)
-    page = opened(made, starts.warm())
-    assert page.locator("h1").inner_text().startswith(evil.replace("\u2028", "\n")[:40])
-    assert page.locator("img").count() == 0
-    assert page.locator("script").count() == 2
+    page = opened(starts.hostile(), starts.warm())
     page.locator(".lane:not(.path) .bar", has_text="alert(1)").first.click()
     assert "alert(2)" in page.inner_text("#detail")
-    page.fill("#filter", evil[:20])
-    settled(page)
+    page.fill("#filter", starts.HOSTILE[:20])
+    width(page)
     assert page.locator("script").count() == 2
-
-
-def test_a_surrogate_and_a_number_that_is_none(opened: Opened) -> None:
-    made = starts.cold(model="bad \ud800 name")
-    made.span(None, 9, "\udfff", 1, 2, "weights", rate=float("nan"))
-    opened(made)
-
-
-def test_policy(opened: Opened) -> None:
-    page = opened(starts.cold())
-    policy = page.locator("meta[http-equiv]").get_attribute("content")
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
-    assert "unsafe-inline" not in policy.split("style-src")[0]
+    assert page.locator("img, [onfocus]").count() == 0
 
 
 @pytest.mark.parametrize("content", [b'{"k":"start","t":1795000000000000000}\n', starts.damaged()])
@@ -346,7 +237,7 @@ def test_little_is_known(opened: Opened, content: bytes) -> None:
 
 
 def test_many_spans(opened: Opened) -> None:
-    """A page of 20 000 spans opens and zooms without a wait that one would notice."""
+    """A page of 20 000 spans draws only what can be told apart."""
     made = starts.Recorder()
     made.start(0)
     root = made.begin_span(None, 7, "start", 0, "weights")
@@ -356,11 +247,7 @@ def test_many_spans(opened: Opened) -> None:
     made.line("ready", 100)
     page = opened(made)
     assert page.locator(".bar").count() < 3000
-    for _ in range(5):
+    for _ in range(10):
         page.get_by_role("button", name="Zoom in").click()
-    took = page.evaluate(
-        """async () => { const begin = performance.now(); document.getElementById("in").click();
-        await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-        return performance.now() - begin; }"""
-    )
-    assert took < 1000
+    assert width(page) == pytest.approx(0.1, abs=0.01)
+    assert page.locator(".bar", has_text="tensor").count() > 15

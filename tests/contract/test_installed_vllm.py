@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process import Outcome, run, together
+from tests.process import ROOT, Outcome, run, together
 
 LOOK = """
-    import sys, time, pickle, inspect, traceback, logging
-    torch_before = None
+    import sys, pickle, inspect, traceback
     import vllm
     import vllm.engine.arg_utils  # what a front end has imported when it loads plugins
     from vllm.plugins import load_general_plugins
     before = {m for m in sys.modules if m.split('.')[0] == 'torch'}
-    begin = time.perf_counter()
     load_general_plugins()
-    seconds = time.perf_counter() - begin
     new_torch = sorted({m for m in sys.modules if m.split('.')[0] == 'torch'} - before)
-    from vllm_compile_ext import plugin, monkeypatches
+    from vllm_compile_ext import plugin
     first = plugin.status()
     plugin.register()
     import vllm.compilation.backends as backends
@@ -37,14 +35,14 @@ LOOK = """
     status = plugin.status()
     prefixes = ('VLLM_COMPILE_EXT', 'VLLM_COMPILE_DEPYF')
     report(dict(
-        active=status.active, wanted=status.wanted, line=status.line, same=first is status, new_torch=new_torch,
+        active=status.active, line=status.line, same=first is status, new_torch=new_torch,
         backends=backends.__file__, names=[backends.__name__, backends.__spec__.name],
         one_object=sys.modules['vllm.compilation.wrapper'] is sys.modules.get('vllm_compile_ext.compilation.wrapper'),
         upstream_file=upstream.backends.__file__, shared_counter=upstream.counter is counter,
         source=inspect.getsource(cls), source_file=inspect.getsourcefile(cls),
         pickled=pickle.loads(pickle.dumps(cls)) is cls, trace=trace,
         known=sorted(v for v in vllm.envs.environment_variables if v.startswith(prefixes)),
-        key=vllm.envs.compile_factors(), seconds=seconds,
+        key=vllm.envs.compile_factors(),
         model_tag=[backends.model_tag, upstream.backends.model_tag],
     ))
 """
@@ -124,45 +122,10 @@ def test_kill_switch_is_stock(off: Outcome, absent: Any) -> None:
     }
 
 
-def test_everything_vllm_imports_of_the_package_is_served() -> None:
-    outcome = run(
-        """
-        import logging
-        from pathlib import Path
-        import vllm.engine.arg_utils
-        from vllm_compile_ext import contract, plugin
-        plugin.register()
-        count, breaches = contract.check(Path(vllm.__file__).parent)
-        report(dict(count=count, breaches=[str(b) for b in breaches]))
-    """,
-        fork=True,
-    )
-    assert outcome.value["breaches"] == []
-    assert outcome.value["count"] > 50
-
-
-def test_the_contract_check_finds_a_breach() -> None:
-    outcome = run(
-        """
-        from pathlib import Path
-        import vllm.engine.arg_utils
-        from vllm_compile_ext import contract, plugin
-        plugin.register()
-        import vllm_compile_ext.compilation.backends as ours
-        ours.set_model_tag = lambda tag: None
-        ours.VllmBackend.__init__ = lambda self, vllm_config: None
-        report([b.what + ': ' + b.problem for b in contract.check(Path(vllm.__file__).parent)[1]])
-    """,
-        fork=True,
-    )
-    assert any("set_model_tag: takes 1 positional" in line for line in outcome.value)
-    assert any("VllmBackend.__init__" in line for line in outcome.value)
-
-
 GIVE_UP = """
     import sys, os
     import vllm.engine.arg_utils
-    from vllm_compile_ext import compat, plugin
+    from vllm_compile_ext import changes, plugin, versions
     {before}
     from vllm.config.logging import LoggingConfig
     import vllm.logger
@@ -184,10 +147,15 @@ GIVE_UP = """
 
 # What is done before, the environment, what the line names, and its level.
 REASONS: dict[str, tuple[str, dict[str, str], str, str]] = {
-    "unsupported vLLM": ("compat.VLLM = '>=99'", {}, "vllm 0.32.0", "WARNING"),
+    "unsupported vLLM": ("versions.VLLM = '>=99'", {}, "vllm 0.32.0", "WARNING"),
     "imported too early": ("import vllm.compilation.decorators", {}, "vllm.compilation.decorators", "WARNING"),
     "bad value": ("", {"VLLM_COMPILE_DEPYF": "banana"}, "VLLM_COMPILE_DEPYF='banana'", "ERROR"),
-    "surprise": ("plugin.swap.install = lambda: 1 / 0", {}, "ZeroDivisionError", "WARNING"),
+    "surprise": (
+        "make = changes.make; changes.make = lambda *kinds: make(*kinds) if changes.OFF in kinds else 1 / 0",
+        {},
+        "ZeroDivisionError",
+        "WARNING",
+    ),
 }
 
 
@@ -207,6 +175,39 @@ def test_whatever_is_wrong_vllm_is_stock_and_one_line_says_why(given_up: list[Ou
     assert not outcome.lines("Unknown vLLM environment variable", "VLLM_COMPILE_")
     assert named in outcome.value["strict"]
     assert "VLLM_COMPILE_EXT_STRICT=1" in outcome.value["strict"]
+
+
+RECORD = """
+    import os
+    sys.orig_argv = [*sys.orig_argv, "vllm"]
+    exec(open({pth!r}).read())
+    import vllm.tracing
+    from vllm_compile_ext import finder, plugin, versions
+    began = finder.finder.timing
+    {before}
+    plugin.register()
+    from vllm.engine.arg_utils import EngineArgs
+    assert type(vllm.tracing.otel.trace).__name__ == "module"
+    assert not finder.finder.timing
+    assert "traceparent" not in os.environ
+    assert not hasattr(EngineArgs.create_engine_config, "__wrapped__")
+    assert not os.path.exists(os.environ["VLLM_CACHE_ROOT"] + "/compile_starts")
+    report([began, plugin.status().active])
+"""
+
+
+def test_a_start_is_not_recorded_where_that_is_off_or_the_plugin_does_not_take_over(tmp_path: Path) -> None:
+    cases: list[tuple[str, dict[str, str], list[bool]]] = [
+        ("", {"VLLM_COMPILE_STARTS": "0"}, [False, True]),
+        ("", {"VLLM_COMPILE_EXT": "0"}, [False, False]),
+        ("versions.VLLM = '>99'", {}, [True, False]),
+    ]
+    codes = [RECORD.format(pth=str(ROOT / "vllm_compile_ext.pth"), before=before) for before, _, _ in cases]
+    outcomes = together(
+        *(partial(run, code, VLLM_CACHE_ROOT=str(tmp_path), **case[1]) for code, case in zip(codes, cases, strict=True))
+    )
+    for outcome, (_, _, expected) in zip(outcomes, cases, strict=True):
+        assert outcome.value == expected, outcome.output
 
 
 def test_every_change_is_undone() -> None:
@@ -249,9 +250,9 @@ def test_doctor_reports_and_exits_by_health() -> None:
             partial(run, code, VLLM_COMPILE_EXT="0"),
         )
     )
-    assert (well["code"], well["healthy"], well["breaches"]) == (0, True, [])
+    assert (well["code"], well["healthy"]) == (0, True)
     topics = {line["topic"]: line["state"] for line in well["checks"]}
-    assert topics["swap"] == topics["contract"] == topics["versions"] == "ok"
+    assert topics["swap"] == topics["changes"] == topics["versions"] == "ok"
     assert (ill["code"], ill["healthy"]) == (1, False)
     assert {line["topic"] for line in ill["checks"] if line["state"] == "bad"} == {"entry point", "variables", "swap"}
     assert (chosen["code"], {line["topic"]: line["state"] for line in chosen["checks"]}["swap"]) == (0, "off")

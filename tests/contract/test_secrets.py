@@ -28,13 +28,12 @@ CODE = """
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm_compile_ext import envs
-    from vllm_compile_ext.key import misses
-    from vllm_compile_ext.key.miss import closest, difference, summary
+    from vllm_compile_ext import harmless, settings
+    from vllm_compile_ext.key import factors, misses, torch_settings
+    from vllm_compile_ext.key.misses import difference, summary
     from vllm_compile_ext.store.files import Tree
     from vllm_compile_ext.store.store import key_of
-    from vllm_compile_ext.key import factors, settings
-    from vllm_compile_ext.record import file, hooks, recorder
+    from vllm_compile_ext.record import file, recorder, vllm_spans
     file.KEPT = misses.KEPT = 10**6
 
     serve = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparsers())
@@ -63,10 +62,9 @@ CODE = """
             object.__setattr__(made, name, kind())
         made.model = f"s3://user:{CANARY}@host/folder/name?{CANARY}"
         recorder.forget()
-        hooks.begin(made)
+        vllm_spans.begin(made)
         recorder.active().stop()
         sys.orig_argv = ["vllm", "serve", CANARY, "--api-k", CANARY]
-    from vllm_compile_ext import harmless
     out["shown"] = [" ".join(line) for line in lines if CANARY in " ".join(harmless.arguments(line, "m"))]
 
     sys.orig_argv = ["vllm", "serve", "m"]
@@ -88,7 +86,7 @@ CODE = """
                 to.stop()
 
     model = torch.nn.Linear(2, 2)
-    tree = Tree(envs.store())
+    tree = Tree(settings.store())
     base = factors.factors(start(), model)
 
     def miss(table):
@@ -119,12 +117,12 @@ CODE = """
 
     # Variables, known and unknown.
     seen = 0
-    for name in [*vllm.envs.environment_variables, *settings.READ_WHILE_COMPILING, "VLLM_CANARY", "HF_TOKEN"]:
+    for name in [*vllm.envs.environment_variables, *torch_settings.READ_WHILE_COMPILING, "VLLM_CANARY", "HF_TOKEN"]:
         if name == "VLLM_CACHE_ROOT":
             continue
         os.environ[name], before = CANARY, os.environ.get(name)
         try:
-            table = settings.variables(cpu=True)
+            table = torch_settings.variables(cpu=True)
             seen += any("***" in value for value in table.values())
             miss({f"env.{k}": v for k, v in table.items()})
         except Exception:
@@ -135,12 +133,12 @@ CODE = """
                 os.environ[name] = before
     out["variables"] = seen
 
-    written = [p for p in envs.cache_root().rglob("*") if p.is_file()]
+    written = [p for p in settings.cache_root().rglob("*") if p.is_file()]
     out["files"] = len(written)
     out["found"] = [str(p) for p in written if CANARY.encode() in p.read_bytes()]
     out["log"] = [line for line in log.getvalue().splitlines() if CANARY in line]
     out["misses"] = [line for line in log.getvalue().split("cache miss: ")[1:]]
-    starts = sorted((envs.cache_root() / "compile_starts").glob("*"))
+    starts = sorted((settings.cache_root() / "compile_starts").glob("*"))
     out["starts"] = len(starts)
     report(out)
 """

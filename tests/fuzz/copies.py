@@ -1,6 +1,6 @@
 """Are copied layers what tracing each of them gives?  Stacks from seeds, judged by eager mode and by a full trace.
 
-`python -m tests.fuzz.copies` runs many cases and prints one line for each class; `--seed N` shows one.
+`python -m tests.fuzz.copies` runs many cases and prints one line for each class; `--case N` shows one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import Any
 
 import torch
 
-from tests.fuzz import kit, stacks
+from tests.fuzz import kit, known, sizes, stacks
 from tests.fuzz.stacks import Stack
 from tests.unit.trace.capture import Stitched, against_full_trace, backend_input, run, stitched
-
-CASES = 2000
 
 
 @dataclass
@@ -85,24 +83,14 @@ def eager(stack: Stack) -> list[torch.Tensor]:
         return copy.deepcopy(_flat(model(*args)))
 
 
-def _run(s: Stitched, model: Any, args: tuple[Any, ...]) -> Any:
-    """What the graph gives; arguments are the ones that it was traced with."""
-    return run(s, model, args)[0]
-
-
-def _full(stack: Stack) -> Any:
-    """What tracing every layer gives.  Raises what Dynamo raises."""
-    model, args, _ = stack.make()
-    with same_state():
-        got = backend_input(model, args)
-    graph = got.graph_module.graph
-    return _run(Stitched(None, graph, got.graph_module, list(got.example_inputs), []), model, args)  # type: ignore[arg-type]
-
-
 def _unsupported(stack: Stack, expected: Any) -> str | None:
-    """Why a full trace does not give what the model gives; None when it does."""
+    """Why tracing every layer does not give what the model gives; None when it does."""
+    model, args, _ = stack.make()
     try:
-        full = _full(stack)
+        with same_state():
+            got = backend_input(model, args)
+        module, inputs = got.graph_module, list(got.example_inputs)
+        full = run(Stitched(None, module.graph, module, inputs, []), model, args)[0]  # type: ignore[arg-type]
     except Exception as error:
         return f"full trace: {line(error)}"
     return None if equal(full, expected) else "the full trace differs from eager mode"
@@ -129,7 +117,7 @@ def judge(seed: int | str, kind: str, stack: Stack, *, graphs: bool = True) -> R
             result.copied = s.tracer.stamped
             result.detail = f"copied {s.tracer.stamped}: {(s.tracer.reasons or ['nothing said'])[0][:300]}"
             different = against_full_trace(s, model, args) if graphs and s.tracer.stamped else None
-        got = _run(s, model, args)
+        got = run(s, model, args)[0]
         if not equal(got, expected):
             result.outcome, result.detail = "wrong", f"copied {s.tracer.stamped}; the result differs from eager mode"
         elif different is not None:
@@ -192,37 +180,26 @@ def copied(results: Iterable[Result]) -> tuple[int, int] | None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.copies")
-    parser.add_argument("--seed", type=int, help="show this case: its code, and what comes out")
-    parser.add_argument("--known", help="show this known case, or `all`")
-    parser.add_argument("--cases", type=int, default=CASES)
-    parser.add_argument("--start", type=int, default=0, help="the first seed")
-    parser.add_argument("--show", default="", help="print cases with these outcomes, such as wrong,unsupported")
+    parser.add_argument("--case", help="show the case of this seed, or a known one: its code, and what comes out")
+    parser.add_argument("--cases", type=int, default=len(sizes.STACKS))
+    parser.add_argument("--start", type=int, default=sizes.STACKS.start, help="the first seed")
+    parser.add_argument("--show", default="wrong,crashed", help="print cases with these outcomes, or `uncopied` ones")
     chosen = parser.parse_args(arguments)
-    from tests.fuzz import known
-
     warnings.simplefilter("ignore")
-    if chosen.seed is not None:
-        kind, stack = stacks.generate(chosen.seed)
-        return _show(judge(chosen.seed, kind, stack), stack)
-    if chosen.known and chosen.known != "all":
-        return _show(judge(chosen.known, "known", known.CASES[chosen.known]), known.CASES[chosen.known])
-    results = [] if chosen.known else list(generated(range(chosen.start, chosen.start + chosen.cases)))
+    if chosen.case is not None:
+        found = ("known", known.CASES[chosen.case]) if chosen.case in known.CASES else stacks.generate(int(chosen.case))
+        result = judge(chosen.case, *found)
+        print(found[1].source, result, sep="\n")
+        return int(result.bad)
+    results = list(generated(range(chosen.start, chosen.start + chosen.cases)))
     results += [judge(name, "known", stack) for name, stack in known.CASES.items()]
-    shown = set(chosen.show.split(",")) | {"wrong", "crashed"}
     for result in results:
-        if result.outcome in shown or (
-            "uncopied" in shown and result.expected is not None and result.copied < result.expected
-        ):
+        few = result.expected is not None and result.copied < result.expected
+        if result.outcome in chosen.show or ("uncopied" in chosen.show and few):
             print(result)
     print(summary(results))
     share = copied(r for r in results if r.kind == "benign") or (1, 1)
     return int(any(r.bad for r in results) or share[0] / share[1] < 0.95)
-
-
-def _show(result: Result, stack: Stack) -> int:
-    print(stack.source)
-    print(result)
-    return int(result.bad)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -119,25 +120,40 @@ def variable(name: str) -> Callable[[Any], AbstractContextManager[None]]:
     return around
 
 
-def torch_state(get: str, put: str) -> Callable[[Any], AbstractContextManager[None]]:
-    """`get`: an expression of what torch has now; `put`: a statement that sets it to v."""
+def variable_case(name: str, read: str, values: tuple[Any, Any] = ("2", "3"), helpers: str = "") -> Change:
+    """A variable of the environment, TOY_ and a letter; None where it is not set."""
+    found = re.search(r"TOY_\w", read + helpers)
+    assert found is not None
+    return Change(name, f"y = scale(y, {read})", values=values, helpers=helpers, around=variable(found.group()))
+
+
+def torch_case(name: str, read: str, put: str, get: str, values: tuple[Any, Any] = (False, True)) -> Change:
+    """A state of torch.  `get`: what it is; `put`: a statement that makes it v."""
 
     @contextlib.contextmanager
     def around(v: Any) -> Iterator[None]:
         import torch
 
         before = eval(get, {"torch": torch})
-        exec(put, {"torch": torch, "v": v})
+        exec(put, {"torch": torch, "v": eval(v, {"torch": torch}) if isinstance(v, str) else v})
         try:
             yield
         finally:
             exec(put, {"torch": torch, "v": before})
 
-    return around
+    return Change(name, f"y = scale(y, {read})", values=values, around=around)
 
 
-def flag(name: str) -> Callable[[Any], AbstractContextManager[None]]:
-    return torch_state(f"bool(torch.backends.{name})", f"torch.backends.{name} = v")
+def backend_case(name: str) -> Change:
+    where = f"torch.backends.{name}"
+    return torch_case(name, f"2.0 if {where} else 3.0", f"{where} = v", f"bool({where})")
+
+
+def files_case(name: str, read: str, imports: str, base: str = "nn.Module", **files: str) -> Change:
+    """Modules beside the layer's; V stands for v in their text."""
+    texts = {f"{module}.py": text for module, text in files.items()}
+    written = lambda v: {module: text.replace("V", str(v)) for module, text in texts.items()}  # noqa: E731
+    return Change(name, f"y = scale(y, {read})", imports=imports, base=base, files=written)
 
 
 @contextlib.contextmanager
@@ -158,7 +174,7 @@ def replaced(target: str, by: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def of_layer(name: str, put: str, read: str, helpers: str = "", values: tuple[Any, Any] = (2.0, 3.0)) -> Change:
+def case(name: str, put: str, read: str, helpers: str = "", values: tuple[Any, Any] = (2.0, 3.0)) -> Change:
     """A layer's attribute `a`."""
     return Change(name, read=f"y = scale(y, {read})", prepare=f"s.a = {put}", helpers=helpers, values=values)
 
@@ -189,80 +205,80 @@ def times(f):
 """
 
 OF_LAYERS = (
-    of_layer("number", "v", "s.a"),
-    of_layer("partial", "functools.partial(scale, k=v)", "1.0) + s.a(y", ""),
-    of_layer("partial's argument", "functools.partial(give, v)", "s.a()", "def give(v):\n    return v"),
-    of_layer(
+    case("number", "v", "s.a"),
+    case("partial", "functools.partial(scale, k=v)", "1.0) + s.a(y", ""),
+    case("partial's argument", "functools.partial(give, v)", "s.a()", "def give(v):\n    return v"),
+    case(
         "partial of a partial",
         "functools.partial(functools.partial(give, v), 1)",
         "s.a()",
         "def give(v, w):\n    return v",
     ),
-    of_layer("closure", "closure(v)", "s.a()", CLOSURE),
-    of_layer("closure in a closure", "closure(closure(v))", "s.a()()", CLOSURE),
-    of_layer("lambda default", "lambda k=v: k", "s.a()"),
-    of_layer("keyword default", "made(v)", "s.a()", "def made(v):\n    def f(*, k=v):\n        return k\n    return f"),
-    of_layer("object", "Box(v)", "s.a.by", BOX),
-    of_layer("object in an object", "Box(Box(v))", "s.a.by.by", BOX),
-    of_layer("bound method", "Box(v).get", "s.a()", BOX),
-    of_layer("namespace", "types.SimpleNamespace(by=v)", "s.a.by"),
-    of_layer("int-keyed dict", "{1: v}", "s.a[1]"),
-    of_layer("tuple-keyed dict", "{(1, 'a'): v}", "s.a[1, 'a']"),
-    of_layer("nested dict", "{'a': [{'b': (v,)}]}", "s.a['a'][0]['b'][0]"),
-    of_layer("named tuple", "Pair(1.0, v)", "s.a.by", "class Pair(NamedTuple):\n    other: float\n    by: float"),
-    of_layer("enum member", "Colour(v)", "float(s.a.value)", ENUM, (2, 3)),
-    of_layer("enum member that is compared", "Colour(v)", "2.0 if s.a is Colour.RED else 4.0", ENUM, (2, 3)),
-    of_layer("dataclass", "Point(v)", "s.a.by", POINT.format("", "")),
-    of_layer("frozen dataclass", "Point(v)", "s.a.by", POINT.format("(frozen=True)", "")),
-    of_layer("uncompared field", "Point(v)", "s.a.by", POINT.format("", " = dataclasses.field(compare=False)")),
-    of_layer(
+    case("closure", "closure(v)", "s.a()", CLOSURE),
+    case("closure in a closure", "closure(closure(v))", "s.a()()", CLOSURE),
+    case("lambda default", "lambda k=v: k", "s.a()"),
+    case("keyword default", "made(v)", "s.a()", "def made(v):\n    def f(*, k=v):\n        return k\n    return f"),
+    case("object", "Box(v)", "s.a.by", BOX),
+    case("object in an object", "Box(Box(v))", "s.a.by.by", BOX),
+    case("bound method", "Box(v).get", "s.a()", BOX),
+    case("namespace", "types.SimpleNamespace(by=v)", "s.a.by"),
+    case("int-keyed dict", "{1: v}", "s.a[1]"),
+    case("tuple-keyed dict", "{(1, 'a'): v}", "s.a[1, 'a']"),
+    case("nested dict", "{'a': [{'b': (v,)}]}", "s.a['a'][0]['b'][0]"),
+    case("named tuple", "Pair(1.0, v)", "s.a.by", "class Pair(NamedTuple):\n    other: float\n    by: float"),
+    case("enum member", "Colour(v)", "float(s.a.value)", ENUM, (2, 3)),
+    case("enum member that is compared", "Colour(v)", "2.0 if s.a is Colour.RED else 4.0", ENUM, (2, 3)),
+    case("dataclass", "Point(v)", "s.a.by", POINT.format("", "")),
+    case("frozen dataclass", "Point(v)", "s.a.by", POINT.format("(frozen=True)", "")),
+    case("uncompared field", "Point(v)", "s.a.by", POINT.format("", " = dataclasses.field(compare=False)")),
+    case(
         "slots",
         "Slotted(v)",
         "s.a.by",
         "class Slotted:\n    __slots__ = ('by',)\n    def __init__(self, v):\n        self.by = v",
     ),
-    of_layer(
+    case(
         "private attribute",
         "Private(v)",
         "s.a.by",
         PRIVATE,
     ),
-    of_layer("zero and minus zero", "v", "2.0 + math.copysign(1, s.a)", values=(0.0, -0.0)),
-    of_layer("zero and minus zero in a tuple", "(1, v)", "2.0 + math.copysign(1, s.a[1])", values=(0.0, -0.0)),
-    of_layer("number or not a number", "v", "2.0 if s.a != s.a else 3.0", values=(1.0, float("nan"))),
-    of_layer("bool or int", "v", "2.0 if isinstance(s.a, bool) else 3.0", values=(True, 1)),
-    of_layer("int or float in a list", "[v]", "2.0 if isinstance(s.a[0], int) else 3.0", values=(1, 1.0)),
-    of_layer("str that starts with a slash", "v", "float(len(s.a))", values=("/a", "/abc")),
-    of_layer("str", "v", "2.0 if s.a.endswith('3') else 3.0", values=("n2", "n3")),
-    of_layer("bytes", "v", "float(s.a[0])", values=(b"\x02", b"\x03")),
-    of_layer("dtype", "v", "float(s.a.itemsize)", values=("float32", "float64")),
-    of_layer("order of a set", "set(v)", "float(1 + next(iter(s.a)))", values=([0, 8], [8, 0])),
-    of_layer("order of a dict", "dict.fromkeys(v, 1)", "float(1 + next(iter(s.a)))", values=([0, 8], [8, 0])),
-    of_layer("range", "range(0, v, 2)", "float(s.a.stop)", values=(3, 4)),
-    of_layer("deque", "collections.deque([1, v])", "s.a[1]"),
-    of_layer("ordered dict", "collections.OrderedDict(k=v)", "s.a['k']"),
-    of_layer("mapping proxy", "types.MappingProxyType({'k': v})", "s.a['k']"),
-    of_layer(
+    case("zero and minus zero", "v", "2.0 + math.copysign(1, s.a)", values=(0.0, -0.0)),
+    case("zero and minus zero in a tuple", "(1, v)", "2.0 + math.copysign(1, s.a[1])", values=(0.0, -0.0)),
+    case("number or not a number", "v", "2.0 if s.a != s.a else 3.0", values=(1.0, float("nan"))),
+    case("bool or int", "v", "2.0 if isinstance(s.a, bool) else 3.0", values=(True, 1)),
+    case("int or float in a list", "[v]", "2.0 if isinstance(s.a[0], int) else 3.0", values=(1, 1.0)),
+    case("str that starts with a slash", "v", "float(len(s.a))", values=("/a", "/abc")),
+    case("str", "v", "2.0 if s.a.endswith('3') else 3.0", values=("n2", "n3")),
+    case("bytes", "v", "float(s.a[0])", values=(b"\x02", b"\x03")),
+    case("dtype", "v", "float(s.a.itemsize)", values=("float32", "float64")),
+    case("order of a set", "set(v)", "float(1 + next(iter(s.a)))", values=([0, 8], [8, 0])),
+    case("order of a dict", "dict.fromkeys(v, 1)", "float(1 + next(iter(s.a)))", values=([0, 8], [8, 0])),
+    case("range", "range(0, v, 2)", "float(s.a.stop)", values=(3, 4)),
+    case("deque", "collections.deque([1, v])", "s.a[1]"),
+    case("ordered dict", "collections.OrderedDict(k=v)", "s.a['k']"),
+    case("mapping proxy", "types.MappingProxyType({'k': v})", "s.a['k']"),
+    case(
         "attribute of a float",
         "made(v)",
         "s.a.extra",
         "class Number(float):\n    pass\ndef made(v):\n    n = Number(1.0)\n    n.extra = v\n    return n",
     ),
-    of_layer("class attribute", "type('Sub', (), {'by': v})()", "s.a.by"),
-    of_layer(
+    case("class attribute", "type('Sub', (), {'by': v})()", "s.a.by"),
+    case(
         "__getattr__",
         "Lazy(v)",
         "s.a.by",
         LAZY,
     ),
-    of_layer(
+    case(
         "callable",
         "Call(v)",
         "s.a()",
         "class Call:\n    def __init__(self, v):\n        self.by = v\n    def __call__(self):\n        return self.by",
     ),
-    of_layer("kind of function", "torch.sin if v == 2.0 else torch.cos", "1.0) + s.a(y"),
-    of_layer(
+    case("kind of function", "torch.sin if v == 2.0 else torch.cos", "1.0) + s.a(y"),
+    case(
         "class made by a function",
         "made(v)()",
         "s.a.get()",
@@ -271,6 +287,18 @@ OF_LAYERS = (
 )
 
 GLOBAL = "def give():\n    return NUMBER"
+BY = "y = scale(y, s.by)"
+METHOD, FUNCTION, OTHER = "def by(self):\n    return 2.0", "def by():\n    return 2.0", "def other():\n    return 3.0"
+TRIPLES = "def other(self, y):\n    return scale(y, 3.0)"
+
+
+def switched(name: str, read: str, then: str, helpers: str = "", attributes: str = "", **more: Any) -> Change:
+    """`then` is done in the second state only."""
+    return Change(
+        name, read, then=f"if v: {then}", values=(False, True), helpers=helpers, attributes=attributes, **more
+    )
+
+
 OTHERS = (
     Change("attribute of a parameter", "y = scale(y, s.lin.weight.by)", "s.lin.weight.by = v"),
     Change("attribute of a submodule", "y = scale(y, s.lin.by)", "s.lin.by = v"),
@@ -310,47 +338,13 @@ OTHERS = (
         helpers="class Other(nn.Linear):\n    def forward(self, x):\n        return scale(super().forward(x), 3.0)",
     ),
     # The environment.
-    Change(
-        "variable by index", "y = scale(y, float(os.environ['TOY_A']))", values=("2", "3"), around=variable("TOY_A")
-    ),
-    Change(
-        "variable by getenv",
-        "y = scale(y, float(os.getenv('TOY_B', '2')))",
-        values=("2", "3"),
-        around=variable("TOY_B"),
-    ),
-    Change(
-        "variable that was not set",
-        "y = scale(y, float(os.environ.get('TOY_C', '2')))",
-        values=(None, "3"),
-        around=variable("TOY_C"),
-    ),
-    Change(
-        "variable that is no longer set",
-        "y = scale(y, float(os.environ.get('TOY_D', '2')))",
-        values=("3", None),
-        around=variable("TOY_D"),
-    ),
-    Change(
-        "whether a variable is set",
-        "y = scale(y, 2.0 if 'TOY_E' in os.environ else 3.0)",
-        values=("1", None),
-        around=variable("TOY_E"),
-    ),
-    Change(
-        "variable in a helper",
-        "y = scale(y, wanted())",
-        values=("2", "3"),
-        around=variable("TOY_F"),
-        helpers="def wanted():\n    return float(os.environ['TOY_F'])",
-    ),
-    Change(
-        "global from a variable",
-        "y = scale(y, NUMBER)",
-        values=("2", "3"),
-        around=variable("TOY_G"),
-        helpers="NUMBER = float(os.environ['TOY_G'])",
-    ),
+    variable_case("variable by index", "float(os.environ['TOY_A'])"),
+    variable_case("variable by getenv", "float(os.getenv('TOY_B', '2'))"),
+    variable_case("variable that was not set", "float(os.environ.get('TOY_C', '2'))", (None, "3")),
+    variable_case("variable that is no longer set", "float(os.environ.get('TOY_D', '2'))", ("3", None)),
+    variable_case("whether a variable is set", "2.0 if 'TOY_E' in os.environ else 3.0", ("1", None)),
+    variable_case("variable in a helper", "wanted()", helpers="def wanted():\n    return float(os.environ['TOY_F'])"),
+    variable_case("global from a variable", "NUMBER", helpers="NUMBER = float(os.environ['TOY_G'])"),
     # Globals.
     Change("global", "y = scale(y, NUMBER)", then="global NUMBER; NUMBER = v", helpers="NUMBER = 1.0"),
     Change(
@@ -372,76 +366,52 @@ OTHERS = (
     ),
     Change("attribute of a class, set later", "y = scale(y, s.by)", then="Layer.by = v"),
     # Replaced in memory.
-    Change(
-        "method of a class",
-        "y = s.more(y)",
-        then="if v: Layer.more = other",
-        values=(False, True),
-        attributes="def more(self, y):\n    return y",
-        helpers="def other(self, y):\n    return scale(y, 3.0)",
-    ),
-    Change(
+    switched("method of a class", "y = s.more(y)", "Layer.more = other", TRIPLES, "def more(self, y):\n    return y"),
+    switched(
         "forward of a class",
-        then="if v: Layer.forward = other",
-        values=(False, True),
-        helpers="def other(self, x):\n    return scale(self.lin(x), 3.0)",
+        "",
+        "Layer.forward = other",
+        "def other(self, x):\n    return scale(self.lin(x), 3.0)",
     ),
-    Change(
-        "property",
-        "y = scale(y, s.by)",
-        then="if v: Layer.by = property(lambda self: 3.0)",
-        values=(False, True),
-        attributes="@property\ndef by(self):\n    return 2.0",
-    ),
-    Change(
-        "static method",
-        "y = scale(y, s.by())",
-        then="if v: Layer.by = staticmethod(lambda: 3.0)",
-        values=(False, True),
-        attributes="@staticmethod\ndef by():\n    return 2.0",
+    switched("property", BY, "Layer.by = property(lambda self: 3.0)", "", f"@property\n{METHOD}"),
+    switched(
+        "static method", f"{BY[:-1]}())", "Layer.by = staticmethod(lambda: 3.0)", "", f"@staticmethod\n{FUNCTION}"
     ),
     Change(
         "function of the module",
         "y = scale(y, by())",
         then="global by\nif v: by = lambda: 3.0",
         values=(False, True),
-        helpers="def by():\n    return 2.0",
+        helpers=FUNCTION,
     ),
-    Change(
+    switched(
         "function in a registry",
         "y = scale(y, REGISTRY['by']())",
-        then="if v: REGISTRY['by'] = other",
-        values=(False, True),
-        helpers="def by():\n    return 2.0\ndef other():\n    return 3.0\nREGISTRY = {'by': by}",
+        "REGISTRY['by'] = other",
+        f"{FUNCTION}\n{OTHER}\nREGISTRY = {{'by': by}}",
     ),
-    Change(
+    switched(
         "function of another module",
         "y = scale(y, toy_other.by())",
+        "toy_other.by = lambda: 3.0",
         imports="import toy_other",
-        values=(False, True),
-        files=lambda v: {"toy_other.py": "def by():\n    return 2.0\n"},
-        then="if v: toy_other.by = lambda: 3.0",
+        files=lambda v: {"toy_other.py": f"{FUNCTION}\n"},
     ),
-    Change(
+    switched(
         "method of another module",
         "y = scale(y, toy_methods.Reader().by())",
+        "toy_methods.Reader.by = lambda self: 3.0",
         imports="import toy_methods",
-        values=(False, True),
         files=lambda v: {"toy_methods.py": "class Reader:\n    def by(self):\n        return 2.0\n"},
-        then="if v: toy_methods.Reader.by = lambda self: 3.0",
+    ),
+    switched(
+        "code of a function, set later", "y = scale(y, by())", "by.__code__ = other.__code__", f"{FUNCTION}\n{OTHER}"
     ),
     Change(
         "default of a function, set later",
         "y = scale(y, by())",
         then="by.__defaults__ = (v,)",
         helpers="def by(k=1.0):\n    return k",
-    ),
-    Change(
-        "code of a function, set later",
-        "y = scale(y, by())",
-        then="if v: by.__code__ = other.__code__",
-        values=(False, True),
-        helpers="def by():\n    return 2.0\ndef other():\n    return 3.0",
     ),
     Change("function with an attribute", "y = scale(y, by.k)", then="by.k = v", helpers="def by():\n    return 2.0"),
     Change(
@@ -456,66 +426,43 @@ OTHERS = (
         around=lambda v: replaced("torch.nn.functional:silu", tripled_silu) if v else nothing(v),
     ),
     # Files.
-    Change(
+    files_case(
         "constant of a base class in another module",
-        "y = scale(y, s.by)",
-        imports="from toy_base import Base",
-        base="Base",
-        files=lambda v: {"toy_base.py": f"from torch import nn\nclass Base(nn.Module):\n    by = {v}\n"},
+        "s.by",
+        "from toy_base import Base",
+        "Base",
+        toy_base="from torch import nn\nclass Base(nn.Module):\n    by = V\n",
     ),
-    Change(
-        "constant imported by name",
-        "y = scale(y, NUMBER)",
-        imports="from toy_constant import NUMBER",
-        files=lambda v: {"toy_constant.py": f"NUMBER = {v}\n"},
-    ),
-    Change(
-        "constant by a module's attribute",
-        "y = scale(y, toy_attribute.NUMBER)",
-        imports="import toy_attribute",
-        files=lambda v: {"toy_attribute.py": f"NUMBER = {v}\n"},
-    ),
-    Change(
-        "constant of a constant",
-        "y = scale(y, toy_second.NUMBER)",
-        imports="import toy_second",
-        files=lambda v: {"toy_second.py": "from toy_third import NUMBER\n", "toy_third.py": f"NUMBER = {v}\n"},
-    ),
-    Change(
-        "dict in another file",
-        "y = scale(y, TABLE['k'])",
-        imports="from toy_table import TABLE",
-        files=lambda v: {"toy_table.py": f"TABLE = {{'k': {v}}}\n"},
-    ),
-    Change(
-        "keyword default of an imported function",
-        "y = scale(y, by())",
-        imports="from toy_default import by",
-        files=lambda v: {"toy_default.py": f"def by(*, k={v}):\n    return k\n"},
-    ),
-    Change(
-        "default that another module computes",
-        "y = scale(y, by())",
-        imports="from toy_computed import by",
-        files=lambda v: {
-            "toy_computed.py": "from toy_number import NUMBER\ndef by(k=NUMBER):\n    return k\n",
-            "toy_number.py": f"NUMBER = {v}\n",
-        },
-    ),
-    Change(
-        "imported function",
-        "y = scale(y, by())",
-        imports="from toy_function import by",
-        files=lambda v: {"toy_function.py": f"def by():\n    return {v}\n"},
-    ),
-    Change(
+    files_case(
         "method of a base class in another module",
-        "y = scale(y, s.by())",
-        imports="from toy_parent import Parent",
-        base="Parent",
-        files=lambda v: {
-            "toy_parent.py": f"from torch import nn\nclass Parent(nn.Module):\n    def by(self):\n        return {v}\n"
-        },
+        "s.by()",
+        "from toy_parent import Parent",
+        "Parent",
+        toy_parent="from torch import nn\nclass Parent(nn.Module):\n    def by(self):\n        return V\n",
+    ),
+    files_case("constant imported by name", "NUMBER", "from toy_constant import NUMBER", toy_constant="NUMBER = V\n"),
+    files_case("constant by a module's attribute", "toy_at.NUMBER", "import toy_at", toy_at="NUMBER = V\n"),
+    files_case(
+        "constant of a constant",
+        "toy_second.NUMBER",
+        "import toy_second",
+        toy_second="from toy_third import NUMBER\n",
+        toy_third="NUMBER = V\n",
+    ),
+    files_case("dict in another file", "TABLE['k']", "from toy_table import TABLE", toy_table="TABLE = {'k': V}\n"),
+    files_case("imported function", "by()", "from toy_function import by", toy_function="def by():\n    return V\n"),
+    files_case(
+        "keyword default of an imported function",
+        "by()",
+        "from toy_default import by",
+        toy_default="def by(*, k=V):\n    return k\n",
+    ),
+    files_case(
+        "default that another module computes",
+        "by()",
+        "from toy_computed import by",
+        toy_computed="from toy_number import NUMBER\ndef by(k=NUMBER):\n    return k\n",
+        toy_number="NUMBER = V\n",
     ),
     Change(
         "decorator in another module",
@@ -549,49 +496,26 @@ OTHERS = (
     ),
     Change("function of a file, made by exec", "y = scale(y, by())", then="exec(f'def by(): return {v}', globals())"),
     # Torch.
-    Change(
-        "cudnn.allow_tf32",
-        "y = scale(y, 2.0 if torch.backends.cudnn.allow_tf32 else 3.0)",
-        values=(True, False),
-        around=flag("cudnn.allow_tf32"),
-    ),
-    Change(
-        "cudnn.deterministic",
-        "y = scale(y, 2.0 if torch.backends.cudnn.deterministic else 3.0)",
-        values=(False, True),
-        around=flag("cudnn.deterministic"),
-    ),
-    Change(
-        "mkldnn.deterministic",
-        "y = scale(y, 2.0 if torch.backends.mkldnn.deterministic else 3.0)",
-        values=(False, True),
-        around=flag("mkldnn.deterministic"),
-    ),
-    Change(
-        "mkldnn.enabled",
-        "y = scale(y, 2.0 if torch.backends.mkldnn.enabled else 3.0)",
-        values=(True, False),
-        around=flag("mkldnn.enabled"),
-    ),
-    Change(
+    *(backend_case(name) for name in ("cudnn.allow_tf32", "cudnn.deterministic", "mkldnn.deterministic")),
+    backend_case("mkldnn.enabled"),
+    torch_case(
         "default dtype",
-        "y = scale(y, float(torch.get_default_dtype().itemsize))",
-        values=("torch.float32", "torch.float64"),
-        around=torch_state(
-            "torch.get_default_dtype()", "torch.set_default_dtype(eval(v) if isinstance(v, str) else v)"
-        ),
+        "float(torch.get_default_dtype().itemsize)",
+        "torch.set_default_dtype(v)",
+        "torch.get_default_dtype()",
+        ("torch.float32", "torch.float64"),
     ),
-    Change(
+    torch_case(
         "deterministic algorithms",
-        "y = scale(y, 2.0 if torch.are_deterministic_algorithms_enabled() else 3.0)",
-        values=(False, True),
-        around=torch_state("torch.are_deterministic_algorithms_enabled()", "torch.use_deterministic_algorithms(v)"),
+        "2.0 if torch.are_deterministic_algorithms_enabled() else 3.0",
+        "torch.use_deterministic_algorithms(v)",
+        "torch.are_deterministic_algorithms_enabled()",
     ),
-    Change(
+    torch_case(
         "gradients",
-        "y = scale(y, 2.0 if torch.is_grad_enabled() else 3.0)",
-        values=(False, True),
-        around=torch_state("torch.is_grad_enabled()", "torch.set_grad_enabled(v)"),
+        "2.0 if torch.is_grad_enabled() else 3.0",
+        "torch.set_grad_enabled(v)",
+        "torch.is_grad_enabled()",
     ),
 )
 

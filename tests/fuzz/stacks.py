@@ -369,24 +369,24 @@ def _switch(rng: random.Random, ks: list[int]) -> Feature:
 
 def _counting(rng: random.Random, ks: list[int]) -> Feature:
     """Layers that change Python's state, and read it."""
-    lines, head = rng.choice(
+    line = rng.choice(
         [
-            (["s.calls = s.calls + 1", "y = y * s.calls"], []),
-            (["s.holder[0].value += 1", "y = y * s.holder[0].value"], []),
-            (["y = y * (1 + len(s.holder[0].log))", "s.holder[0].log.append(1)"], []),
-            (["y = y * (1 + COUNT)", "COUNT += 1"], ["global COUNT"]),
-            (["y = y * (1 + len(PARTS))", "PARTS.append(s)"], []),
-            (["TABLE[len(TABLE)] = 1", "y = y * len(TABLE)"], []),
-            (["Current.value = Current.value + 0.5", "y = y * Current.value"], []),
-            (["Current.stack.append(1)", "y = y * len(Current.stack)"], []),
-            (["y = y * s.nxt[0].level", "s.nxt[0].level = s.level + 1"], []),
-            (["s.shared['n'] = s.shared['n'] + 1", "y = y * s.shared['n']"], []),
-            (["s.shared['n'] = 2", "y = y * s.shared['n']", "s.shared['n'] = 1"], []),
-            (["y = y * s.queue.pop()"], []),
-            (["y = y * s.queue[-1]", "s.queue.append(s.queue[-1] + 1)"], []),
-            (["y = y * next(s.numbers)"], []),
-            (["s.seen = y.shape[1]", "y = y * s.seen", "s.seen = None"], []),
-            (["y = y + s.holder[0].carry", "s.holder[0].carry = y * 0.5"], []),
+            "s.calls = s.calls + 1; y = y * s.calls",
+            "s.holder[0].value += 1; y = y * s.holder[0].value",
+            "y = y * (1 + len(s.holder[0].log)); s.holder[0].log.append(1)",
+            "y = y * (1 + COUNT); COUNT += 1",
+            "y = y * (1 + len(PARTS)); PARTS.append(s)",
+            "TABLE[len(TABLE)] = 1; y = y * len(TABLE)",
+            "Current.value = Current.value + 0.5; y = y * Current.value",
+            "Current.stack.append(1); y = y * len(Current.stack)",
+            "y = y * s.nxt[0].level; s.nxt[0].level = s.level + 1",
+            "s.shared['n'] = s.shared['n'] + 1; y = y * s.shared['n']",
+            "s.shared['n'] = 2; y = y * s.shared['n']; s.shared['n'] = 1",
+            "y = y * s.queue.pop()",
+            "y = y * s.queue[-1]; s.queue.append(s.queue[-1] + 1)",
+            "y = y * next(s.numbers)",
+            "s.seen = y.shape[1]; y = y * s.seen; s.seen = None",
+            "y = y + s.holder[0].carry; s.holder[0].carry = y * 0.5",
         ]
     )
 
@@ -398,48 +398,35 @@ def _counting(rng: random.Random, ks: list[int]) -> Feature:
             layer.shared, layer.queue, layer.numbers = shared, queue, numbers
             layer.nxt = [model.layers[(i + 1) % LAYERS]]
 
-    return Feature(f"changes state: {'; '.join(lines)}", prepare, head=head, lines=lines)
+    head = ["global COUNT"] if "COUNT" in line else []
+    return Feature(f"changes state: {line}", prepare, head=head, lines=[line])
+
+
+# What it is of a layer that is asked for -> how.
+IDENTITIES = {
+    "layer": (
+        "s is s.some[0]; s in s.some; s in s.some_set; s == s.some[0]; id(s) in s.ids; id(s) == s.ids[0]; "
+        "s.holder[0].layers[s.which] is s; s.some_ref[0]() is s; s.lin is s.some[0].lin; hash(s) == s.hashes[0]"
+    ),
+    "lin": "s.lin in s.parts; s.lin in PARTS; any(s.lin is p for p in PARTS)",
+    "weight": "s.lin.weight is s.parts[0]; s.lin.weight is PARTS[0]; any(s.lin.weight is p for p in PARTS)",
+    "bias": "s.lin.bias is PARTS[0]",
+    "cfg": "s.cfg is PARTS[0]; any(s.cfg is p for p in PARTS); s.cfg is s.holder[0].layers[s.which].cfg",
+    "box": "s.box is PARTS[0]; s.box == PARTS[0]; s.box in PARTS; id(s.box) in s.ids",
+    "shared box": "s.box is SHARED",
+    "model box": "s.box is s.holder[0].box",
+    "tied module": "s.lin is s.lin2",
+    "tied weight": "s.lin.weight is s.lin2.weight",
+    "tied dict": "s.cfg is s.cfg2",
+    "self": "s.first is s",
+    "method": "s.f == s.holder[0].layers[s.which].f",
+    "sentinel": "s.tag is s.holder[0].tag; s.tag == s.holder[0].tag",
+}
 
 
 def _identity(rng: random.Random, ks: list[int]) -> Feature:
     some = [i for i, k in enumerate(ks) if k]
-    condition, what = rng.choice(
-        [
-            ("s is s.some[0]", "layer"),
-            ("s in s.some", "layer"),
-            ("s in s.some_set", "layer"),
-            ("s == s.some[0]", "layer"),
-            ("id(s) in s.ids", "layer"),
-            ("id(s) == s.ids[0]", "layer"),
-            ("s.holder[0].layers[s.which] is s", "layer"),
-            ("s.some_ref[0]() is s", "layer"),
-            ("s.lin is s.some[0].lin", "layer"),
-            ("s.lin in s.parts", "lin"),
-            ("s.lin in PARTS", "lin"),
-            ("any(s.lin is p for p in PARTS)", "lin"),
-            ("s.lin.weight is s.parts[0]", "weight"),
-            ("s.lin.weight is PARTS[0]", "weight"),
-            ("any(s.lin.weight is p for p in PARTS)", "weight"),
-            ("s.lin.bias is PARTS[0]", "bias"),
-            ("s.cfg is PARTS[0]", "cfg"),
-            ("any(s.cfg is p for p in PARTS)", "cfg"),
-            ("s.cfg is s.holder[0].layers[s.which].cfg", "cfg"),
-            ("s.box is PARTS[0]", "box"),
-            ("s.box == PARTS[0]", "box"),
-            ("s.box in PARTS", "box"),
-            ("s.box is SHARED", "shared box"),
-            ("s.box is s.holder[0].box", "model box"),
-            ("id(s.box) in s.ids", "box"),
-            ("s.lin is s.lin2", "tied module"),
-            ("s.lin.weight is s.lin2.weight", "tied weight"),
-            ("s.cfg is s.cfg2", "tied dict"),
-            ("s.first is s", "self"),
-            ("s.f == s.holder[0].layers[s.which].f", "method"),
-            ("s.tag is s.holder[0].tag", "sentinel"),
-            ("s.tag == s.holder[0].tag", "sentinel"),
-            ("hash(s) == s.hashes[0]", "layer"),
-        ]
-    )
+    what, condition = rng.choice([(what, c) for what, all_ in IDENTITIES.items() for c in all_.split("; ")])
 
     def prepare(model: Any, space: dict[str, Any]) -> None:
         layers = list(model.layers)
@@ -454,15 +441,13 @@ def _identity(rng: random.Random, ks: list[int]) -> Feature:
             layer.first = layer if mine else layers[0]
             layer.f = kit.Box.get.__get__(layer.box)
             layer.lin2 = layer.lin
-            if "tied" in what:
-                layer.lin2 = layer.lin if mine else nn.Linear(8, 8).requires_grad_(False)
-                if mine and what == "tied weight":
-                    layer.lin2 = nn.Linear(8, 8).requires_grad_(False)
+            if what == "tied weight" or (what == "tied module" and not mine):
+                layer.lin2 = nn.Linear(8, 8).requires_grad_(False)
+                if mine:
                     layer.lin2.weight = layer.lin.weight
         chosen = [layers[i] for i in some] or [layers[0]]
-        of = {"lin": lambda s: s.lin, "weight": lambda s: s.lin.weight, "bias": lambda s: s.lin.bias}
-        of |= {"cfg": lambda s: s.cfg, "box": lambda s: s.box}
-        parts = [of.get(what, lambda s: s)(s) for s in chosen]
+        part = {"lin": "lin", "weight": "lin.weight", "bias": "lin.bias", "cfg": "cfg", "box": "box"}.get(what)
+        parts = [kit.operator.attrgetter(part)(s) if part else s for s in chosen]
         space["PARTS"].extend(parts)
         for layer in layers:
             layer.which = layers.index(chosen[0])
@@ -475,307 +460,163 @@ def _identity(rng: random.Random, ks: list[int]) -> Feature:
     return Feature(f"identity: {condition}, layers {some}", prepare, lines=[f"y = y * (2 if {condition} else 1)"])
 
 
+@dataclass(frozen=True)
+class Alias:
+    """put: code that prepares layer `s`, the i-th, of model `m`; `mine`: it is among SOME.  lines: some of which one is
+    chosen.  argument: what `a` is in the call, extra: what the model's argument `extra` is of the first of SOME."""
+
+    name: str
+    put: str = ""
+    lines: tuple[str, ...] = ("y = y * s.scale + s.other",)
+    argument: str = ""
+    extra: str = ""
+
+
+_READ, _ADDED = "y = y * a + s.scale", "s.scale.add_(1); y = y * a + s.scale"
+_EITHER = (_READ, "s.scale.add_(1); y = y * a", "y = y * a; s.other.add_(a)")
+_SHARED, _VIEW = "if mine: s.scale = m.scale", "if mine: s.other = s.scale.view(8)"
+ALIASES = (
+    Alias("weights tied in some", "if mine: s.lin2.weight = s.lin.weight", ("y = y + s.lin2(x)",)),
+    Alias("weights tied with the first", "if mine: s.lin.weight = m.layers[0].lin.weight"),
+    Alias("buffers shared by some", "if mine: s.other = s.scale"),
+    Alias("buffers of one storage", "s.scale, s.other = pool[i], pool[i + 6 * mine]"),
+    Alias("buffer is a view in some", _VIEW),
+    Alias("the model's buffer", _SHARED),
+    Alias("buffer updated in place", "", ("s.scale.add_(1); y = y * s.scale",)),
+    Alias("shared buffer updated in place", _SHARED, ("s.scale.add_(1); y = y * s.scale",)),
+    Alias("view updated in place", _VIEW, ("s.other.add_(1); y = y * s.scale + s.other",)),
+    Alias("the first's buffer as argument", "", _EITHER, "m.layers[0].scale"),
+    Alias("its own buffer as argument", "", _EITHER, "layer.scale"),
+    Alias("the previous layer's buffer as argument", "", _EITHER, "m.layers[n - 1].scale"),
+    Alias("the next layer's buffer as argument", "", _EITHER, "m.layers[(n + 1) % 6].scale"),
+    Alias("a view of its buffer as argument", "", _EITHER, "layer.scale[:]"),
+    Alias("a buffer as argument to some", "", (_READ,), "layer.scale if n in SOME else m.scale"),
+    Alias("the model's argument is a buffer", "", (_READ, _ADDED), "extra", "layer.scale"),
+    Alias("the model's argument is a view of a buffer", "", (_ADDED,), "extra", "layer.scale[:]"),
+    Alias("an argument is updated in place", "", ("a.add_(1); y = y + a",), "x * 1.5"),
+    Alias("an argument is transposed in place", "", ("a.t_(); y = y @ a; a.t_()",), "m.square + (n in SOME)"),
+    Alias("the argument twice", "", ("y = y + a * x",), "x if n in SOME else x * 2"),
+    Alias("the first's weight as argument", "", ("y = y @ a + s.lin.weight.sum()",), "m.layers[0].lin.weight"),
+    Alias("a result is a buffer", "", ("pass",)),
+    Alias("a result is the argument in some", "s.chosen = SOME", ("y = x if s.idx in s.chosen else y",)),
+)
+
+
 def _aliasing(rng: random.Random, ks: list[int]) -> Feature:
-    some = [i for i, k in enumerate(ks) if k] or [3]
-    which = rng.choice(
-        [
-            "weights tied in some",
-            "weights tied with the first",
-            "buffers shared by some",
-            "buffers of one storage",
-            "buffer is a view in some",
-            "the model's buffer",
-            "buffer updated in place",
-            "shared buffer updated in place",
-            "view updated in place",
-            "the first's buffer as argument",
-            "its own buffer as argument",
-            "the previous layer's buffer as argument",
-            "the next layer's buffer as argument",
-            "a view of its buffer as argument",
-            "a buffer as argument to some",
-            "the model's argument is a buffer",
-            "the model's argument is a view of a buffer",
-            "an argument is updated in place",
-            "an argument is transposed in place",
-            "the argument twice",
-            "the first's weight as argument",
-            "a result is a buffer",
-            "a result is the argument in some",
-        ]
-    )
-    lines, call, args, inputs, after, returns = ["y = y * s.scale + s.other"], "", [], [], [], ""
+    some = tuple(i for i, k in enumerate(ks) if k) or (3,)
+    alias = rng.choice(ALIASES)
+    lines = rng.choice(alias.lines)
 
     def prepare(model: Any, space: dict[str, Any]) -> None:
-        layers = list(model.layers)
         model.register_buffer("scale", torch.full((8,), 3.0))
+        model.square = torch.arange(64.0).div(64).reshape(8, 8)
         pool = torch.arange(1.0, 97.0).div(16).reshape(12, 8)
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(model.layers):
             layer.register_buffer("scale", torch.full((8,), 1.0 + i))
             layer.register_buffer("other", torch.full((8,), 0.5 * i))
             layer.lin2 = nn.Linear(8, 8).requires_grad_(False)
-            if which == "weights tied in some" and i in some:
-                layer.lin2.weight = layer.lin.weight
-            elif which == "weights tied with the first" and i in some:
-                layer.lin.weight = layers[0].lin.weight
-            elif which == "buffers shared by some" and i in some:
-                layer.other = layer.scale
-            elif which == "buffers of one storage":
-                layer.scale, layer.other = pool[i], pool[i + (6 if i in some else 0)]
-            elif which in ("buffer is a view in some", "view updated in place") and i in some:
-                layer.other = layer.scale.view(8)
-            elif (which == "the model's buffer" or which == "shared buffer updated in place") and i in some:
-                layer.scale = model.scale
+            exec(alias.put, {"s": layer, "m": model, "i": i, "pool": pool, "mine": i in some, "SOME": some})
 
-    if which == "weights tied in some":
-        lines = ["y = y + s.lin2(x)"]
-    elif which in ("buffer updated in place", "shared buffer updated in place"):
-        lines = ["s.scale.add_(1)", "y = y * s.scale"]
-    elif which == "view updated in place":
-        lines = ["s.other.add_(1)", "y = y * s.scale + s.other"]
-    elif which == "the model's argument is a buffer":
-        inputs = [("extra", lambda model: model.layers[some[0]].scale)]
-        args = [("a", "extra")]
-        lines = ["y = y * a + s.scale"] if rng.random() < 0.5 else ["s.scale.add_(1)", "y = y * a + s.scale"]
-    elif which == "the model's argument is a view of a buffer":
-        inputs = [("extra", lambda model: model.layers[some[0]].scale[:])]
-        args, lines = [("a", "extra")], ["s.scale.add_(1)", "y = y * a + s.scale"]
-    elif which == "a buffer as argument to some":
-        args, lines = [("a", f"layer.scale if n in {tuple(some)} else m.scale")], ["y = y * a + s.scale"]
-    elif "argument is updated" in which or "transposed" in which:
-        # Only some get an argument of their own.
-        args = [("a", "x * 1.5" if "updated" in which else f"m.square + (n in {tuple(some)})")]
-        lines = ["a.add_(1)", "y = y + a"] if "updated" in which else ["a.t_()", "y = y @ a", "a.t_()"]
-        base = prepare
+    feature = Feature(f"aliasing: {alias.name}, layers {some}: {lines}", prepare, lines=[lines])
+    if alias.argument:
+        feature.args = [("a", alias.argument.replace("SOME", str(some)))]
+    if alias.extra:
+        feature.inputs = [("extra", lambda model: eval(alias.extra, {"layer": model.layers[some[0]]}))]
+    if alias.name == "a result is a buffer":
+        feature.returns, feature.call, feature.after = "y, s.scale", "x, kept = CALL", ["x = x * kept + layer.other"]
+    return feature
 
-        def prepare(model: Any, space: dict[str, Any]) -> None:
-            base(model, space)
-            model.square = torch.arange(64.0).div(64).reshape(8, 8)
 
-    elif which == "the argument twice":
-        args, lines = [("a", f"x if n in {tuple(some)} else x * 2")], ["y = y + a * x"]
-    elif which == "the first's weight as argument":
-        args, lines = [("a", "m.layers[0].lin.weight")], ["y = y @ a + s.lin.weight.sum()"]
-    elif which == "a result is a buffer":
-        returns, call, lines = "y, s.scale", "x, kept = CALL", []
-        after = ["x = x * kept + layer.other"]
-    elif which == "a result is the argument in some":
-        lines, after = ["y = x if s.idx in s.chosen else y"], []
-        inner = prepare
-
-        def prepare(model: Any, space: dict[str, Any]) -> None:
-            inner(model, space)
-            for layer in model.layers:
-                layer.chosen = tuple(some)
-
-    elif "as argument" in which:
-        owner = {
-            "the first's buffer as argument": "m.layers[0].scale",
-            "its own buffer as argument": "layer.scale",
-            "the previous layer's buffer as argument": "m.layers[n - 1].scale",
-            "the next layer's buffer as argument": "m.layers[(n + 1) % 6].scale",
-            "a view of its buffer as argument": "layer.scale[:]",
-        }[which]
-        args = [("a", owner)]
-        lines = rng.choice(
-            [["y = y * a + s.scale"], ["s.scale.add_(1)", "y = y * a"], ["y = y * a", "s.other.add_(a)"]]
-        )
-    return Feature(
-        f"aliasing: {which}, layers {some}: {'; '.join(lines)}",
-        prepare,
-        lines=lines,
-        call=call,
-        args=args,
-        inputs=inputs,
-        after=after,
-        returns=returns,
-    )
+# What is done to layer `s` of variant k -> what it computes with that.
+MODULES = (
+    ("if k: s.lin = nn.Linear(8, 8, bias=False)", ""),
+    ("s.register_buffer('buf', None if k else torch.full((8,), 2.0))", "y = y if s.buf is None else y * s.buf"),
+    ("s.extra = None if k else nn.Linear(8, 8)", "y = y if s.extra is None else s.extra(y)"),
+    ("if k: s.lin = TripleLinear(8, 8)", ""),
+    ("if k: s.lin.__class__ = TripleLinear", ""),
+    ("if k: s.forward = patched(s.lin, 5)", ""),
+    ("if k: s.lin.forward = patched(s.lin, 5)", ""),
+    ("s.lin.forward = patched(s.lin, k + 1)", ""),
+    ("if k: s.lin.scaled = scaled", "y = s.lin.scaled(y) if hasattr(s.lin, 'scaled') else y"),
+    ("if k: s.register_forward_hook(hook(2))", ""),
+    ("if k: s.lin.register_forward_hook(hook(2))", ""),
+    ("if k: s.lin.register_forward_pre_hook(pre_hook)", ""),
+    ("s.register_forward_hook(hook(k + 1))", ""),
+    ("s.lin.register_forward_hook(hook(k + 1))", ""),
+    ("if k: s.register_forward_hook(keyword_hook, with_kwargs=True)", ""),
+    ("for f in (hook(2), other_hook)[:: -1 if k else 1]: s.lin.register_forward_hook(f)", ""),
+    ("w = 16 if k else 8; s.up, s.down = nn.Linear(8, w), nn.Linear(w, 8)", "y = s.down(torch.sin(s.up(y)))"),
+    (
+        "s.extra = nn.Linear(8, 8, dtype=torch.float64 if k else torch.float32)",
+        "y = s.extra(y.to(s.extra.weight.dtype)).float()",
+    ),
+    (
+        "if k: s.lin.weight = nn.Parameter(s.lin.weight.t().contiguous().t())",
+        "y = y * (2 if s.lin.weight.is_contiguous() else 1)",
+    ),
+    ("s.extra = nn.Linear(8, 8)  # trained: k", "y = y * (2 if s.extra.weight.requires_grad else 1)"),
+    ("if k: s.parts = nn.ModuleList([nn.Linear(8, 8), nn.ReLU()])", "for p in getattr(s, 'parts', ()): y = p(y)"),
+    ("s.parts = nn.Sequential(*[nn.Tanh(), nn.Linear(8, 8)][:: -1 if k else 1])", "y = s.parts(y)"),
+    ("s.parts = nn.Sequential(*(nn.Tanh() for _ in range(k + 1)))", "y = s.parts(y)"),
+    ("s.parts = nn.Sequential(*(nn.Tanh() for _ in range(k + 1)))", "y = y * len(s.parts)"),
+    ("s.parts = nn.Sequential(*(nn.Tanh() for _ in range(k + 1)))", "for p in s.parts: y = p(y)"),
+    ("s.extra = nn.LayerNorm(8, eps=0.1 * k or 1e-5)", "y = s.extra(y)"),
+    ("s.extra = nn.LeakyReLU(0.1 * (k + 1))", "y = s.extra(y)"),
+    ("s.extra = (nn.Tanh, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.GELU, nn.ELU)[k]()", "y = s.extra(y)"),
+    ("s.extra = nn.Linear(8, 8).train(bool(k))", "y = y * (2 if s.extra.training else 1)"),
+    ("s.parts = nn.ModuleList([nn.Tanh()]); s.parts.by = [1, k]", "y = y * s.parts.by[1]"),
+    ("if k: s.lin.scale = 2", "y = y * getattr(s.lin, 'scale', 1)"),
+    ("if k: s.more = nn.Tanh()", "y = y * len(list(s.named_children()))"),
+    ("if k: s.more = nn.Linear(8, 8)", "y = y * (0.1 * len(list(s.parameters())))"),
+)
+HELPERS: dict[str, Any] = {
+    **vars(kit),
+    "patched": lambda lin, k: lambda x: nn.functional.linear(x, lin.weight) * k,
+    "scaled": lambda y: y * 3,
+    "hook": lambda k: lambda s, a, o: o * k,
+    "other_hook": lambda s, a, o: o + 1,
+    "pre_hook": lambda s, a: (a[0] * 2,),
+    "keyword_hook": lambda s, a, kw, o: o * 2,
+}
 
 
 def _modules(rng: random.Random, ks: list[int]) -> Feature:
-    which = rng.choice(
-        [
-            "no bias in some",
-            "a buffer is None in some",
-            "a submodule is None in some",
-            "another class inside some",
-            "__class__ changed in some",
-            "forward patched in some",
-            "forward patched inside some",
-            "forward patched with numbers",
-            "a method patched in some",
-            "hook on some",
-            "hook inside some",
-            "pre-hook on some",
-            "hooks with numbers",
-            "hooks inside with numbers",
-            "keyword hook on some",
-            "two hooks in another order",
-            "another width inside some",
-            "another dtype inside some",
-            "strides of a weight in some",
-            "weight requires grad in some",
-            "more modules in some",
-            "modules in another order",
-            "number of modules",
-            "eps of a norm",
-            "slope of an activation",
-            "kind of activation",
-            "dropout's training flag",
-            "a list of numbers in a module list",
-            "attribute of a submodule in some",
-            "state of a submodule, by named_children",
-            "parameters counted",
-        ]
-    )
-    lines, head = [], []
+    put, lines = rng.choice(MODULES)
 
     def change(layer: Any, i: int) -> None:
-        k = ks[i]
-        if which == "no bias in some" and k:
-            layer.lin = nn.Linear(8, 8, bias=False)
-        elif which == "a buffer is None in some":
-            layer.register_buffer("buf", None if k else torch.full((8,), 2.0))
-        elif which == "a submodule is None in some":
-            layer.extra = None if k else nn.Linear(8, 8)
-        elif which == "another class inside some" and k:
-            layer.lin = kit.TripleLinear(8, 8)
-        elif which == "__class__ changed in some" and k:
-            layer.lin.__class__ = kit.TripleLinear
-        elif which == "forward patched in some" and k:
-            layer.forward = _patched(layer.lin, 5)
-        elif which == "forward patched inside some" and k:
-            layer.lin.forward = _patched(layer.lin, 5)
-        elif which == "forward patched with numbers":
-            layer.lin.forward = _patched(layer.lin, k + 1)
-        elif which == "a method patched in some" and k:
-            layer.lin.extra_repr = lambda: "patched"
-            layer.lin.scaled = lambda y: y * 3
-        elif which == "hook on some" and k:
-            layer.register_forward_hook(lambda s, a, o: o * 2)
-        elif which == "hook inside some" and k:
-            layer.lin.register_forward_hook(lambda s, a, o: o * 2)
-        elif which == "pre-hook on some" and k:
-            layer.lin.register_forward_pre_hook(lambda s, a: (a[0] * 2,))
-        elif which == "hooks with numbers":
-            layer.register_forward_hook(_hook(k + 1))
-        elif which == "hooks inside with numbers":
-            layer.lin.register_forward_hook(_hook(k + 1))
-        elif which == "keyword hook on some" and k:
-            layer.register_forward_hook(lambda s, a, kw, o: o * 2, with_kwargs=True)
-        elif which == "two hooks in another order":
-            hooks = [lambda s, a, o: o * 2, lambda s, a, o: o + 1]
-            for hook in hooks[::-1] if k else hooks:
-                layer.lin.register_forward_hook(hook)
-        elif which == "another width inside some":
-            width = 16 if k else 8
-            layer.up, layer.down = nn.Linear(8, width), nn.Linear(width, 8)
-        elif which == "another dtype inside some":
-            layer.extra = nn.Linear(8, 8, dtype=torch.float64 if k else torch.float32)
-        elif which == "strides of a weight in some" and k:
-            layer.lin.weight = nn.Parameter(layer.lin.weight.t().contiguous().t())
-        elif which == "weight requires grad in some":
-            layer.extra = nn.Linear(8, 8)
-            layer.extra.weight.requires_grad_(bool(k))
-        elif which == "more modules in some" and k:
-            layer.parts = nn.ModuleList([nn.Linear(8, 8), nn.ReLU()])
-        elif which == "modules in another order":
-            parts = [nn.Tanh(), nn.Linear(8, 8)]
-            layer.parts = nn.Sequential(*(parts[::-1] if k else parts))
-        elif which == "number of modules":
-            layer.parts = nn.Sequential(*(nn.Tanh() for _ in range(k + 1)))
-        elif which == "eps of a norm":
-            layer.extra = nn.LayerNorm(8, eps=1e-5 if not k else 0.1 * k)
-        elif which == "slope of an activation":
-            layer.extra = nn.LeakyReLU(0.1 * (k + 1))
-        elif which == "kind of activation":
-            layer.extra = (nn.Tanh, nn.ReLU, nn.SiLU, nn.Sigmoid, nn.GELU, nn.ELU)[k]()
-        elif which == "dropout's training flag":
-            layer.extra = nn.Linear(8, 8).train(bool(k))
-        elif which == "a list of numbers in a module list":
-            layer.parts = nn.ModuleList([nn.Tanh()])
-            layer.parts.by = [1, k]
-        elif which == "attribute of a submodule in some" and k:
-            layer.lin.scale = 2
-        elif which == "state of a submodule, by named_children" and k:
-            layer.more = nn.Tanh()
-        elif which == "parameters counted" and k:
-            layer.more = nn.Linear(8, 8)
-        layer.requires_grad_(which == "weight requires grad in some" and bool(k))
+        exec(put, {**HELPERS, "s": layer, "k": ks[i]})
+        layer.requires_grad_("trained" in put and bool(ks[i]))
 
-    lines = {
-        "a buffer is None in some": ["y = y if s.buf is None else y * s.buf"],
-        "a submodule is None in some": ["y = y if s.extra is None else s.extra(y)"],
-        "a method patched in some": ["y = s.lin.scaled(y) if hasattr(s.lin, 'scaled') else y"],
-        "another width inside some": ["y = s.down(torch.sin(s.up(y)))"],
-        "another dtype inside some": ["y = s.extra(y.to(s.extra.weight.dtype)).float()"],
-        "strides of a weight in some": ["y = y * (2 if s.lin.weight.is_contiguous() else 1)"],
-        "weight requires grad in some": ["y = y * (2 if s.extra.weight.requires_grad else 1)"],
-        "more modules in some": ["for part in getattr(s, 'parts', ()):", "    y = part(y)"],
-        "modules in another order": ["y = s.parts(y)"],
-        "number of modules": [rng.choice(["y = s.parts(y)", "y = y * len(s.parts)", "for p in s.parts: y = p(y)"])],
-        "eps of a norm": ["y = s.extra(y)"],
-        "slope of an activation": ["y = s.extra(y)"],
-        "kind of activation": ["y = s.extra(y)"],
-        "dropout's training flag": ["y = y * (2 if s.extra.training else 1)"],
-        "a list of numbers in a module list": ["y = y * s.parts.by[1]"],
-        "attribute of a submodule in some": ["y = y * getattr(s.lin, 'scale', 1)"],
-        "state of a submodule, by named_children": ["y = y * len(list(s.named_children()))"],
-        "parameters counted": ["y = y * (0.1 * len(list(s.parameters())))"],
-    }.get(which, [])
-    return Feature(f"modules: {which}, {ks}", each(change), head=head, lines=lines)
+    return Feature(f"modules: {put}, {ks}", each(change), lines=[lines] if lines else [])
 
 
-def _patched(lin: Any, k: int) -> Callable[[Any], Any]:
-    return lambda x: nn.functional.linear(x, lin.weight) * k
-
-
-def _hook(k: int) -> Callable[..., Any]:
-    return lambda s, a, o: o * k
+# How the model calls its layers: a further parameter, what each layer gets (SOME: `n` is among some), what it does.
+CALLS = (
+    ("k", "KS[n]", "y = y * (1 + k)"),
+    ("k", "n", "y = y * (1 + k)"),
+    ("r", "None if SOME else x", "y = y if r is None else y + r"),
+    ("k=1", "*(), **({'k': 3} if SOME else {})", "y = y * k"),
+    ("k", "[1, KS[n]]", "y = y * sum(k)"),
+    ("k", "{'a': KS[n] + 1}", "y = y * k['a']"),
+    ("k", "1 if SOME else 1.0", "y = y * vary(k)"),
+    ("f", "torch.sin if SOME else torch.cos", "y = f(y)"),
+    ("other", "m.layers[n - 1]", "y = y + other.lin(x)"),
+    ("a", "x if SOME else x[:1]", "y = y + a"),
+    ("a", "x.double() if SOME else x", "y = (y + a / 3).float()"),
+    ("f", "functools.partial(give, KS[n] + 1)", "y = y * f()"),
+)
 
 
 def _calls(rng: random.Random, ks: list[int]) -> Feature:
-    """The model calls its layers differently."""
     some = tuple(i for i, k in enumerate(ks) if k)
-    which = rng.randrange(14)
-    c = f"n in {some}"
-    if which == 0:
-        return Feature(f"a number as argument, {ks}", args=[("k", f"{ks}[n]")], lines=["y = y * (1 + k)"])
-    if which == 1:
-        return Feature("the number of the layer as argument", args=[("k", "n")], lines=["y = y * (1 + k)"])
-    if which == 2:
-        return Feature(
-            f"None to some, {some}", args=[("r", f"None if {c} else x")], lines=["y = y if r is None else y + r"]
-        )
-    if which == 3:
-        return Feature(
-            "a keyword to some", args=[("k=1", f"*(), **({{'k': 3}} if {c} else {{}})")], lines=["y = y * k"]
-        )
-    if which == 4:
-        return Feature("a list as argument", args=[("k", f"[1, {ks}[n]]")], lines=["y = y * sum(k)"])
-    if which == 5:
-        return Feature("a dict as argument", args=[("k", f"{{'a': {ks}[n] + 1}}")], lines=["y = y * k['a']"])
-    if which == 6:
-        return Feature("another type as argument", args=[("k", f"1 if {c} else 1.0")], lines=["y = y * vary(k)"])
-    if which == 7:
-        return Feature("a function as argument", args=[("f", f"torch.sin if {c} else torch.cos")], lines=["y = f(y)"])
-    if which == 8:
-        return Feature("a layer as argument", args=[("other", "m.layers[n - 1]")], lines=["y = y + other.lin(x)"])
-    if which == 9:
+    which = rng.randrange(len(CALLS) + 2)
+    if which == len(CALLS):
         return Feature("called twice", call="x = CALL + CALL")
-    if which == 10:
-        return Feature(f"another shape to some, {some}", args=[("a", f"x if {c} else x[:1]")], lines=["y = y + a"])
-    if which == 11:
-        return Feature(
-            f"another dtype to some, {some}",
-            args=[("a", f"x.double() if {c} else x")],
-            lines=["y = (y + a / 3).float()"],
-        )
-    if which == 12:
+    if which > len(CALLS):
         return Feature("a flag of the model", before=[f"m.value = {ks}[n]"], lines=["y = y * (1 + s.holder[0].value)"])
-    return Feature(
-        "a partial as argument", args=[("f", f"functools.partial(give, {ks}[n] + 1)")], lines=["y = y * f()"]
-    )
+    name, given, line = CALLS[which]
+    given = given.replace("KS", str(ks)).replace("SOME", f"n in {some}")
+    return Feature(f"argument {name}: {given}", args=[(name, given)], lines=[line])
 
 
 SPECIALS: tuple[Callable[[random.Random, list[int]], Feature], ...] = (

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fuzz import copies, known
+from tests.fuzz import copies, known, sizes
 from tests.fuzz.copies import Result
-
-SEEDS = range(200)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +21,7 @@ def unlogged() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def results() -> list[Result]:
-    return list(copies.generated(SEEDS))
+    return list(copies.generated(sizes.SUITE_STACKS))
 
 
 def bad(results: list[Result]) -> str:
@@ -33,7 +31,7 @@ def bad(results: list[Result]) -> str:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_stacks_from_seeds_give_what_the_model_gives(results: list[Result]) -> None:
     found = bad(results)
-    assert not found, f"{copies.summary(results)}\nshow one with python -m tests.fuzz.copies --seed N\n{found}"
+    assert not found, f"{copies.summary(results)}\nshow one with python -m tests.fuzz.copies --case N\n{found}"
 
 
 def test_few_cases_are_too_much_for_dynamo(results: list[Result]) -> None:
@@ -53,3 +51,4 @@ def test_layers_that_differ_by_tensors_names_and_what_nobody_reads_are_copied(re
 def test_known_cases(name: str) -> None:
     result = copies.judge(name, "known", known.CASES[name])
     assert result.outcome == "right", f"{result}\n{known.CASES[name].source}"
+    assert result.expected in (None, result.copied), result

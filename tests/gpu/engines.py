@@ -77,19 +77,19 @@ def traffic(llm: Any, temperature: float = 0.0) -> list[list[int]]:
 def about(worker: Any) -> dict[str, Any]:
     """A worker's graphs in numbers."""
     session = worker.model_runner.cudagraph_manager.session
-    counters = session.counters
+    counts = session.counts
     return {
-        "captured": dict(counters.captured),
-        "replayed": dict(counters.replayed),
-        "missed": dict(counters.missed),
-        "skipped": dict(counters.skipped),
-        "seconds": max(counters.seconds, default=0),
+        "captured": dict(counts["captured"]),
+        "replayed": dict(counts["replayed"]),
+        "missed": dict(counts["missed"]),
+        "skipped": dict(counts["skipped"]),
+        "seconds": max(session.seconds, default=0),
         "shapes": len(session.policy.shapes),
         "left": len(session.policy.left),
         "asked": sum(session.policy.asked.values()),
         "reasons": sorted(set(session.policy.barred.values())),
         "held": session.budget.held,
         "limit": session.budget.limit,
-        "source": session.memory.need.source,
+        "source": session.need.source,
         "guard": monitor.cudagraph_capturing_enabled,
     }

@@ -37,8 +37,8 @@ CODE = """
         '''What is remembered; captures of a decode step's and of a prompt's shape that break off; all the rest.'''
         import torch
         session = manager(llm).session
-        source, first = session.memory.need.source, session.policy.next_idle()
-        most = max(session.memory.before.values())
+        source, first = session.need.source, session.policy.next_idle()
+        most = max(session.policy.remembered.values())
         stock = manager(llm)._create_forward_fn
         def create(desc, warmup):
             forward = stock(desc, warmup)
@@ -61,7 +61,7 @@ CODE = """
             pass
         full = about(worker(llm))
         return {
-            "tokens": tokens, "info": info, "source": source, "first": session.memory.before[first] == most,
+            "tokens": tokens, "info": info, "source": source, "first": session.policy.remembered[first] == most,
             "given back": given_back, "full": full, "tokens of all": traffic(llm),
         }
 

@@ -2,61 +2,51 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process import run, together
+from tests.process import run
 
 CODE = """
     import os
-    from vllm.config import CompilationMode, VllmConfig
-    from vllm.config.lora import LoRAConfig
     from vllm.engine.arg_utils import EngineArgs
-    import vllm_compile_ext.platforms.cpu
-    model, out, fusions = sys.argv[1], {}, {}
-    def mode(name, env=None, **options):
-        os.environ.update(env or {})
-        config = EngineArgs(model=model, max_model_len=256, **options).create_engine_config()
-        for key in env or {}:
+    out, fusions = {}, {}
+    for name, env, options in (
+        ("default", {}, {}),
+        ("asked", {}, {"compilation_config": {"mode": 3}}),
+        ("sizes", {}, {"compilation_config": {"compile_sizes": [8, 1]}}),
+        ("splitting", {}, {"compilation_config": {"splitting_ops": ["aten::sin"]}}),
+        ("O1", {}, {"optimization_level": 1}),
+        ("O0", {}, {"optimization_level": 0}),
+        ("trace once", {}, {"compilation_config": {"mode": 2}}),
+        ("stock torch", {}, {"compilation_config": {"mode": 1}}),
+        ("none", {}, {"compilation_config": {"mode": 0}}),
+        ("eager", {}, {"enforce_eager": True}),
+        ("lora", {}, {"enable_lora": True, "max_lora_rank": 8}),
+        ("ci", {"VLLM_CPU_CI_ENV": "1"}, {}),
+        ("inductor partition", {}, {"compilation_config": {"use_inductor_graph_partition": True}}),
+    ):
+        os.environ.update(env)
+        config = EngineArgs(model=sys.argv[1], max_model_len=256, **options).create_engine_config().compilation_config
+        for key in env:
             del os.environ[key]
-        compilation = config.compilation_config
-        out[name] = [compilation.mode.name, compilation.backend, compilation.compile_sizes]
-        passes = vars(compilation.pass_config)
-        fusions[name] = [key for key, value in passes.items() if key.startswith('fuse_') and value]
-    mode('default')
-    mode('asked', compilation_config={'mode': 3})
-    mode('sizes', compilation_config={'compile_sizes': [8, 1]})
-    mode('splitting', compilation_config={'splitting_ops': ['aten::sin']})
-    mode('O1', optimization_level=1)
-    mode('O0', optimization_level=0)
-    mode('trace once', compilation_config={'mode': 2})
-    mode('stock torch', compilation_config={'mode': 1})
-    mode('none', compilation_config={'mode': 0})
-    mode('eager', enforce_eager=True)
-    mode('lora', enable_lora=True, max_lora_rank=8)
-    mode('ci', env={'VLLM_CPU_CI_ENV': '1'})
-    mode('inductor partition', compilation_config={'use_inductor_graph_partition': True})
-    report(out | {'fusions': fusions})
+        out[name] = [config.mode.name, config.backend, config.compile_sizes]
+        passes = vars(config.pass_config)
+        fusions[name] = [key for key, value in passes.items() if key.startswith("fuse_") and value]
+    report(out | {"fusions": fusions})
 """
 
 
 @pytest.fixture(scope="module")
-def both(llama2: Path) -> list[dict[str, Any]]:
-    ours, stock = together(partial(run, CODE, str(llama2)), partial(run, CODE, str(llama2), VLLM_COMPILE_EXT="0"))
-    return [ours.value, stock.value]
+def ours(llama2: Path) -> Any:
+    return run(CODE, str(llama2), fork=True).value
 
 
 @pytest.fixture(scope="module")
-def ours(both: list[dict[str, Any]]) -> dict[str, Any]:
-    return both[0]
-
-
-@pytest.fixture(scope="module")
-def stock(both: list[dict[str, Any]]) -> dict[str, Any]:
-    return both[1]
+def stock(llama2: Path) -> Any:
+    return run(CODE, str(llama2), VLLM_COMPILE_EXT="0").value
 
 
 @pytest.mark.parametrize("name", ["default", "asked", "O1"])

@@ -16,18 +16,16 @@ pytestmark = pytest.mark.engine
 CODE = """
     import os, shutil
     from pathlib import Path
-    from vllm_compile_ext import plugin
-    plugin.register()
     from tests import forks
     from vllm.v1.sample import sampler
-    counts_ranks = sampler.batched_count_greater_than  # compiled when a request wants logprobs
-    forks.prepare()
-    sampler.batched_count_greater_than = counts_ranks
+    sampler.batched_count_greater_than = forks.COMPILED["batched_count_greater_than"]
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter as counter
-    from vllm_compile_ext import metrics
+    from vllm_compile_ext import temporary
+    from vllm_compile_ext.record import metrics
+    temporary.make_run_folder()  # for what is counted
     os.environ["VLLM_CACHE_ROOT"] = str(Path("root").absolute())
-    PROMPTS = ["The import statement", "def f(x):", "A class is a " * 20, "x"]
+    from tests.engine import PROMPTS
     ASKED = {
         "plain": {"temperature": 0},
         "logprobs": {"temperature": 0, "logprobs": 5},
@@ -78,8 +76,7 @@ CODE = """
             return dict(answers=answers, compiled=len(ran.read_text().splitlines()),
                 loaded=counter.num_aot_artifacts_loaded,
                 functions=[now - then for now, then in zip(counted(), before)])
-        ended = forks.run(serve)
-        return {"value": ended.value, "output": ended.output[-6000:]}
+        return forks.run(serve)
 
     out = {"cold": start(with_it), "warm": start(with_it), "without": start(str(without.absolute()))}
     for manifest in Path("root/compile_store/v1/manifests").glob("*/function.*.json"):
@@ -91,15 +88,15 @@ CODE = """
 
 @pytest.fixture(scope="module")
 def ran(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    outcome = process.run(CODE, str(llama2), folder=tmp_path_factory.mktemp("functions"))
+    outcome = process.run(CODE, str(llama2), folder=tmp_path_factory.mktemp("functions"), fork=True)
     assert outcome.code == 0, outcome.output[-5000:]
     return outcome.value
 
 
 def good(ran: dict[str, Any], start: str) -> dict[str, Any]:
-    value = ran[start]["value"]
-    assert value is not None, ran[start]["output"]
-    return value
+    ended = ran[start]
+    assert ended.status == 0, ended.output[-5000:]
+    return dict(ended.value)
 
 
 def test_the_first_start_compiles_and_keeps(ran: dict[str, Any]) -> None:
@@ -118,4 +115,4 @@ def test_later_starts_give_its_answers_and_compile_nothing(ran: dict[str, Any], 
 
 def test_what_runs_uncompiled_is_said_once(ran: dict[str, Any]) -> None:
     said = "there is no C++ compiler: functions that vLLM compiles beside the model run uncompiled"
-    assert [ran[start]["output"].count(said) for start in ran] == [0, 0, 0, 1]
+    assert [ended.output.count(said) for ended in ran.values()] == [0, 0, 0, 1]

@@ -18,8 +18,9 @@ CODE = """
     logging.getLogger("vllm_compile_ext").setLevel(logging.DEBUG)
     CANARY = os.environ["A_TOKEN"]
     from vllm import LLM, SamplingParams
+    from tests.engine import LIMITS
     LLM(
-        sys.argv[1], dtype="float32", max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.4,
+        sys.argv[1], dtype="float32", **LIMITS,
         additional_config={"api_key": CANARY, "x": {"y": CANARY}},
         hf_overrides={"note": CANARY, "nested": {"token": CANARY}, "url": f"https://u:{CANARY}@h"},
         served_model_name=f"https://user:{CANARY}@host/{CANARY}?token={CANARY}",

@@ -1,60 +1,287 @@
-"""The real `vllm serve`, front end, engine core and worker in processes of their own, cold and then warm."""
+"""`vllm serve`, its front end, engine core and worker in processes of their own: cold, then warm.
+
+Both are asked the same, export their traces, and leave a record; a third start has two API servers.
+"""
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
+import re
+import signal
+import sysconfig
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.serve import Server
-from tests.served import ARGS, Served
+from benchmarks.serve import Server, environment
+from tests import otlp, process, recorded
+from vllm_compile_ext.cli.bench.server import HOST
+from vllm_compile_ext.record import phases
+from vllm_compile_ext.record.read import Span, Start
 
 pytestmark = pytest.mark.engine
 
+PTH = process.ROOT / "vllm_compile_ext.pth"
+# Where the environment has this one, every process does.
+INSTALLED = PTH.read_text() in [path.read_text() for path in Path(sysconfig.get_paths()["purelib"]).glob(PTH.name)]
+ARGS = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256")
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # an orchestrator's
+GREEDY = {"model": "model", "temperature": 0, "max_tokens": 16, "ignore_eos": True}
+QUICK = {"OTEL_BSP_SCHEDULE_DELAY": "200"}  # milliseconds
 
-def test_cold_then_warm(cold_server: Served, warm_server: Served) -> None:
-    cold, warm = cold_server, warm_server
-    assert cold.blobs
-    assert warm.blobs == cold.blobs
+
+@dataclass
+class Served:
+    """A start, and what it answered.  began, answered: unix ns, by who asked.  blobs: the store's, at the end."""
+
+    cache: Path
+    receiver: otlp.Receiver
+    began: int = field(default_factory=time.time_ns)
+    answered: int = 0
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    metrics: str = ""
+    log: str = field(init=False)
+    received: list[otlp.Received] = field(init=False)
+    start: Start = field(init=False)
+    blobs: set[Path] = field(init=False)
+
+    def ask(self, port: int) -> None:
+        url = f"http://{HOST}:{port}"
+
+        def post(path: str, **body: Any) -> Any:
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(url + path, json.dumps(GREEDY | body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.load(answer)["choices"][0]
+
+        post("/v1/completions", prompt="def f(x):", max_tokens=1)
+        self.answered = time.time_ns()
+        self.answers.append(post("/v1/completions", prompt="def f(x):"))
+        self.answers.append(post("/v1/chat/completions", messages=[{"role": "user", "content": "hello"}]))
+        time.sleep(2)  # exporters send what they have five times a second
+        with urllib.request.urlopen(url + "/metrics", timeout=60) as answer:
+            self.metrics = answer.read().decode()
+
+    def end(self, log: str) -> None:
+        self.log, self.received = log, list(self.receiver.spans)
+        self.start = recorded.starts(self.cache)[-1]
+        self.blobs = set(self.cache.rglob("blobs/*/*"))
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        return {note.name: note.attrs for note in self.start.notes}
+
+    def count(self, name: str) -> float:
+        """One of the plugin's metrics without labels."""
+        found = re.search(rf"^vllm_compile_ext_{name} (\S+)$", self.metrics, re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
+
+def python_path(cache: Path, *more: Path) -> dict[str, str]:
+    """PYTHONPATH with this repository, with what `benchmarks.serve` needs there, and `more` before both."""
+    parts = [*map(str, more), process.BASE["PYTHONPATH"], environment(cache, {})["PYTHONPATH"]]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, parts))}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served") / "cache"
+
+
+@pytest.fixture(scope="module")
+def cold(llama2: Path, cache: Path) -> Iterator[Served]:
+    """With imports timed, an orchestrator's trace, and vLLM told to export.  Ends by Ctrl-C."""
+    site, log = cache.parent / "site", cache.parent / "cold.log"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(PTH.read_text())  # as in an environment where the wheel is installed
+    with otlp.grpc_receiver() as receiver:
+        env = QUICK | {"TRACEPARENT": f"00-{TRACE}-{PARENT}-01"} | python_path(cache, site)
+        served = Served(cache, receiver)
+        args = (*ARGS, "--otlp-traces-endpoint", receiver.endpoint)
+        with Server(llama2, log, cache, args=args, env=env) as server:
+            server.wait_ready()
+            served.ask(server.port)
+            os.kill(server.pid, signal.SIGINT)
+            assert server.wait(server.elapsed() + 60) == 0
+        served.end(log.read_text())
+        yield served
+
+
+@pytest.fixture(scope="module")
+def warm(llama2: Path, cache: Path, cold: Served) -> Iterator[Served]:
+    """Without the .pth file, and exporting as OpenTelemetry's own variables say."""
+    log = cache.parent / "warm.log"
+    with otlp.http_receiver() as receiver:
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
+        served = Served(cache, receiver)
+        with Server(llama2, log, cache, args=ARGS, env=env | QUICK | python_path(cache)) as server:
+            server.wait_ready()
+            served.ask(server.port)
+        served.end(log.read_text())
+        yield served
+
+
+@pytest.fixture(params=["cold", "warm"])
+def served(request: pytest.FixtureRequest) -> Served:
+    found: Served = request.getfixturevalue(request.param)
+    return found
+
+
+def test_a_warm_start_compiles_nothing_and_answers_the_same(cold: Served, warm: Served) -> None:
     assert cold.answers == warm.answers
     assert cold.answers[0]["text"]
     assert cold.answers[1]["message"]["content"]
-    for log in (cold.log, warm.log):
-        said = [line for line in log.splitlines() if "vllm-compile-ext" in line and "is active" in line]
-        processes = ("MainProcess", "EngineCore", "Worker")  # vLLM's front end has no other name yet
-        assert [sum(name in line for line in said) for name in processes] == [1, 1, 1], "each process says it once"
-        assert "Unknown vLLM environment variable" not in log
-    assert "cache miss: nothing is stored yet" in cold.log
-    assert "kept as" in cold.log
+    assert cold.blobs
+    assert warm.blobs == cold.blobs
+    for said in ("cache miss: nothing is stored yet", "kept as"):
+        assert said in cold.log
     assert "loaded compiled code" in warm.log
     assert "cache miss" not in warm.log
-    cold_counts, warm_counts = counts(cold.metrics), counts(warm.metrics)
-    assert (cold_counts["store_misses_total"], cold_counts["pieces_compiled_total"]) == (1, 3)
-    assert (warm_counts["store_hits_total"], warm_counts["pieces_loaded_total"]) == (1, 3)
-    assert cold_counts["store_kept_bytes_total"] > 10_000 < warm_counts["store_loaded_bytes_total"]
-    assert warm_counts["store_misses_total"] == warm_counts["pieces_compiled_total"] == 0
 
 
-def counts(page: str) -> dict[str, float]:
-    """The plugin's metrics without labels."""
-    found = (line.removeprefix("vllm_compile_ext_").split() for line in page.splitlines() if "{" not in line)
-    return {words[0]: float(words[1]) for words in found if len(words) == 2}
+def test_each_process_says_once_that_the_plugin_is_active(served: Served) -> None:
+    said = [line for line in served.log.splitlines() if "vllm-compile-ext" in line and "is active" in line]
+    processes = ("MainProcess", "EngineCore", "Worker")  # vLLM's front end has no other name yet
+    assert [sum(name in line for line in said) for name in processes] == [1, 1, 1]
+    assert all("INFO" in line for line in said)
+    assert "Unknown vLLM environment variable" not in served.log
 
 
-def test_metrics_with_two_api_servers(llama2: Path, cold_server: Served, tmp_path: Path) -> None:
+def test_metrics(cold: Served, warm: Served) -> None:
+    names = ("store_misses_total", "pieces_compiled_total", "store_hits_total", "pieces_loaded_total")
+    assert [cold.count(name) for name in names] == [1, 3, 0, 0]
+    assert [warm.count(name) for name in names] == [0, 0, 1, 3]
+    assert cold.count("store_kept_bytes_total") > 10_000 < warm.count("store_loaded_bytes_total")
+    assert 'vllm_compile_ext_startup_seconds{phase="load compiled code"}' in warm.metrics
+
+
+def test_metrics_with_two_api_servers(llama2: Path, warm: Served, tmp_path: Path) -> None:
     args = (*ARGS, "--api-server-count", "2")
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    shutil.copytree(cold_server.cache, tmp_path / "cache")
-    environ = {"TMPDIR": str(temporary)}
-    with Server(llama2, tmp_path / "log", tmp_path / "cache", args=args, env=environ) as server:
-        server.wait_ready()
-        pages = [server.get("/metrics") for _ in range(6)]  # from either server
-        folders = list(temporary.glob("vllm-compile-ext-run-*"))
+    with tempfile.TemporaryDirectory() as temporary:  # short: vLLM's sockets lie in it
+        with Server(llama2, tmp_path / "log", warm.cache, args=args, env={"TMPDIR": temporary}) as server:
+            server.wait_ready()
+            pages = [server.get("/metrics") for _ in range(6)]  # from either server
+            folders = list(Path(temporary).glob("vllm-compile-ext-run-*"))
+        assert not any(folder.exists() for folder in folders), "the front end removes it"
     for page in pages:
-        assert counts(page)["store_hits_total"] == 1
-        assert page.count("\nvllm_compile_ext_store_hits_total") == 1
+        assert re.findall(r"\nvllm_compile_ext_store_hits_total (\S+)", page) == ["1.0"]
         assert "\nvllm:" in page
-    assert not any(folder.exists() for folder in folders), "the front end removes it"
     assert len(folders) == 1
+
+
+def test_the_front_end_says_where_the_time_went(served: Served) -> None:
+    assert served.log.count(f"(vllm-compile-ext report {served.start.id})") == 1
+
+
+def test_the_record_is_whole(served: Served) -> None:
+    recorded.check_whole(served.start)
+    kinds = Counter(one.kind for one in served.start.processes)
+    assert (kinds["front end"], kinds["engine core"], kinds["worker"]) == (1, 1, 1)
+
+
+def test_the_record_spans_the_start_as_seen_from_outside(served: Served) -> None:
+    span, measured = recorded.root(served.start), served.answered - served.began
+    assert span.end is not None
+    assert span.end - span.start == pytest.approx(measured, rel=0.05)
+    assert span.start == pytest.approx(served.began, abs=0.05 * measured)
+
+
+def test_every_phase_of_a_server_is_there(cold: Served, warm: Served) -> None:
+    common = {"imports", "config", "plugin", "spawn", "model construction", "weights", "kv cache", "api server"}
+    common |= {"first request", "distributed", "warm-up", "memory profiling"}
+    found, again = ({span.phase for span in served.start.spans} for served in (cold, warm))
+    assert common | {"interpreter", "compile"} <= found
+    assert common | {"load compiled code"} <= again
+    assert ("interpreter" in again) == INSTALLED
+
+
+def test_heavy_imports_are_told_apart_where_the_pth_file_is_installed(cold: Served, warm: Served) -> None:
+    for pid in {one.pid for one in cold.start.processes}:
+        names = {span.name for span in cold.start.spans if span.pid == pid}
+        assert {"import vllm", "import torch", "import transformers"} <= names
+    again = [span.name for span in warm.start.spans]
+    assert ("import torch" in again) == INSTALLED
+    assert again.count("imports") >= 3
+
+
+def test_vllms_spans_and_ours_are_in_each_other(cold: Served) -> None:
+    spans = {span.id: span for span in cold.start.spans}
+
+    def above(name: str) -> list[str]:
+        at: Span | None = next(span for span in cold.start.spans if span.name == name)
+        path = []
+        while at := spans.get(at.parent or ""):
+            path.append(at.name)
+        return path
+
+    assert "worker 0" in above("Load weights")
+    path = above("piece 0")
+    assert path[:5] == ["trace", "compile", "Warmup (CPU)", "memory profiling", "worker 0"]
+    assert path[-2:] == ["engine client", "start"]
+    assert "EngineCore" in path
+
+
+def test_what_was_compiled_and_loaded_is_noted(cold: Served, warm: Served) -> None:
+    assert {"key", "miss", "compiled", "kept"} <= cold.notes().keys()
+    assert cold.notes()["miss"]["why"] == "cache miss: nothing is stored yet"
+    assert cold.notes()["compiled"]["distinct"] == 3
+    assert warm.notes().keys() == {"key", "loaded"}
+    assert warm.notes()["loaded"]["key"] == cold.notes()["kept"]["key"]
+    assert warm.notes()["loaded"]["seconds"] > 0
+    assert (cold.start.temperature, warm.start.temperature) == ("cold", "warm")
+
+
+def test_the_first_line_says_what_was_started(cold: Served, llama2: Path) -> None:
+    start = cold.start
+    assert start.model == llama2.name
+    assert start.options["max_model_len"] == 256
+    assert start.versions.keys() == {"vllm", "torch", "plugin"}
+    assert start.machine["cores"]
+    assert start.path is not None
+    assert [path.stat().st_mode & 0o777 for path in (start.path.parent, start.path)] == [0o700, 0o600]
+
+
+def test_the_table_in_the_log_is_compared_with_the_start_before(cold: Served, warm: Served) -> None:
+    assert "before" not in next(line for line in cold.log.splitlines() if " phase " in line)
+    assert "change" in next(line for line in warm.log.splitlines() if " phase " in line)
+    assert cold.start.id in warm.log
+    for served in (cold, warm):
+        assert f"vllm-compile-ext report {served.start.id}" in served.log
+        for row in phases.breakdown(served.start).rows:
+            if row.seconds > 0.1:
+                assert any(row.phase in line and f"{row.seconds:.2f}" in line for line in served.log.splitlines())
+
+
+def test_each_span_is_exported_once(served: Served) -> None:
+    start = served.start
+    mine = [span for span in served.received if span.trace == start.trace and span.name != "llm_request"]
+    assert max(Counter(span.id for span in mine).values()) == 1
+    exported = {span.id: (span.name, span.parent or None, span.start, span.end) for span in mine}
+    kept = {span.id: (span.name, span.parent, span.start, span.end) for span in start.spans}
+    assert exported.items() <= kept.items()
+    helpers = {one.pid for one in start.processes if one.kind == "helper"}
+    assert [span.name for span in start.spans if span.id not in exported and span.pid not in helpers] == []
+
+
+def test_an_orchestrators_trace_goes_on(cold: Served, warm: Served) -> None:
+    assert (cold.start.trace, cold.start.parent, recorded.root(cold.start).parent) == (TRACE, PARENT, PARENT)
+    assert (warm.start.parent, recorded.root(warm.start).parent) == (None, None)
+    assert warm.start.trace != TRACE
+
+
+def test_vllms_traces_of_requests_are_as_without_the_plugin(cold: Served, warm: Served) -> None:
+    """Those without a header of their own are part of TRACEPARENT's trace, as in stock vLLM, and not of the start."""
+    requests = [span for span in cold.received if span.name == "llm_request"]
+    assert len(requests) == 3
+    assert {(span.trace, span.parent) for span in requests} == {(TRACE, PARENT)}
+    kinds = {span.resource["vllm.instrumenting_module_name"] for span in cold.received}
+    assert kinds >= {"vllm.llm_engine", "vllm.engine_core", "vllm.worker"}
+    assert not [span for span in warm.received if span.name == "llm_request"], "vLLM was not asked for those"

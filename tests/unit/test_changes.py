@@ -1,28 +1,129 @@
+"""The table of changes: rows are made now or when their module is imported, and undone in reverse."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vllm_compile_ext import monkeypatches
+from vllm_compile_ext import changes, finder
+from vllm_compile_ext.changes import Change
+
+HERE = __name__
+done: list[str] = []
+
+
+def ours(stock: str, more: str = "") -> str:
+    return f"ours, not {stock}{more}"
+
+
+def failing(stock: str) -> str:
+    raise AttributeError("surprise")
+
+
+def of_the_process(name: str) -> changes.Undo:
+    done.append(f"made {name}")
+    return lambda: done.append(f"undone {name}")
+
+
+def process_fails() -> None:
+    raise RuntimeError("surprise")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package with two modules, of which the second takes a name of the first; and rows of this module."""
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / "__init__.py").write_text("")
+    (tmp_path / "changed" / "one.py").write_text("value = 'stock'\nclass A:\n    value = 'stock'\n")
+    (tmp_path / "changed" / "two.py").write_text("from changed.one import value\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(Change, "function", lambda row: globals()[row.by])
+    done.clear()
+    yield
+    finder.remove()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "changed"]:
+        del sys.modules[name]
+
+
+def rows(monkeypatch: pytest.MonkeyPatch, *table: tuple[object, ...]) -> None:
+    made = tuple(Change("now", module, attribute, by, "", given) for module, attribute, by, given in table)  # type: ignore[arg-type]
+    monkeypatch.setattr(changes, "TABLE", made)
 
 
 def test_the_docs_page_is_the_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "changes.md"
-    assert page.read_text() == monkeypatches.markdown(), (
-        "run: python -m vllm_compile_ext.monkeypatches > docs/changes.md"
-    )
+    assert page.read_text() == changes.markdown(), "run: python -m vllm_compile_ext.changes > docs/changes.md"
 
 
-def test_a_failure_undoes_what_was_done_before_it() -> None:
-    done: list[str] = []
+@pytest.mark.usefixtures("package")
+def test_a_row_is_made_when_its_module_is_imported_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(monkeypatch, ("changed.one", "value", "ours", ()), ("changed.one", "A.value", "ours", ("!",)))
+    undos = changes.make("now")
+    assert "changed.one" not in sys.modules
+    assert importlib.import_module("changed.two").value == "ours, not stock"
+    one = sys.modules["changed.one"]
+    assert one.A.value == "ours, not stock!"
+    changes.undo(undos)
+    assert (one.value, one.A.value, undos) == ("stock", "stock", [])
 
-    def good() -> monkeypatches.Undo:
-        done.append("made")
-        return lambda: done.append("undone")
 
-    def bad() -> monkeypatches.Undo:
-        raise RuntimeError("surprise")
+@pytest.mark.usefixtures("package")
+def test_a_row_is_made_at_once_where_the_module_is_imported_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = importlib.import_module("changed.one")
+    rows(monkeypatch, ("changed.one", "value", "ours", ()), ("changed.one", "value", "ours", ()))
+    undos = changes.make("now")
+    assert one.value == "ours, not ours, not stock"
+    changes.undo(undos)
+    assert one.value == "stock"
 
-    changes = (monkeypatches.Change("a", "", good), monkeypatches.Change("b", "", bad))
-    with pytest.raises(RuntimeError, match="surprise"):
-        monkeypatches.make(changes)
-    assert done == ["made", "undone"]
+
+@pytest.mark.usefixtures("package")
+def test_after_the_undo_an_import_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(monkeypatch, ("changed.one", "value", "ours", ()))
+    changes.undo(changes.make("now"))
+    assert importlib.import_module("changed.one").value == "stock"
+
+
+@pytest.mark.usefixtures("package")
+def test_other_kinds_of_rows_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows(monkeypatch, ("", "", "of_the_process", ("a",)))
+    assert changes.make("then") == []
+
+
+@pytest.mark.usefixtures("package")
+def test_a_failure_undoes_the_rows_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = importlib.import_module("changed.one")
+    before = [
+        ("", "", "of_the_process", ("a",)),
+        ("changed.one", "value", "ours", ()),
+        ("", "", "of_the_process", ("b",)),
+    ]
+    for bad in (
+        ("", "", "process_fails", ()),
+        ("changed.one", "value", "failing", ()),
+        ("changed.one", "no", "ours", ()),
+    ):
+        done.clear()
+        rows(monkeypatch, *before, bad)
+        with pytest.raises((RuntimeError, AttributeError)):
+            changes.make("now")
+        assert done == ["made a", "made b", "undone b", "undone a"]
+        assert one.value == "stock"
+
+
+@pytest.mark.usefixtures("package")
+def test_a_late_failure_costs_a_line_and_leaves_the_module(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows(monkeypatch, ("changed.one", "value", "failing", ()), ("changed.one", "A.value", "ours", ()))
+    undos = changes.make("now")
+    one = importlib.import_module("changed.one")
+    assert (one.value, one.A.value) == ("stock", "ours, not stock")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("changed.one.value stays as it is: AttributeError")
+    changes.undo(undos)
+    assert one.A.value == "stock"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +12,7 @@ import pytest
 
 from vllm_compile_ext import platforms
 
-name = importlib.import_module("vllm_compile_ext.platforms.name")  # the package has a function of this name
-
-CPU = f"{name._system()} {name._cpu()}"
+CPU = f"{platforms._system()} {platforms._cpu()}"
 
 
 def machine(patch: pytest.MonkeyPatch, *devices: str, gpus: list[tuple[int, int]] | None = None) -> None:
@@ -44,7 +41,7 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_with_nvidia_gpus_can_run_vllm_for_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, "/dev/nvidiactl", gpus=[(9, 0), (8, 9), (9, 0)])
-    assert platforms.possible() == {CPU, f"{name._system()} cuda sm_90", f"{name._system()} cuda sm_89"}
+    assert platforms.possible() == {CPU, f"{platforms._system()} cuda sm_90", f"{platforms._system()} cuda sm_89"}
 
 
 @pytest.mark.parametrize("device", ["/dev/nvidiactl", "/dev/kfd"])
@@ -54,7 +51,8 @@ def test_one_whose_gpu_cannot_be_asked(monkeypatch: pytest.MonkeyPatch, device: 
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("cuda", "cuda sm_89"), ("rocm", "hip gfx942"), ("cpu", name._cpu()), ("xpu", name._cpu())]
+    ("kind", "expected"),
+    [("cuda", "cuda sm_89"), ("rocm", "hip gfx942"), ("cpu", platforms._cpu()), ("xpu", platforms._cpu())],
 )
 def test_torch_is_not_asked_for_the_gpu_where_cuda_is_not_running(
     monkeypatch: pytest.MonkeyPatch, kind: str, expected: str
@@ -69,7 +67,7 @@ def test_torch_is_not_asked_for_the_gpu_where_cuda_is_not_running(
     vllm = SimpleNamespace(current_platform=platform, rocm=SimpleNamespace(_GCN_ARCH="gfx942"))
     for module, put in (("torch", torch), ("vllm", object()), ("vllm.platforms", vllm)):
         monkeypatch.setitem(sys.modules, module, put)  # type: ignore[arg-type]
-    assert platforms.name() == f"{name._system()} {expected}"
+    assert platforms.name() == f"{platforms._system()} {expected}"
 
 
 @pytest.mark.parametrize(("hip", "expected"), [(None, "cuda sm_89"), ("6.4", "hip gfx942:xnack-")])
@@ -83,7 +81,7 @@ def test_where_cuda_is_running_the_current_gpu_counts(
     )
     torch = SimpleNamespace(cuda=cuda, version=SimpleNamespace(hip=hip))
     monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
-    assert platforms.name() == f"{name._system()} {expected}"
+    assert platforms.name() == f"{platforms._system()} {expected}"
 
 
 def test_the_machine_of_this_test() -> None:

@@ -57,8 +57,9 @@ def test_a_folder_is_kept_as_text() -> None:
     assert settings.load({}).VLLM_COMPILE_STORE == ""
     assert settings.load({"VLLM_COMPILE_STORE": "~/A b"}).VLLM_COMPILE_STORE == "~/A b"
     (row,) = (row for row in settings.table() if row.name == "VLLM_COMPILE_STORE")
-    assert (row.default, row.in_key) == ("compile_store in vLLM's cache root", False)
+    assert (row.default, row.allowed) == ("compile_store in vLLM's cache root", "a folder")
 
 
-def test_values_are_written_as_one_would_set_them() -> None:
-    assert [settings.text(value) for value in (True, False, 3, "/a")] == ["1", "0", "3", "/a"]
+def test_what_is_set_is_written_as_one_would_set_it() -> None:
+    switches = settings.load({"VLLM_COMPILE_DEPYF": "on", "VLLM_COMPILE_WAIT": "3", "VLLM_COMPILE_STORE": "/a"})
+    assert settings.changed(switches) == ["VLLM_COMPILE_DEPYF=1", "VLLM_COMPILE_STORE=/a", "VLLM_COMPILE_WAIT=3"]

@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 
 from vllm_compile_ext import settings
+from vllm_compile_ext.harmless import plain as plain
 from vllm_compile_ext.record.read import ReadError
-from vllm_compile_ext.report.words import ago as ago
-from vllm_compile_ext.report.words import count as count
-from vllm_compile_ext.report.words import date as date
-from vllm_compile_ext.report.words import plain as plain
-from vllm_compile_ext.report.words import size as size
+from vllm_compile_ext.report.formats import ago as ago
+from vllm_compile_ext.report.formats import count as count
+from vllm_compile_ext.report.formats import date as date
+from vllm_compile_ext.report.formats import size as size
 from vllm_compile_ext.store.bundle import BundleError
 from vllm_compile_ext.store.store import DamagedError, ManifestError, Store, UnsafeStoreError
 
@@ -29,7 +29,6 @@ StoreOption = Annotated[
         "--store",
         metavar="DIR",
         help="The store; without it VLLM_COMPILE_STORE, or compile_store in vLLM's cache root.",
-        show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,18 +1,21 @@
-"""``vllm-compile-ext cache ls | show | verify | gc | rm``: what is in the store, whether it is whole, what can go."""
+"""``vllm-compile-ext cache``: what is in the store, whether it is whole, what can go, and how it gets elsewhere."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
+from vllm_compile_ext import platforms
 from vllm_compile_ext.cli import _store
-from vllm_compile_ext.cli._store import JsonOption, StoreOption, plain
-from vllm_compile_ext.store import evict, kernels
+from vllm_compile_ext.cli._store import DIGITS, JsonOption, StoreOption, count, plain, size
+from vllm_compile_ext.store import bundle, evict, kernels
+from vllm_compile_ext.store.bundle import Bundle
 from vllm_compile_ext.store.evict import Removed
 from vllm_compile_ext.store.kernels import Kernel
 from vllm_compile_ext.store.store import DamagedError, Manifest, Store, total
@@ -34,27 +37,26 @@ class Item(msgspec.Struct, kw_only=True):
     in_use: bool
 
 
-def items(store: Store) -> list[Item]:
-    """What can be read, the most recently used first."""
+def items(store: Store, entries: Iterable[Manifest]) -> list[Item]:
+    """The entries by key, the most recently used first."""
     by_key: dict[str, list[Manifest]] = defaultdict(list)
-    for entry in store.manifests():
+    for entry in entries:
         by_key[entry.key].append(entry)
-    return sorted((_item(store, entries) for entries in by_key.values()), key=lambda item: (-item.used, item.key))
-
-
-def _item(store: Store, entries: list[Manifest]) -> Item:
-    first = entries[0]
-    return Item(
-        key=first.key,
-        kind=first.kind,
-        model=first.model,
-        platform=first.platform,
-        shards=[entry.shard for entry in entries],
-        size=total(blob for entry in entries for blob in entry.members.values()),
-        created=max(entry.created for entry in entries),
-        used=max(map(store.used, entries)),
-        in_use=any(store.tree.in_use(*entry.names) for entry in entries),
-    )
+    found = [
+        Item(
+            key=key,
+            kind=shards[0].kind,
+            model=shards[0].model,
+            platform=shards[0].platform,
+            shards=[entry.shard for entry in shards],
+            size=total(blob for entry in shards for blob in entry.members.values()),
+            created=max(entry.created for entry in shards),
+            used=max(map(store.used, shards)),
+            in_use=any(store.tree.in_use(*entry.names) for entry in shards),
+        )
+        for key, shards in by_key.items()
+    ]
+    return sorted(found, key=lambda item: (-item.used, item.key))
 
 
 def ls(
@@ -67,35 +69,29 @@ def ls(
     """List what is in the store, the most recently used first."""
     with _store.errors():
         opened = _store.open_store(store)
-        found = items(opened)
-        listed = [item for item in found if pieces or item.kind != "piece"]
-        folded = [item for item in found if item not in listed]
+        found = items(opened, opened.manifests())
         whole, jit = opened.size(), kernels.size(opened.jit)
         unreadable = len(opened.files()) - sum(len(item.shards) for item in found)
-        if as_json:
-            data = {"store": str(opened.root), "size": whole, "jit_size": jit, "unreadable": unreadable}
-            _store.print_json(data | {"entries": found})
-            return
-        out = _store.console()
-        if listed:
-            out.print(_listing(listed, kinds=pieces))
-        if folded:
-            out.print(
-                f"{_store.count(len(folded), 'shared piece')}, {_store.size(sum(i.size for i in folded))} "
-                "(--pieces lists them)"
-            )
-        if unreadable:
-            out.print(
-                f"{_store.count(unreadable, 'entry', 'entries')} cannot be read: see vllm-compile-ext cache verify"
-            )
-        out.print(f"{_store.size(whole)} in {opened.root}, and {_store.size(jit)} of kernel caches", soft_wrap=True)
+    if as_json:
+        data = {"store": str(opened.root), "size": whole, "jit_size": jit, "unreadable": unreadable}
+        _store.print_json(data | {"entries": found})
+        return
+    out = _store.console()
+    listed = [item for item in found if pieces or item.kind != "piece"]
+    if listed:
+        out.print(_listing(listed, kinds=pieces))
+    folded = [item.size for item in found if item not in listed]
+    if folded:
+        out.print(f"{count(len(folded), 'shared piece')}, {size(sum(folded))} (--pieces lists them)")
+    if unreadable:
+        out.print(f"{count(unreadable, 'entry', 'entries')} cannot be read: see vllm-compile-ext cache verify")
+    out.print(f"{size(whole)} in {opened.root}, and {size(jit)} of kernel caches", soft_wrap=True)
 
 
 def _listing(found: list[Item], *, kinds: bool) -> Table:
-    kind = [Column("kind", no_wrap=True)] if kinds else []
     table = Table(
         Column("key", no_wrap=True),
-        *kind,
+        *([Column("kind", no_wrap=True)] if kinds else []),
         Column("model", overflow="fold"),
         Column("shards", justify="right"),
         Column("size", justify="right", no_wrap=True),
@@ -106,17 +102,10 @@ def _listing(found: list[Item], *, kinds: bool) -> Table:
         padding=(0, 2, 0, 0),
     )
     for item in found:
-        name = [plain(item.kind)] if kinds else []
+        names = [plain(item.kind), plain(item.model)] if kinds else [plain(item.model)]
         used = "in use" if item.in_use else f"{_store.ago(item.used)} ago"
-        table.add_row(
-            item.key[: _store.DIGITS],
-            *name,
-            plain(item.model),
-            str(len(item.shards)),
-            _store.size(item.size),
-            _store.date(item.created)[:10],
-            used,
-        )
+        created = _store.date(item.created)[:10]
+        table.add_row(item.key[:DIGITS], *names, str(len(item.shards)), size(item.size), created, used)
     return table
 
 
@@ -128,52 +117,57 @@ def show(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = Fals
         entries = [entry for entry in opened.manifests() if entry.key == full]
         if not entries:
             raise _store.UserError(f"the entry {full} cannot be read: see vllm-compile-ext cache verify")
-        item = _item(opened, entries)
-        if as_json:
-            shards = {e.shard: {"members": e.members} for e in entries}
-            _store.print_json(msgspec.to_builtins(item) | {"factors": entries[0].factors, "shards": shards})
-            return
-        out = _store.console()
-        used = "in use" if item.in_use else _store.date(item.used)
-        facts = {"key": full, "kind": item.kind, "model": item.model, "platform": item.platform}
-        facts |= {"created": _store.date(item.created), "last use": used, "size": _store.size(item.size)}
-        out.print(_pairs(facts))
-        _section(out, "factors, which the key was made of", entries[0].factors)
-        for entry in entries:
-            members = {n: f"{b.digest[: _store.DIGITS]}  {_store.size(b.size)}" for n, b in entry.members.items()}
-            _section(out, f"{entry.shard}: members", members)
-
-
-def _section(out: Console, title: str, values: dict[str, str]) -> None:
-    if values:
-        out.print()
-        out.print(title, style="bold")
-        out.print(_pairs(values))
-
-
-def _pairs(values: dict[str, str]) -> Table:
-    table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in values.items():
-        table.add_row(plain(name), plain(value))
-    return table
+        (item,) = items(opened, entries)
+    factors = entries[0].factors
+    if as_json:
+        shards = {entry.shard: {"members": entry.members} for entry in entries}
+        _store.print_json(msgspec.to_builtins(item) | {"factors": factors, "shards": shards})
+        return
+    facts = {"key": full, "kind": item.kind, "model": item.model, "platform": item.platform}
+    facts |= {"created": _store.date(item.created), "size": size(item.size)}
+    facts["last use"] = "in use" if item.in_use else _store.date(item.used)
+    sections = {"": facts, "factors, which the key was made of": factors}
+    for entry in entries:
+        members = {name: f"{blob.digest[:DIGITS]}  {size(blob.size)}" for name, blob in entry.members.items()}
+        sections[f"{entry.shard}: members"] = members
+    out = _store.console()
+    for title, values in sections.items():
+        if title and values:
+            out.print(f"\n{plain(title)}", style="bold")
+        pairs = Table(
+            Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
+        for name, value in values.items():
+            pairs.add_row(plain(name), plain(value))
+        if values:
+            out.print(pairs)
 
 
 def verify(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Read everything and check its digests; exit status 1 when something is damaged."""
     with _store.errors():
         opened = _store.open_store(store)
-        problems = opened.verify()
-        affected = {str(problem.path): _affected(opened, problem) for problem in problems}
-        if as_json:
-            damaged = [{"path": str(p.path), "problem": str(p), "keys": affected[str(p.path)]} for p in problems]
-            _store.print_json({"store": str(opened.root), "damaged": damaged})
-        elif not problems:
-            entries = _store.count(len(_store.keys(opened)), "entry", "entries")
-            typer.echo(f"{entries} and {_store.size(opened.size())} in {opened.root}: all digests match")
+        problems = [(problem, _affected(opened, problem)) for problem in opened.verify()]
+        entries, whole = len(_store.keys(opened)), opened.size()
+    if as_json:
+        damaged = [{"path": str(found.path), "problem": str(found), "keys": keys} for found, keys in problems]
+        _store.print_json({"store": str(opened.root), "damaged": damaged})
+    elif not problems:
+        typer.echo(f"{count(entries, 'entry', 'entries')} and {size(whole)} in {opened.root}: all digests match")
+    else:
+        for problem, _ in problems:
+            typer.echo(str(problem))
+        if affected := sorted({key for _, keys in problems for key in keys}):
+            typer.echo(
+                "Nothing damaged is ever run: vLLM compiles it again at the next start and replaces it. "
+                "To remove the entries it belongs to:"
+            )
+            for key in affected:
+                typer.echo(f"  vllm-compile-ext cache rm {key[:DIGITS]}")
         else:
-            for problem in problems:
-                typer.echo(str(problem))
-            typer.echo(_advice(sorted({key for keys in affected.values() for key in keys})))
+            typer.echo(
+                "No entry needs what is damaged. Remove it: vllm-compile-ext cache gc, an hour after it was written."
+            )
     if problems:
         raise typer.Exit(1)
 
@@ -186,26 +180,11 @@ def _affected(store: Store, problem: DamagedError) -> list[str]:
     return sorted({e.key for e in store.manifests() if any(b.digest == digest for b in e.members.values())})
 
 
-def _advice(keys: list[str]) -> str:
-    if not keys:
-        return "No entry needs what is damaged. Remove it: vllm-compile-ext cache gc, an hour after it was written."
-    commands = "".join(f"\n  vllm-compile-ext cache rm {key[: _store.DIGITS]}" for key in keys)
-    return (
-        "Nothing damaged is ever run: vLLM compiles it again at the next start and replaces it. "
-        f"To remove the entries it belongs to:{commands}"
-    )
-
-
 def gc(
     max_gb: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Keep at most this many GiB instead of VLLM_COMPILE_STORE_MAX_GB.", show_default=False
-        ),
+        float | None, typer.Option(min=0, help="Keep at most this many GiB instead of VLLM_COMPILE_STORE_MAX_GB.")
     ] = None,
-    max_age: Annotated[
-        float | None, typer.Option(min=0, metavar="DAYS", help="Keep what was used since.", show_default=False)
-    ] = None,
+    max_age: Annotated[float | None, typer.Option(min=0, metavar="DAYS", help="Keep what was used since.")] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -219,7 +198,7 @@ def gc(
         seconds = None if max_age is None else max_age * 86400
         removed = evict.trim(opened, limit, seconds) if opened.root.exists() else Removed([], [], 0)
         left = None if limit is None else max(0, limit - opened.size())
-        _report(removed, kernels.trim(opened.jit, left, seconds), as_json=as_json)
+        _print_removed(removed, kernels.trim(opened.jit, left, seconds), as_json=as_json)
 
 
 def rm(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -227,20 +206,80 @@ def rm(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False)
     with _store.errors():
         opened = _store.open_store(store)
         removed = evict.remove(opened, _store.key(opened, key))
-        _report(removed, [], as_json=as_json)
+        _print_removed(removed, [], as_json=as_json)
     if removed.in_use:
         raise typer.Exit(1)
 
 
-def _report(removed: Removed, gone: list[Kernel], *, as_json: bool) -> None:
+def _print_removed(removed: Removed, gone: list[Kernel], *, as_json: bool) -> None:
     freed = removed.freed + sum(kernel.size for kernel in gone)
     if as_json:
         _store.print_json(msgspec.to_builtins(removed) | {"freed": freed, "kernels": len(gone)})
         return
-    for name in removed.manifests:
-        typer.echo(f"removed {name}")
-    for name in removed.in_use:
-        typer.echo(f"kept {name}: it is in use")
-    if gone:
-        typer.echo(f"removed {_store.count(len(gone), 'kernel')}")
-    typer.echo(f"{_store.size(freed)} freed")
+    lines = [f"removed {name}" for name in removed.manifests]
+    lines += [f"kept {name}: it is in use" for name in removed.in_use]
+    lines += [f"removed {count(len(gone), 'kernel')}"] if gone else []
+    typer.echo("\n".join([*lines, f"{size(freed)} freed"]))
+
+
+def pack(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="Entries; all without one.")] = None,
+    signing_key: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEYFILE", help="Sign with this Ed25519 private key.")
+    ] = None,
+    jit: Annotated[bool, typer.Option("--jit/--no-jit", help="Whether the kernel caches come along.")] = True,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write entries to one file that `unpack` puts into another store.
+
+    A key pair: openssl genpkey -algorithm ed25519 -out signing.pem;
+    openssl pkey -in signing.pem -pubout -out signing.pub.pem
+    """
+    with _store.errors():
+        opened = _store.open_store(store)
+        wanted = {_store.key(opened, prefix) for prefix in keys} if keys else None
+        private = None if signing_key is None else bundle.private_key(signing_key)
+        made = bundle.pack(opened, out, wanted, key=private, jit=jit)
+        _print_bundle("packed", out, made, as_json=as_json)
+
+
+def unpack(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What pack wrote.")],
+    trust: Annotated[
+        list[Path] | None, typer.Option(metavar="PUBKEY", help="Accept what this Ed25519 public key signed.")
+    ] = None,
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Accept what no trusted key signed: its code will be run.")
+    ] = False,
+    any_platform: Annotated[
+        bool, typer.Option("--any-platform", help="Accept code for other machines than this one.")
+    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Also replace what the store has a newer one of.")] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put what `pack` wrote into the store, after its signature and all digests were checked."""
+    with _store.errors():
+        opened = _store.open_store(store, make=True)
+        wanted = None if any_platform else platforms.possible()
+        keys = [bundle.public_key(path) for path in trust or ()]
+        made = bundle.unpack(opened, file, keys, allow_unsigned=allow_unsigned, platforms=wanted, replace=replace)
+        _print_bundle("unpacked", file, made, as_json=as_json)
+
+
+def _print_bundle(verb: str, file: Path, made: Bundle, *, as_json: bool) -> None:
+    length = file.stat().st_size
+    if as_json:
+        _store.print_json({"file": str(file), "file_size": length} | msgspec.to_builtins(made))
+        return
+    counts = (
+        count(len(made.keys), "entry", "entries"),
+        count(made.blobs, "blob"),
+        count(made.jit_files, "kernel file"),
+    )
+    typer.echo(f"{verb} {', '.join(counts)} ({size(made.size)}) for {plain(made.platform)}")
+    for name in made.kept:
+        typer.echo(f"kept {name}: the store's was made later (--replace takes the bundle's)")
+    typer.echo(f"{file}: {size(length)}, {f'signed by key {made.signed_by}' if made.signed_by else 'not signed'}")

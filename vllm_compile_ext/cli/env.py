@@ -20,6 +20,7 @@ Made by `vllm-compile-ext env --markdown` from `vllm_compile_ext/settings.py`; d
 
 A variable that vLLM itself knows keeps vLLM's meaning. A value that is not allowed is reported in one line that names
 the variable, the value and what is allowed, and vLLM starts stock; with `VLLM_COMPILE_EXT_STRICT=1` it is an error.
+None of them changes compiled code: all stay out of vLLM's compile cache key.
 """
 
 
@@ -27,12 +28,11 @@ def markdown() -> str:
     """The table as the docs page."""
     lines = [
         MARKDOWN_HEAD,
-        "| variable | allowed | default | in the compile cache key | meaning |",
-        "|---|---|---|---|---|",
+        "| variable | allowed | default | meaning |",
+        "|---|---|---|---|",
     ]
     for row in settings.table():
-        key = "yes" if row.in_key else "no"
-        lines.append(f"| `{row.name}` | {row.allowed} | {row.default} | {key} | {row.meaning} |")
+        lines.append(f"| `{row.name}` | {row.allowed} | {row.default} | {row.meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -54,8 +54,7 @@ def command(
     else:
         table = Table(Column("variable", no_wrap=True), "set to", "meaning", show_lines=True)
         for row in settings.table():
-            key = "in" if row.in_key else "not in"
-            about = f"{row.meaning}\nAllowed: {row.allowed}; default {row.default}; {key} the compile cache key."
+            about = f"{row.meaning}\nAllowed: {row.allowed}; default {row.default}."
             table.add_row(row.name, os.environ.get(row.name, "-"), about)
         Console().print(table)
     if problem:

@@ -11,7 +11,7 @@ from rich.text import Text
 from vllm_compile_ext.cli import _store
 from vllm_compile_ext.cli._store import JsonOption, StoreOption, plain
 from vllm_compile_ext.key import misses
-from vllm_compile_ext.key.miss import Change, common, summary
+from vllm_compile_ext.key.misses import Change, common, summary
 
 _AROUND = 30  # equal characters shown on both sides of a difference in a long value
 _LONG = 120  # characters from which on a value is long
@@ -20,8 +20,7 @@ _SHOWN = 600  # characters shown of a difference
 
 def miss(
     key: Annotated[
-        str | None,
-        typer.Argument(metavar="[KEY]", help="The key that was missed; without it the last.", show_default=False),
+        str | None, typer.Argument(metavar="[KEY]", help="The key that was missed; without it the last.")
     ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -44,46 +43,29 @@ def miss(
         if found.closest is not None:
             out.print(f"closest  {found.closest}", soft_wrap=True)
         if found.changes:
+            columns = [Column(name, overflow="fold", ratio=r) for name, r in (("factor", 1), ("stored", 2), ("now", 2))]
+            table = Table(*columns, show_lines=True, expand=True)
+            for change in found.changes:
+                table.add_row(plain(change.name), *_cells(change))
             out.print()
-            out.print(_table(found.changes))
+            out.print(table)
 
 
-def _table(changes: list[Change]) -> Table:
-    table = Table(
-        Column("factor", overflow="fold", ratio=1),
-        Column("stored", overflow="fold", ratio=2),
-        Column("now", overflow="fold", ratio=2),
-        show_lines=True,
-        expand=True,
-    )
-    for change in changes:
-        table.add_row(plain(change.name), *_values(change.old, change.new))
-    return table
-
-
-def _values(old: str | None, new: str | None) -> tuple[Text, Text]:
-    """Both values with what differs in bold; of long ones what differs and a little around it."""
+def _cells(change: Change) -> list[Text]:
+    """Both values; of long ones what differs, in bold, and a little around it."""
+    old, new = change.old, change.new
     if old is None or new is None or max(len(old), len(new)) <= _LONG:
-        return _whole(old), _whole(new)
+        return [Text("unset", style="italic") if v is None else Text(plain(v)) for v in (old, new)]
     start = common(old, new)
     end = common(old[start:][::-1], new[start:][::-1])
-    return _part(old, start, end), _part(new, start, end)
+    return [_part(value, start, len(value) - end) for value in (old, new)]
 
 
-def _whole(value: str | None) -> Text:
-    return Text("unset", style="italic") if value is None else Text(plain(value))
-
-
-def _part(value: str, start: int, end: int) -> Text:
-    """`value` around the part that begins at `start` and ends `end` characters before its end."""
-    stop = len(value) - end
+def _part(value: str, start: int, stop: int) -> Text:
     before, middle, after = value[:start], value[start:stop], value[stop:]
-    left = len(middle) - _SHOWN
     text = Text("…" if len(before) > _AROUND else "")
     text.append(plain(before[-_AROUND:]))
     text.append(plain(middle[:_SHOWN]), style="bold")
-    if left > 0:
-        text.append(f"…\n({left} more characters: --json)")
-    else:
-        text.append(plain(after[:_AROUND]) + ("…" if len(after) > _AROUND else ""))
-    return text
+    if len(middle) > _SHOWN:
+        return text.append(f"…\n({len(middle) - _SHOWN} more characters: --json)")
+    return text.append(plain(after[:_AROUND]) + ("…" if len(after) > _AROUND else ""))

@@ -1,58 +1,76 @@
-"""Saying what a command is doing while it takes minutes."""
+"""Says what a command is doing while vLLM starts, which takes minutes."""
 
 from __future__ import annotations
 
-import threading
-import time
 from types import TracebackType
+from typing import Self
 
+from rich import progress
 from rich.console import Console
-from rich.status import Status
+
+from vllm_compile_ext.cli.program import Line
+
+# What a start is doing once its log has a line with these words.
+STEPS = {
+    "Initializing a V1 LLM engine": "starting the engine",
+    "Starting to load model": "loading the model",
+    "Warming up model for the compilation": "compiling or loading",
+    "Starting torch.compile": "compiling",
+    "loaded compiled code": "loaded; warming up",
+    "kept as": "kept; warming up",
+    "Capturing CUDA graphs": "capturing CUDA graphs",
+    "init engine (profile": "the engine is ready",
+}
 
 
 class Progress:
-    """Says what is going on: a live line with a clock on a terminal, plain lines elsewhere."""
+    """A live line with a clock on a terminal, plain lines elsewhere; with `verbose` vLLM's log itself instead."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._text = ""
-        self._since = time.monotonic()
-        self._status: Status | None = console.status("") if console.is_terminal else None
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._end = threading.Event()
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+        self._console, self._verbose = console, verbose
+        columns = progress.SpinnerColumn(), progress.TextColumn("{task.description}", markup=False)
+        clock = progress.TimeElapsedColumn()
+        self._live = progress.Progress(
+            *columns, clock, console=console, transient=True, disable=verbose or not console.is_terminal
+        )
+        self._task = self._live.add_task("")
 
-    def __enter__(self) -> Progress:
-        if self._status:
-            self._status.start()
-            self._ticker.start()
+    def __enter__(self) -> Self:
+        self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end.set()
-        if self._status:
-            self._ticker.join()
-            self._status.stop()
+        self._live.stop()
 
-    def task(self, title: str) -> None:
+    def task(self, title: str, step: str = "importing vLLM") -> None:
         """Begin something whose seconds count from now."""
-        self._since = time.monotonic()
-        self.step(title)
+        self._title, self._step = title, ""
+        self._live.reset(self._task)
+        self.step(step)
 
-    def step(self, text: str) -> None:
-        self._text = text
-        if not self._status:
-            self.console.print(f"{self.seconds():6.1f} s  {text}", markup=False)
+    def step(self, step: str) -> None:
+        """Say what the task is doing now; the same step again, of another rank, says nothing."""
+        if step != self._step:
+            self._step = step
+            self._live.update(self._task, description=f"{self._title}: {step}")
+            if self._live.disable:
+                self._print(step)
 
-    def done(self, text: str) -> None:
-        """Leave a line behind: `text` is over."""
-        self.console.print(f"{self.seconds():6.1f} s  {text}: done", markup=False)
+    def listen(self, line: Line) -> None:
+        """Take the next line of vLLM's log."""
+        if self._verbose:
+            self._console.out(line.text, highlight=False)
+        for words, step in STEPS.items():
+            if words in line.text:
+                self.step(step)
 
-    def seconds(self) -> float:
-        return time.monotonic() - self._since
+    def done(self) -> None:
+        """Leave a line behind: the task is over."""
+        self._print("done")
 
-    def _tick(self) -> None:
-        assert self._status is not None
-        while not self._end.wait(0.2):
-            self._status.update(f"{self._text} ({self.seconds():.0f} s)")
+    def _print(self, what: str) -> None:
+        if not self._verbose:
+            elapsed = self._live.tasks[0].elapsed or 0.0
+            self._console.print(f"{elapsed:6.1f} s  {self._title}: {what}", markup=False)

@@ -15,7 +15,8 @@ from vllm_compile_ext.cli._store import JsonOption, UserError
 from vllm_compile_ext.key import misses
 from vllm_compile_ext.record import read
 from vllm_compile_ext.record.read import ReadError, Start
-from vllm_compile_ext.report import facts, html, perfetto, terminal, words
+from vllm_compile_ext.report import facts, page, perfetto, terminal
+from vllm_compile_ext.report.formats import count, size
 
 _LAST = re.compile(r"last(?:~([0-9]{1,6}))?")
 _LS = "vllm-compile-ext report ls"
@@ -31,10 +32,10 @@ def command(
             show_default=False,
         ),
     ] = None,
-    html_file: Annotated[
+    html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page: one file, no network.")
     ] = None,
-    perfetto_file: Annotated[
+    trace: Annotated[
         Path | None, typer.Option("--perfetto", metavar="FILE", help="Write a trace for https://ui.perfetto.dev.")
     ] = None,
     compare: Annotated[
@@ -52,17 +53,38 @@ def command(
     """Show where a start of vLLM went: seconds by phase, what each process did, what was compiled and why."""
     with _store.errors():
         where = read.folder() if folder is None else folder.expanduser().absolute()
+        old: Start | None
         if compare is not None:
             if start is not None:
                 raise UserError(f"--compare takes two starts, and {start!r} is one more: leave it out")
-            _compare(where, *compare, html_file, perfetto_file, as_json=as_json)
+            if trace is not None:
+                raise UserError("--perfetto writes one start: leave --compare out and name it")
+            old, new = load(where, compare[0]), load(where, compare[1])
         elif start == "ls":
-            if html_file or perfetto_file:
+            if html or trace:
                 raise UserError("ls writes no file: name a start instead of it")
-            _ls(where, as_json=as_json)
+            _list(where, as_json=as_json)
+            return
         else:
-            found = load(where, start or "last")
-            _report(found, _previous(found, where), html_file, perfetto_file, as_json=as_json)
+            new = load(where, start or "last")
+            old = _previous(new, where)
+        _explain_misses(new)
+        made = facts.facts(new, old)
+        if html:
+            _write(html, page.render(made))
+        if trace:
+            _write(trace, json.dumps(perfetto.trace(made)))
+        if as_json and compare and old:
+            two = {"a": facts.summary(old), "b": facts.summary(new)}
+            typer.echo(json.dumps(two | {name: made[name] for name in ("phases", "different")}, indent=2))
+        elif as_json:
+            typer.echo(json.dumps(made, indent=2))
+        elif html or trace:
+            pass
+        elif compare and old:
+            terminal.show_two(_store.console(), facts.facts(old), made)
+        else:
+            terminal.show(_store.console(), made)
 
 
 def load(where: Path, name: str) -> Start:
@@ -78,16 +100,13 @@ def load(where: Path, name: str) -> Start:
             f"no start is recorded in {where}: start vLLM with VLLM_COMPILE_STARTS=1, its default, "
             "or name another folder with --folder"
         )
-    match = _LAST.fullmatch(name)
-    if match:
+    if match := _LAST.fullmatch(name):
         back = int(match[1] or 0)
         if back >= len(paths):
-            kept = _store.count(len(paths), "start")
-            raise UserError(f"{name!r} goes back too far, {kept} recorded: see {_LS}")
+            raise UserError(f"{name!r} goes back too far, {count(len(paths), 'start')} recorded: see {_LS}")
         return read.read(paths[-1 - back])
-    hits = [path for path in paths if path.name.startswith(name)]
-    exact = [path for path in hits if path.name == name + read.SUFFIX]
-    hits = exact or hits
+    exact = where / (name + read.SUFFIX)
+    hits = [exact] if exact in paths else [path for path in paths if path.name.startswith(name)]
     if not hits:
         raise UserError(f"no start in {where} has an id that begins with {name!r}: see {_LS}")
     if len(hits) > 1:
@@ -96,80 +115,34 @@ def load(where: Path, name: str) -> Start:
     return read.read(hits[0])
 
 
-def _previous(found: Start, where: Path) -> Start | None:
+def _previous(start: Start, where: Path) -> Start | None:
     """The start to compare with; None for one that did not get ready, or was recorded elsewhere."""
-    if found.ready is None or found.path is None or found.path.parent.absolute() != where:
+    if start.ready is None or start.path is None or start.path.parent.absolute() != where:
         return None
-    return read.previous(found, where)
+    return read.previous(start, where)
 
 
-def _report(
-    found: Start, other: Start | None, html_file: Path | None, perfetto_file: Path | None, *, as_json: bool
-) -> None:
-    made = facts.facts(found, other)
-    _explain(made)
-    before = facts.facts(other) if other else None
-    _write(found, made, html_file, perfetto_file, before)
-    if as_json:
-        typer.echo(json.dumps(made, indent=2))
-    elif not html_file and not perfetto_file:
-        terminal.show(_store.console(), made, before)
-
-
-def _compare(
-    where: Path, one: str, two: str, html_file: Path | None, perfetto_file: Path | None, *, as_json: bool
-) -> None:
-    old, new = load(where, one), load(where, two)
-    before, after = facts.facts(old), facts.facts(new, old)
-    _explain(after)
-    if perfetto_file:
-        raise UserError("--perfetto writes one start: leave --compare out and name it")
-    _write(new, after, html_file, None, before)
-    if as_json:
-        names = ("options", "versions", "machine")
-        differ = {name: words.different(before[name], after[name]) for name in names}
-        data: dict[str, Any] = {"a": facts.summary(old), "b": facts.summary(new), "phases": after["phases"]}
-        typer.echo(json.dumps(data | {"different": differ}, indent=2))
-    elif not html_file:
-        terminal.comparison(_store.console(), before, after)
-
-
-def _explain(made: dict[str, Any]) -> None:
-    """What differs from the closest entry, for misses that were recorded without it: the store keeps the last ones."""
-    lacking = [note for note in made["notes"] if note["name"] == "miss" and "changes" not in note["attrs"]]
-    if not lacking:
-        return
+def _explain_misses(start: Start) -> None:
+    """Add to misses what differs from the closest entry, where the record lacks it: the store keeps the last misses."""
+    lacking = [note for note in start.notes if note.name == "miss" and "changes" not in note.attrs]
     # A report needs no store: it may be of another machine.
     with suppress(*_store.EXPECTED):
-        known = {miss.key: miss for miss in reversed(misses.read(_store.open_store(None).tree))}
+        known = {miss.key: miss for miss in reversed(misses.read(_store.open_store(None).tree))} if lacking else {}
         for note in lacking:
-            miss = known.get(note["attrs"].get("key"))
+            miss = known.get(str(note.attrs.get("key")))
             if miss is not None and miss.changes:
-                note["attrs"] |= {"closest": miss.closest, "changes": [list(change) for change in miss.changes]}
+                note.attrs.update(closest=miss.closest, changes=[list(change) for change in miss.changes])
 
 
-def _write(
-    found: Start,
-    made: dict[str, Any],
-    html_file: Path | None,
-    perfetto_file: Path | None,
-    other: dict[str, Any] | None = None,
-) -> None:
-    if html_file:
-        _put(html_file, html.page(made, other))
-    if perfetto_file:
-        _put(perfetto_file, json.dumps(perfetto.trace(found, made)))
-
-
-def _put(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be written: {error.strerror}") from error
-    typer.echo(f"{path}: {_store.size(path.stat().st_size)}", err=True)
+    typer.echo(f"{path}: {size(path.stat().st_size)}", err=True)
 
 
-def _ls(where: Path, *, as_json: bool) -> None:
+def _list(where: Path, *, as_json: bool) -> None:
     lines: list[dict[str, Any]] = []
     unreadable = 0
     for path in reversed(read.recorded(where)):
@@ -183,5 +156,5 @@ def _ls(where: Path, *, as_json: bool) -> None:
     out = _store.console()
     if lines:
         out.print(terminal.listing(lines))
-    more = f", {_store.count(unreadable, 'file')} cannot be read" if unreadable else ""
-    out.print(f"{_store.count(len(lines), 'start')} in {where}{more}", soft_wrap=True)
+    more = f", {count(unreadable, 'file')} cannot be read" if unreadable else ""
+    out.print(f"{count(len(lines), 'start')} in {where}{more}", soft_wrap=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import subprocess
+import shutil
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +17,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_compile_ext import jit_caches, settings
+from vllm_compile_ext import settings
+from vllm_compile_ext.cli._store import DIGITS, errors, plain
+from vllm_compile_ext.cli.program import Line, Program, excerpt, interruptible
 from vllm_compile_ext.cli.progress import Progress
-from vllm_compile_ext.compilation import outcomes, scratch
-from vllm_compile_ext.compilation.outcomes import Outcome
-from vllm_compile_ext.printable import plain
+from vllm_compile_ext.compilation import scratch
+from vllm_compile_ext.record import read
+from vllm_compile_ext.record.read import Note
 from vllm_compile_ext.store import kernels
 from vllm_compile_ext.store.store import Blob, Store, total
 
@@ -36,26 +36,17 @@ HELP = "\n\n".join(
     )
 )
 PROGRAM = [sys.executable, "-m", "vllm_compile_ext.cli.warm_start"]
-TAIL = 25  # lines of the log that an error shows
-STOP = 5.0  # seconds between the polite signal and the final one
-# What is said when a line of vLLM's log is the latest of these.
-STEPS = {
-    "Initializing a V1 LLM engine": "starting the engine",
-    "Starting to load model": "making the model, with random weights",
-    "Starting torch.compile": "compiling",
-    "loaded compiled code": "loaded; warming up",
-    "kept as": "kept; warming up",
-    "Capturing CUDA graphs": "capturing CUDA graphs",
-    "init engine (profile": "ending the engine",
-}
+REFUSED = 3  # its exit status where it starts nothing
+# What a start's record says of a model's code, and what `warm` calls it.
+STATES = {"kept": "kept", "loaded": "already there"}
 
 
 @dataclass
-class Start:
-    """One start of the engine: exit status of `warm_start`, what it told, and its output in lines."""
+class Run:
+    """One start of the engine: exit status of `warm_start`, notes of its record (None: not recorded), its output."""
 
-    status: int = -1
-    told: list[Outcome] = field(default_factory=list)
+    status: int
+    notes: list[Note] | None
     lines: list[str] = field(default_factory=list)
 
 
@@ -79,7 +70,7 @@ class Report:
     that were added.
     """
 
-    status: str
+    status: str = "failed"
     why: str = ""
     entries: list[Entry] = field(default_factory=list)
     bytes: int = 0
@@ -89,88 +80,70 @@ class Report:
     seconds: float = 0.0
 
 
-def run(arguments: Sequence[str], listen: Callable[[str], None]) -> Start:
+def run(arguments: Sequence[str], listen: Callable[[Line], None]) -> Run:
     """Start the engine for the arguments of ``vllm serve``; `listen` gets each line of the output."""
-    start = Start()
-    with tempfile.NamedTemporaryFile(prefix="vllm-compile-warm-") as told:
-        env = {outcomes.VARIABLE: told.name, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
-        with _process([*PROGRAM, *arguments], os.environ | env) as process:
-
-            def read() -> None:
-                assert process.stdout is not None
-                for raw in process.stdout:
-                    start.lines.append(raw.decode(errors="replace").rstrip("\n"))
-                    listen(start.lines[-1])
-
-            reader = threading.Thread(target=read, daemon=True)
-            reader.start()
-            start.status = process.wait()
-        reader.join(STOP)
-        start.told = outcomes.read(Path(told.name))
-    scratch.remove_abandoned(settings.cache_root() / scratch.NAME)  # else an image would keep it
-    return start
+    recorded = settings.load().VLLM_COMPILE_STARTS
+    env = dict(os.environ)
+    if not recorded:  # nor is it to be sent anywhere
+        env = {name: value for name, value in env.items() if not name.startswith("OTEL_EXPORTER_OTLP_")}
+    env |= {"VLLM_COMPILE_STARTS": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryDirectory(prefix="vllm-compile-ext-warm-") as place:
+        env[read.FOLDER] = place
+        with Program([*PROGRAM, *arguments], env, listen=listen, patience=5.0) as program:
+            status = program.wait()
+        scratch.remove_abandoned(settings.cache_root() / scratch.NAME)  # else an image would keep it
+        start = next(read.starts(Path(place)), None)
+        if start is not None and start.path is not None and recorded:
+            with contextlib.suppress(OSError):
+                read.folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+                shutil.move(start.path, read.folder())
+    return Run(status, None if start is None else start.notes, [line.text for line in program.lines])
 
 
-@contextlib.contextmanager
-def _process(command: Sequence[str], env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, which is gone afterwards with all its children."""
-    process = subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(STOP)
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def judge(start: Start) -> tuple[str, str]:
-    """Status and reason of a `Report`."""
-    refused = [each.why for each in start.told if each.what == "refused"]
-    failed = [f"{each.model} ({each.shard}) was not kept: {each.why}" for each in start.told if each.what == "failed"]
-    if refused or failed:
-        return "failed", (refused or failed)[0]
-    if start.status:
-        return "failed", f"the engine did not start (exit status {start.status})"
-    if not start.told:
-        return "failed", "nothing was kept: no part of this model is compiled"
-    return ("kept" if any(each.what == "kept" for each in start.told) else "already there"), ""
-
-
-def report(start: Start, seconds: float, kernels_before: int) -> Report:
-    """What to print of a start."""
-    status, why = judge(start)
-    folder = settings.store()
-    made = Report(status, why, store=str(folder), seconds=round(seconds, 1))
-    if status == "failed":
+def report(run: Run) -> Report:
+    """What became of each model's code."""
+    made, became = Report(store=str(settings.store())), outcomes(run.notes or ())
+    if run.status == REFUSED:
+        refusals = [line.removeprefix("refused: ") for line in run.lines if line.startswith("refused: ")]
+        made.why = refusals[-1] if refusals else "it was refused, and nothing says why"
+    elif run.status:
+        made.why = f"the engine did not start (exit status {run.status})"
+    elif run.notes is None:
+        made.why = "what was kept is not known: the start could not be recorded in a temporary folder"
+    elif not became:
+        made.why = "nothing was kept: no part of this model is compiled"
+    for (model, shard), note in became.items():
+        if note.name not in STATES and not made.why:
+            made.why = f"{model} ({shard}) was not kept: {note.attrs.get('why') or note.attrs.get('line')}"
+    if made.why:
         return made
-    store, blobs = Store.open(folder), set[Blob]()
-    for each in sorted(start.told, key=lambda told: (told.model, told.shard)):
-        manifest = next(iter(store.variants(each.key, each.shard)), None)  # the last used
+    store, blobs = Store.open(settings.store()), set[Blob]()
+    for (model, shard), note in became.items():
+        key = note.attrs["key"]
+        manifest = next(iter(store.variants(key, shard)), None)  # the last used
         mine = set(manifest.members.values()) if manifest else set()
-        state = "kept" if each.what == "kept" else "already there"
-        made.entries.append(Entry(each.key, each.shard, each.model, state, total(mine)))
+        made.entries.append(Entry(key, shard, model, STATES[note.name], total(mine)))
         blobs |= mine
+    made.status = "kept" if any(entry.state == "kept" for entry in made.entries) else "already there"
     made.bytes = total(blobs)
-    made.kernels = kernels.size(jit_caches.folder())
-    made.new_kernels = max(0, made.kernels - kernels_before)
     return made
+
+
+def outcomes(notes: Iterable[Note]) -> dict[tuple[str, str], Note]:
+    """The last note on the code of each model and rank; a fallback counts where no other came."""
+    fallbacks: dict[tuple[str, str], Note] = {}
+    last: dict[tuple[str, str], Note] = {}
+    for note in notes:
+        if "key" in note.attrs and note.name in (*STATES, "not kept", "fallback"):
+            found = fallbacks if note.name == "fallback" else last
+            found[note.attrs["model"], note.attrs.get("shard", "")] = note
+    return dict(sorted((fallbacks | last).items(), key=lambda item: item[0]))
 
 
 def text(made: Report) -> str:
     """A `Report` that is not of a failure, for people."""
     lines = [
-        f"{each.model}, {each.shard}: {each.state} as {each.key[:12]}, {_megabytes(each.bytes)}"
+        f"{plain(each.model)}, {each.shard}: {each.state} as {each.key[:DIGITS]}, {_megabytes(each.bytes)}"
         for each in made.entries
     ]
     if len(lines) > 1:
@@ -185,25 +158,6 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def excerpt(lines: Sequence[str]) -> list[str]:
-    """The end of the first error in vLLM's log, or of the log.
-
-    The process that failed first says why, in lines with the same beginning; the ones that waited for it fail later.
-    """
-    first = next((number for number, line in enumerate(lines) if " ERROR " in line), None)
-    if first is None:
-        return list(lines[-TAIL:])
-    process = lines[first].partition(" ERROR ")[0]
-    return [line for line in lines if line.startswith(f"{process} ERROR ")][-TAIL:]
-
-
-def _fail(made: Report, start: Start, *, shown: bool) -> None:
-    """Say on stderr what went wrong, with the log where it has more to say and the user has not seen it."""
-    if start.status and not shown and not any(each.what == "refused" for each in start.told):
-        typer.echo("\n".join(["from vllm's log (all of it: --verbose):", *excerpt(start.lines)]), err=True)
-    typer.echo(plain(f"error: {made.why}"), err=True)
-
-
 def command(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -212,35 +166,27 @@ def command(
     # No short options: click would look for them inside of vLLM's, which are words behind one dash (-tp, -cc.mode=3).
     if not context.args:
         raise typer.BadParameter("name a model: vllm-compile-ext warm MODEL [options of vllm serve]")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # takes the engine along, as Ctrl-C does
-    before, begin = kernels.size(jit_caches.folder()), time.monotonic()
-    console = Console(stderr=True, highlight=False)
-    with contextlib.ExitStack() as stack:
-        progress = None if verbose else stack.enter_context(Progress(console))
-        if progress:
-            progress.task("importing vLLM")
-
-        said: list[str] = []
-
-        def listen(line: str) -> None:
-            if progress is None:
-                typer.echo(line, err=True)
-                return
-            for step in (step for mark, step in STEPS.items() if mark in line):
-                if said[-1:] != [step]:  # each rank has its own lines
-                    said.append(step)
-                    progress.step(step)
-
-        start = run(context.args, listen)
-    if start.status == 2 and not start.told:
-        if not verbose:
-            typer.echo("\n".join(start.lines), err=True)
-        raise typer.Exit(2)
-    made = report(start, time.monotonic() - begin, before)
+    before, begin = kernels.size(kernels.folder()), time.monotonic()
+    progress = Progress(Console(stderr=True, highlight=False), verbose=verbose)
+    with interruptible(), errors():
+        with progress:
+            progress.task("warm")
+            done = run(context.args, progress.listen)
+        if done.status == 2:  # a bad option
+            if not verbose:
+                typer.echo("\n".join(done.lines), err=True)
+            raise typer.Exit(2)
+        made = report(done)
+    made.seconds = round(time.monotonic() - begin, 1)
+    if made.status != "failed":
+        made.kernels = kernels.size(kernels.folder())
+        made.new_kernels = max(0, made.kernels - before)
     if as_json:
         typer.echo(json.dumps(asdict(made), indent=2))
     elif made.status != "failed":
         typer.echo(text(made))
     if made.status == "failed":
-        _fail(made, start, shown=verbose)
+        if done.status not in (0, REFUSED) and not verbose:
+            typer.echo("\n".join(["from vllm's log (all of it: --verbose):", *excerpt(done.lines)]), err=True)
+        typer.echo(plain(f"error: {made.why}"), err=True)
         raise typer.Exit(1)

@@ -4,8 +4,8 @@ Its arguments are those of ``vllm serve``, read by vLLM's own parser.  It starts
 with the same processes, and ends it as soon as it is ready.  What differs cannot change the compiled code, and vLLM
 0.32.0 keeps it out of its own cache key: random weights, no tokenizer where none is needed, a small KV cache.
 
-Exit status 0: the engine was ready; its outcomes (`vllm_compile_ext.compilation.outcomes`) say what was kept.  1: no;
-an outcome "refused" has the reason, or else the output.  2: a bad option, the output is what vLLM says of it.
+Exit status 0: the engine was ready; the record of the start says what was kept.  1: it was not; the output says why.
+2: a bad option; the output is what vLLM says of it.  `warm.REFUSED`: nothing was started; the last line says why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_compile_ext import harmless, settings
-from vllm_compile_ext.compilation import outcomes, rules
+from vllm_compile_ext.cli.warm import REFUSED
+from vllm_compile_ext.compilation import rules
+from vllm_compile_ext.harmless import plain
 from vllm_compile_ext.store.store import Store, UnsafeStoreError
 
 FIRST = 16 * 2**20  # bytes of the smallest KV cache that is tried
@@ -199,19 +201,24 @@ async def ask(engine: Any) -> None:
         await asyncio.gather(*(one(f"warm {together} {number}") for number in range(together)))
 
 
+def refuse(why: str) -> int:
+    """Say why nothing is started; returns the exit status."""
+    sys.stdout.flush()
+    print(plain(f"refused: {why}"), flush=True)
+    return REFUSED
+
+
 def main() -> int:
     try:
         args = parse(sys.argv[1:])
         check_plugin()
         config = configure(args)
         check_config(config, args)
+    except RefusedError as error:
+        return refuse(str(error))
     except Exception as error:
-        if not isinstance(error, RefusedError):
-            traceback.print_exc()
-        bad = f"vLLM does not start with these options ({harmless.error(error)}); --verbose shows what it says of them"
-        why = str(error) if isinstance(error, RefusedError) else bad
-        outcomes.tell(outcomes.Outcome("refused", why=why))
-        return 1
+        traceback.print_exc()
+        return refuse(f"vLLM does not start with these options ({harmless.error(error)}); --verbose shows what it says")
     lighten(config)
     asyncio.run(start(config))
     return 0

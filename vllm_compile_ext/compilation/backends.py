@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.platforms import current_platform
+
 from vllm_compile_ext import harmless
-from vllm_compile_ext.compilation import session as sessions
 from vllm_compile_ext.upstream import backends as upstream
 
 logger = logging.getLogger(__name__)
@@ -40,23 +42,32 @@ class CompilerManager(upstream.CompilerManager):
             return None
 
 
+class LeaveFunctionalized(InductorPass):
+    """Stands in for `FixFunctionalizationPass`, which names GPU operators that CPU builds do not register
+    ("'_OpNamespace' '_C' object has no attribute 'fused_add_rms_norm_static_fp8_quant'", vLLM 0.32.0, on processors
+    where linear layers are oneDNN operators).  Inductor's own pass, which runs later, undoes the functionalization.
+    """
+
+    def __call__(self, graph: Any) -> None:
+        pass
+
+
 class VllmBackend(upstream.VllmBackend):
-    """Upstream's backend; inside a `session` it compiles every distinct piece once."""
+    """Upstream's backend; of a model that is traced once it compiles every distinct piece once."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> None:
         super().__init__(vllm_config, prefix, is_encoder)
-        from vllm.platforms import current_platform
-
         self.compiler_manager = CompilerManager(self.compilation_config)
-        if current_platform.is_cpu():
-            from vllm_compile_ext.compilation.cpu_passes import CpuPassManager
 
-            self.pass_manager = CpuPassManager()
+    def configure_post_pass(self) -> None:
+        super().configure_post_pass()
+        if current_platform.is_cpu():
+            self.pass_manager.fix_functionalization = LeaveFunctionalized()
 
     def __call__(self, graph: Any, example_inputs: Sequence[Any]) -> Any:
-        session = sessions.current()
-        if session is None:
-            return super().__call__(graph, example_inputs)
         from vllm_compile_ext.compilation import once
 
-        return once.compile_model(self, graph, example_inputs, session)
+        session = once.current()
+        if session is None:
+            return super().__call__(graph, example_inputs)
+        return once.compile_graph(self, graph, example_inputs, session)

@@ -6,20 +6,32 @@ asks no compiler for anything; what is not found is compiled as ever and kept; a
 runs as it is, as under the backend "eager".
 
 A graph belongs to the programs that this process has loaded or compiled.  Their keys say what the machine and the
-software are; `_key` adds the graph, and what is switched in torch now.
+software are; `_describe` adds the graph, and what is switched in torch now.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from vllm_compile_ext import after_import, harmless, platforms
-from vllm_compile_ext.record import metrics
+import torch
+from vllm.platforms import current_platform
+
+from vllm_compile_ext import harmless
+from vllm_compile_ext.compilation import entry
+from vllm_compile_ext.key import machine, torch_settings
+from vllm_compile_ext.key.factors import EXCLUDED
+from vllm_compile_ext.program import commit, program
+from vllm_compile_ext.program.piece import constants
+from vllm_compile_ext.record.events import event
+from vllm_compile_ext.store import evict
+from vllm_compile_ext.store.store import Store, digest, key_of, total
+from vllm_compile_ext.trace.call import storage
+from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
+from vllm_compile_ext.trace.split import Piece
+from vllm_compile_ext.trace.values import is_torchs
 
 logger = logging.getLogger(__name__)
 
@@ -28,63 +40,31 @@ SHARD = "function"  # and, after a dot, the digest of the guards that compiling 
 _models: dict[str, str] = {}  # key of each program of this process -> its model, for people
 
 
-def belong_to(key: str, model: str) -> None:
+def keep_for(key: str, model: str) -> None:
     """From now on functions are kept for the program `key`, too."""
     _models[key] = model
 
 
-def install() -> Callable[[], None]:
-    """Change torch when it is imported."""
-    undo = after_import.install({"torch": _change})
-
-    def forget() -> None:
-        undo()
-        _models.clear()
-
-    return forget
-
-
-def _change(torch: ModuleType) -> Callable[[], None]:
-    wrapper = torch._TorchCompileInductorWrapper
-
-    def around(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def __call__(self: Any, graph: Any, inputs: Any, *, config_patches: Any = None) -> Any:  # noqa: N807
-            compile_it = functools.partial(stock, self, graph, inputs, config_patches=config_patches)
-            if type(self) is not wrapper or torch._functorch.config.bypass_autograd_cache_key:
-                return compile_it()  # to be saved ahead of time, by who asks for it
-            plain = not config_patches and not self.name
-            return _compiled(compile_it, graph, inputs, self.config if plain else None)
-
-        return __call__
-
-    return after_import.replace(wrapper, "__call__", around)
-
-
-def _compiled(compile_it: Callable[[], Any], graph: Any, inputs: Sequence[Any], options: Any) -> Any:
+def load_or_compile(
+    compile_it: Callable[[], Any], graph: Any, inputs: Sequence[Any], options: Mapping[str, Any] | None
+) -> Any:
     """What Dynamo calls for `graph`.  options: of `torch.compile`, None where there are some of an unknown kind."""
-    import torch
-
-    from vllm_compile_ext.compilation import entry as entries
-    from vllm_compile_ext.store.store import key_of
-
-    store = None
-    keys: dict[str, str] = {}
+    store, keys = None, dict[str, str]()
     try:
-        store = entries.store() if _models and options is not None else None
-        if store is not None:
-            described = _key(graph, inputs, options)
-            keys = {program: key_of({"program": program, "function": described}) for program in _models}
+        store = entry.store() if _models and options is not None else None
+        if store is not None and options is not None:
+            described = _describe(graph, inputs, options)
+            keys = {owner: key_of({"program": owner, "function": described}) for owner in _models}
     except Exception as why:  # the graph cannot be told from others
         logger.debug("a function is not kept: %s: %s", type(why).__name__, why)
     for key in keys.values():
-        found = _load(store, key, inputs)
-        if found is not None:
+        if store is not None and (found := _load(store, key, inputs)) is not None:
             return found
-    if _has_no_compiler():
+    if current_platform.is_cpu() and machine.compiler() == "none":
         _say_uncompiled()
         return graph.forward
-    metrics.inc("functions_compiled_total")
-    if not keys:
+    event("function compiled", "compiled a function beside the model", level=logging.DEBUG)
+    if store is None or not keys:
         return compile_it()
     with torch._functorch.config.patch(bundled_autograd_cache=True):  # what it returns can be serialized then
         compiled = compile_it()
@@ -92,38 +72,21 @@ def _compiled(compile_it: Callable[[], Any], graph: Any, inputs: Sequence[Any], 
     return compiled
 
 
-def _has_no_compiler() -> bool:
-    from vllm.platforms import current_platform
-
-    from vllm_compile_ext.key import machine
-
-    return bool(current_platform.is_cpu()) and machine.compiler() == "none"
-
-
 @functools.cache
 def _say_uncompiled() -> None:
     logger.info("there is no C++ compiler: functions that vLLM compiles beside the model run uncompiled")
 
 
-def _key(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> str:
+def _describe(graph: Any, inputs: Sequence[Any], options: Mapping[str, Any]) -> str:
     """A digest of what the code of `graph` depends on, besides what is in the key of a program.
 
     Raises where that cannot be told, and where the graph is not one that only infers.
     """
-    import torch
-
-    from vllm_compile_ext.compilation.entry import device
-    from vllm_compile_ext.key import compilers, machine, torch_state
-    from vllm_compile_ext.key.dropped import counts
-    from vllm_compile_ext.program.pieces import constants
-    from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
-    from vllm_compile_ext.trace.signature import storage
-    from vllm_compile_ext.trace.split import Piece
-
     nodes = list(graph.graph.nodes)
     piece = Piece(False, inputs=graph.graph.find_nodes(op="placeholder"), outputs=list(nodes[-1].args[0]))
     piece.nodes = [node for node in nodes if node.op not in ("placeholder", "output")]
     storages = [found for node in piece.inputs if (found := storage(node)) is not None]
+    unknown = [str(node.target) for node in piece.nodes if not _is_torchs(node.target)]
     rules = (
         (torch.is_grad_enabled() and any(getattr(i, "requires_grad", False) for i in inputs), "it is trained"),
         (options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs), "it replays CUDA graphs"),
@@ -131,41 +94,29 @@ def _key(graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> str:
         (constants(graph), "it holds tensors"),
         (len(set(storages)) < len(storages), "inputs share memory"),
         (any("example_value" not in node.meta for node in piece.inputs), "inputs that Dynamo has not described"),
+        (unknown, f"it calls {unknown[:1]}"),
     )
     for applies, why in rules:
         if applies:
             raise Unfingerprintable(why)
-    for node in piece.nodes:
-        _check_target(node.target)
-    state = {f"state.{name}": text for name, text in torch_state.state().items()} | compilers.of_compilers({})
-    state |= {"threads": str(machine.threads(options)), "device": device()}
-    switched = sorted((name, text) for name, text in state.items() if counts(name))
+    state = {f"state.{name}": text for name, text in torch_settings.state().items()} | torch_settings.compilers({})
+    state |= {"threads": str(machine.threads(options)), "device": entry.device()}
+    switched = sorted((name, text) for name, text in state.items() if name not in EXCLUDED)
     return fingerprint(piece, graph, [str(sorted(options.items())), str(switched), *_symbols()])
 
 
-def _check_target(target: Any) -> None:
-    """Raises for what torch's version does not stand for."""
-    import torch
-
-    from vllm_compile_ext.trace.fingerprint import Unfingerprintable
-    from vllm_compile_ext.trace.values import is_torchs
-
+def _is_torchs(target: Any) -> bool:
+    """Whether torch's version stands for what a node calls."""
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         name = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
-        known = name.startswith(("aten::", "prims::", "prim::"))
-    else:
-        known = (
-            isinstance(target, str)
-            or is_torchs(target.__module__)
-            or target.__module__ in ("_operator", "math", "builtins")
-        )
-    if not known:
-        raise Unfingerprintable(f"it calls {target}")
+        return bool(name.startswith(("aten::", "prims::", "prim::")))
+    if isinstance(target, str):
+        return True
+    return is_torchs(target.__module__) or target.__module__ in ("_operator", "math", "builtins")
 
 
 def _symbols() -> Iterator[str]:
     """What the trace knows of its symbols, by their own names: they stand in the graph only as sizes."""
-    import torch
     from sympy import srepr
 
     env = torch._guards.TracingContext.get().fake_mode.shape_env
@@ -180,30 +131,25 @@ def _symbols() -> Iterator[str]:
         yield f"{name} {sorted((str(key), [srepr(value) for value in values]) for key, values in table.items())}"
 
 
-def _load(store: Any, key: str, inputs: Sequence[Any]) -> Callable[..., Any] | None:
+def _load(store: Store, key: str, inputs: Sequence[Any]) -> Callable[..., Any] | None:
     """The function of which `key` is the key, when the store has it and it is good for `inputs`."""
-    from vllm_compile_ext.program import program
-    from vllm_compile_ext.store.store import total
-
     try:
         for manifest in store.variants(key, SHARD):
-            found = program.get_piece(store, manifest.members["code"])
-            if _hold(store.get(manifest.members["guards"]).decode(), inputs):
+            found = program.load_code(store, manifest.members["code"])
+            if _guards_hold(store.get(manifest.members["guards"]).decode(), inputs):
                 store.use(manifest)
-                metrics.inc("functions_loaded_total")
-                metrics.inc("store_loaded_bytes_total", total(manifest.members.values()))
-                logger.debug("loaded function %s of %s", key[:12], store.root)
+                line = f"loaded function {key[:12]} of {store.root}"
+                event("function loaded", line, level=logging.DEBUG, bytes=total(manifest.members.values()))
                 return found
     except Exception as error:  # whatever it is, compiling it is the way out
         logger.warning("compiling a function again: %s", harmless.error(error))
     return None
 
 
-def _hold(guards: str, inputs: Sequence[Any]) -> bool:
+def _guards_hold(guards: str, inputs: Sequence[Any]) -> bool:
     """Whether what compiling has assumed of sizes is so; then Dynamo guards it (torch 2.13.0, as its own caches do:
     `_functorch/_aot_autograd/autograd_cache.py`, "Caching guards generated by AOTAutograd and Inductor").
     """
-    import torch
     from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
 
     if not guards:
@@ -212,39 +158,26 @@ def _hold(guards: str, inputs: Sequence[Any]) -> bool:
     return bool(env.evaluate_guards_expression(guards, AOTAutogradCache._filter_backed_symints(inputs)))
 
 
-def _keep(store: Any, keys: dict[str, str], compiled: Any) -> None:
+def _keep(store: Store, keys: Mapping[str, str], compiled: Any) -> None:
     """Write a function that was compiled here; a failure is no error."""
-    import torch
     from torch._inductor.standalone_compile import AOTCompiledArtifact
-
-    from vllm_compile_ext.program import program
-    from vllm_compile_ext.store import evict
-    from vllm_compile_ext.store.store import Manifest, digest, total
 
     if not store.writable:
         return
     try:
         if torch._guards.TracingContext.get().guards_context.aotautograd_guards:
             raise ValueError("it is guarded by more than sizes")
-        guards = compiled.serialize().guards_expr or ""
-        for program_key, key in keys.items():
+        guards = (compiled.serialize().guards_expr or "").encode()
+        shard = f"{SHARD}.{digest(guards)[:8]}"
+        for owner, key in keys.items():
             with store.writer(key, 0) as mine:
                 if not mine:
                     continue
-                made = Manifest(
-                    kind="piece",
-                    key=key,
-                    shard=f"{SHARD}.{digest(guards.encode())[:8]}",
-                    model=_models[program_key],
-                    created=time.time(),
-                    platform=platforms.name(),
-                    factors={"program": program_key},
-                    members=program.put_artifact(store, AOTCompiledArtifact(compiled))
-                    | {"guards": store.put(guards.encode())},
-                )
-                store.commit(made)
-                metrics.inc("store_kept_bytes_total", total(made.members.values()))
-                logger.debug("kept function %s in %s", key[:12], store.root)
+                members = program.keep_code(store, AOTCompiledArtifact(compiled), (), "code")
+                members["guards"] = store.put(guards)
+                commit(store, "piece", key, shard, _models[owner], {"program": owner}, members)
+                line = f"kept function {key[:12]} in {store.root}"
+                event("function kept", line, level=logging.DEBUG, bytes=total(members.values()))
         evict.keep_limit(store)
     except Exception as error:
         logger.debug("a function is not kept: %s: %s", type(error).__name__, error)

@@ -1,279 +1,273 @@
-"""From Dynamo's graph of a model that was traced once to the compiled model."""
+"""A cold compilation: each kind of layer traced once, each distinct piece of the graph compiled once.
+
+`trace_once` has Dynamo trace the model, and Dynamo hands the graph to `compile_graph`, through upstream's backend.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.fx as fx
+from torch._dynamo.convert_frame import fullgraph_capture
+from torch._dynamo.utils import get_metrics_context
+from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+from vllm.compilation import monitor
 from vllm.compilation.compiler_interface import is_compile_cache_enabled
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
-from vllm.compilation.piecewise_backend import PiecewiseBackend
 
-from vllm_compile_ext.compilation.progress import Progress
-from vllm_compile_ext.compilation.session import Differs, Session
-from vllm_compile_ext.compilation.sharing import Shared
+from vllm_compile_ext import harmless
+from vllm_compile_ext.compilation import rules, scratch
+from vllm_compile_ext.compilation.entry import Entry, label
+from vllm_compile_ext.harmless import plain
 from vllm_compile_ext.inductor import workers
+from vllm_compile_ext.inductor.pieces import DistinctPieces, deduplicate
 from vllm_compile_ext.key.seen import NotDescribed, Seen, collect
-from vllm_compile_ext.program.pieces import constants as constants_of
-from vllm_compile_ext.program.plan_function import PlanFunction, loaded_piece
-from vllm_compile_ext.record import metrics
-from vllm_compile_ext.record.spans import note, span
+from vllm_compile_ext.program.program import Program
+from vllm_compile_ext.record.events import event
+from vllm_compile_ext.record.spans import span
+from vllm_compile_ext.store.store import key_of
 from vllm_compile_ext.trace import plan as plans
-from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
-from vllm_compile_ext.trace.split import Piece, decompose_sizes, extract, split
-from vllm_compile_ext.trace.stitch import stitch
+from vllm_compile_ext.trace.split import decompose_sizes, extract, split
+from vllm_compile_ext.trace.stitch import difference, stitch
+from vllm_compile_ext.trace.tracer import Tracer
 
 logger = logging.getLogger(__name__)
 
+LEAST_LAYERS = 3  # of one class in a list: fewer are traced
+INDUCTOR_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
-def compile_model(backend: Any, graph: torch.fx.GraphModule, inputs: Sequence[Any], session: Session) -> PlanFunction:
+
+class Differs(Exception):  # noqa: N818 - an answer, not an error
+    """A copy of a layer is not what tracing that layer gives; the message says where."""
+
+
+class Session:
+    """One compilation: the model and its first call's arguments, its place in the store, and the tracer.
+
+    compiling: the graph is understood and pieces are being compiled.  An error before this point means that the model
+    is traced again as upstream does it; an error after it is the user's to see.
+    """
+
+    def __init__(
+        self, model: Any, entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool
+    ) -> None:
+        self.model, self.entry = model, entry
+        self.arguments = args, kwargs
+        self.copies = copies
+        self.tracer = self._tracer()
+        self.compiling = False
+        self.facts: dict[str, Any] = entry.facts if entry is not None else {"model": label(model)}  # for events
+
+    def _tracer(self, skip: Collection[int] = ()) -> Tracer:
+        tables = [self.model.vllm_config.compilation_config.static_forward_context]
+        try:  # turns a layer's name into the key of such a table (vLLM 0.32.0)
+            from vllm.model_executor.layers.fused_moe.runner.moe_runner import _resolve_layer_name
+
+            lookups: list[Callable[..., Any]] = [_resolve_layer_name]
+        except ImportError:
+            lookups = []
+        return Tracer(self.model, LEAST_LAYERS if self.copies else sys.maxsize, lookups, tables, skip)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Trace with the tracer, and let `current` find this session."""
+        token = _current.set(self)
+        try:
+            with self.tracer.install():
+                yield
+        finally:
+            _current.reset(token)
+
+    def check_copies(self, graph: fx.Graph, values: Sequence[Any]) -> None:
+        """Trace the model once more, with the last copy of each kind of layer traced instead of copied, and compare.
+
+        values: of the placeholders of `graph`, which was stitched and has its sizes decomposed.  A net under the proof
+        of `trace/`: raises `Differs`.
+        """
+        skip = self.tracer.last_of_each_kind()
+        if not skip:
+            return
+        args, kwargs = self.arguments
+        # As `torch._dynamo.aot_compile` captures (torch 2.13).
+        with get_metrics_context(), torch_function_mode_stack_state_mgr, self._tracer(skip).install():
+            captured = fullgraph_capture(self.model.forward, args, kwargs).backend_input
+        again, inputs = captured.graph_module.graph, list(captured.example_inputs)
+        inputs += [extra.value for extra in stitch(again, inputs)]
+        decompose_sizes(again)
+        if (where := difference(again, inputs, graph, values)) is not None:
+            raise Differs(where)
+
+
+_current: ContextVar[Session | None] = ContextVar("vllm_compile_ext_session", default=None)
+
+
+def current() -> Session | None:
+    """The session of the compilation that runs in this context, or None for upstream's path."""
+    return _current.get()
+
+
+def trace_once(
+    model: Any, entry: Entry | None, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any | None:
+    """Compile `model` by `stock`, upstream's `aot_compile`, with identical layers traced once.
+
+    None, after a line that says why, where upstream has to trace every layer.
+    """
+    tag = f"[{getattr(model, '_compile_tag', '')}] "
+    if reason := rules.why_upstream(model.vllm_config):
+        _say_upstream(tag, reason, {"model": label(model)})
+        return None
+    folder = os.environ.get(INDUCTOR_FOLDER)
+    os.environ[INDUCTOR_FOLDER] = str(scratch.inductor())
+    for copies in (True, False):
+        session = Session(model, entry, args, kwargs, copies=copies)
+        try:
+            with session.active(), span("trace" if copies else "trace every layer"):
+                return stock(*args, **kwargs)
+        except Differs as where:
+            line = f"{tag}every layer is traced: a copied one is not what tracing gives, {where}"
+            event("refuted", line, why=f"every layer is traced: {where}", **session.facts)
+        except Exception as error:
+            if session.compiling:
+                raise
+            # Whatever it is, tracing as stock does it either works or gives the error that stock gives.
+            logger.debug("%strace once gave up", tag, exc_info=True)
+            _say_upstream(tag, plain(harmless.error(error).partition("\n")[0]), session.facts)
+            break
+    if folder is not None:  # upstream's: what it keeps names files there
+        os.environ[INDUCTOR_FOLDER] = folder
+    return None
+
+
+def _say_upstream(tag: str, why: str, facts: Mapping[str, Any]) -> None:
+    line = f"{tag}every layer is traced, as in stock vLLM: {why}"
+    event("fallback", line, level=logging.INFO, why=f"every layer is traced: {why}", **facts)
+
+
+def compile_graph(backend: Any, graph: fx.GraphModule, inputs: Sequence[Any], session: Session) -> Program:
     """Stitch, split, fingerprint, compile the distinct pieces and plan.
 
     Up to the first piece that is compiled nothing of `backend` changes, so that the model can be traced again as
     upstream does it when the graph is not understood (`Session.compiling`).
     """
-    tag = f"[{backend.prefix}] " if backend.prefix else ""
-    config = backend.compilation_config
-    dynamo = _seconds_since_start()
+    dynamo = time.perf_counter() - float(monitor.torch_compile_start_time)
     started = time.perf_counter()
     with span("split") as splitting:
         extras = stitch(graph.graph, inputs)
         decompose_sizes(graph.graph)
-        operators = config.splitting_ops or []
+        operators = backend.compilation_config.splitting_ops or []
         pieces = split(graph.graph, lambda node: should_split(node, operators))
         splitting.set(pieces=len(pieces))
-    with span("describe what was read"):
+    with span("describe what was read"):  # before anything of the model runs and changes it
         seen = _describe(session, graph.graph)
     with span("fingerprint"):
-        numbers, firsts, fingerprints = deduplicate(pieces, graph)
+        numbers, distinct, fingerprints = deduplicate(pieces, graph)
     with span("plan"):
-        modules = [extract(piece, graph) for piece in firsts]
+        modules = [extract(piece, graph) for piece in distinct]
         plan = plans.write(graph.graph, pieces, numbers, extras)
     session.compiling = True
 
-    tracer = session.tracer
+    tag = f"[{backend.prefix}] " if backend.prefix else ""
+    logger.info("%sDynamo bytecode transform time: %.2f s", tag, dynamo)
+    _say_traced(session.tracer, tag, f"{len(plan.calls)} pieces to compile, {len(distinct)} of them distinct", started)
     compilation_counter.num_graphs_seen += 1
     compilation_counter.num_piecewise_graphs_seen += len(pieces)
     compilation_counter.num_piecewise_capturable_graphs_seen += len(plan.calls)
-    logger.info("%sDynamo bytecode transform time: %.2f s", tag, dynamo)
-    logger.info(
-        "%straced %d layers and copied %d; %d pieces to compile, %d of them distinct (%.2f s)",
-        tag,
-        tracer.traced,
-        tracer.stamped,
-        len(plan.calls),
-        len(firsts),
-        time.perf_counter() - started,
-    )
-    reasons = list(dict.fromkeys(tracer.reasons))
-    if reasons and not tracer.stamped:
-        logger.info("%severy layer is traced, as in stock vLLM: %s", tag, reasons[0])
-    for reason in reasons:
-        logger.debug("%snot copied: %s", tag, reason)
+    started = time.perf_counter()
 
-    folder = _folder(backend)
-    config.traced_files.clear()
-    disabled = not is_compile_cache_enabled(backend.inductor_config)
-    backend.configure_post_pass()
-    backend.compiler_manager.initialize_cache(str(folder), disabled, backend.prefix)
-    # An index that upstream's path left in the user's `cache_dir` numbers other pieces.
-    backend.compiler_manager.cache.clear()
-    _write_graph(folder, plan, modules)
-    shared = Shared(session.entry, fingerprints, None if isinstance(seen, NotDescribed) else seen.called)
-    constants = [constants_of(module) for module in modules]  # before Inductor gets the modules
-    values = [*inputs, *(extra.value for extra in extras)]
-    prove = functools.partial(_prove, session, graph.graph, values)
+    def check_copies() -> None:
+        with span("prove"):
+            session.check_copies(graph.graph, [*inputs, *(extra.value for extra in extras)])
+
+    _prepare(backend, plan, modules)
+    shared = DistinctPieces(backend, modules, session.facts["model"])
+    if session.entry is not None and isinstance(seen, Seen):
+        shared.share(session.entry.store, session.entry.key, _keys(session.entry.key, seen, fingerprints))
     try:
-        compiled = _compile(backend, modules, constants, shared, len(plan.calls), tag, prove)
+        compiled = shared.compile(check_copies)
     except Differs:
         # The next compilation must find the backend as it was made.
         backend.__init__(backend.vllm_config, backend.prefix, backend.is_encoder)
         raise
     backend._called = True
-    function = PlanFunction(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
-    function.kept, function.constants, function.seen = shared.kept, constants, seen
-    function.bind(session.model)
-    note(
+    program = Program(plan, compiled, backend.vllm_config, backend.prefix, backend.is_encoder)
+    program.seen, program.kept, program.constants = seen, shared.kept, shared.constants
+    program.bind(session.model)
+
+    here, seconds = len(distinct) - shared.loaded, time.perf_counter() - started
+    event(
         "compiled",
-        model=session.entry.model if session.entry is not None else type(session.model).__qualname__,
+        f"{tag}compiled {here} pieces with {workers.wanted()} workers, loaded {shared.loaded} that another process "
+        f"compiled ({seconds:.2f} s)",
         pieces=len(plan.calls),
-        distinct=len(firsts),
+        distinct=len(distinct),
+        compiled=here,
         loaded=shared.loaded,
-        traced=tracer.traced,
-        copied=tracer.stamped,
+        loaded_bytes=shared.loaded_bytes,
+        traced=session.tracer.traced,
+        copied=session.tracer.stamped,
         dynamo=round(dynamo, 3),
+        seconds=round(seconds, 3),
+        **session.facts,
     )
-    return function
+    return program
 
 
-def deduplicate(
-    pieces: Sequence[Piece], graph: torch.fx.GraphModule
-) -> tuple[list[int | None], list[Piece], list[str | None]]:
-    """Number of the distinct piece that each piece is, None for splitting operators; the distinct pieces; and their
-    fingerprints.
+def _keys(program: str, seen: Seen, fingerprints: Sequence[str | None]) -> list[str | None]:
+    """The key of each distinct piece of the model of key `program`; None for one that is shared with nobody.
 
-    A piece that holds something whose identity cannot be told is distinct from all others and has no fingerprint.
+    What operators do by Python (`Seen.called`) is in it; nothing is shared where that is not known.
     """
-    known: dict[str, int] = {}
-    numbers: list[int | None] = []
-    firsts: list[Piece] = []
-    fingerprints: list[str | None] = []
-    for piece in pieces:
-        if piece.splitting:
-            numbers.append(None)
-            continue
-        key = None
-        try:
-            key = fingerprint(piece, graph)
-        except Unfingerprintable as why:
-            logger.debug("piece %d is compiled on its own: %s", len(numbers), why)
-        if key is None or key not in known:
-            if key is not None:
-                known[key] = len(firsts)
-            numbers.append(len(firsts))
-            firsts.append(piece)
-            fingerprints.append(key)
-        else:
-            numbers.append(known[key])
-    return numbers, firsts, fingerprints
+    facts = {"program": program, "called": seen.called}
+    return [key_of(facts | {"piece": found}) if found and seen.called else None for found in fingerprints]
 
 
-def _compile(
-    backend: Any,
-    modules: Sequence[torch.fx.GraphModule],
-    constants: Sequence[list[Any]],
-    shared: Shared,
-    sites: int,
-    tag: str,
-    prove: Callable[[], None],
-) -> list[PiecewiseBackend]:
-    """The distinct pieces, loaded where another process has compiled them.  `prove` runs while compilers do."""
-    count = workers.wanted()
-    started = time.perf_counter()
-    made: dict[int, PiecewiseBackend] = {}
-    with Progress(f"{tag}compiling", len(modules), sites) as progress, workers.compiling(count) as kernels:
-        mine: list[int] = []
-        proofs = [prove]
-
-        def finish() -> None:
-            while proofs:
-                progress.phase("comparing copies with traces")
-                proofs.pop()()
-            progress.phase("waiting for kernels")
-            with span("wait for kernels"):
-                kernels.wait()
-            for number in mine:
-                with span(f"keep piece {number}"):
-                    shared.keep(number, made[number], constants[number])
-            mine.clear()
-            shared.release()
-
-        try:
-            for wait in (False, True):
-                for number, module in enumerate(modules):
-                    if number in made:
-                        continue
-                    piece = _loaded(backend, number, module, len(modules), shared)
-                    if piece is None and _claim(shared, number, wait=wait):
-                        # Whoever had it may have been done with it just before.
-                        piece = _loaded(backend, number, module, len(modules), shared)
-                        if piece is None:
-                            piece = _lowered(backend, number, module, len(modules))
-                            mine.append(number)
-                    if piece is not None:
-                        made[number] = piece
-                        progress.advance()
-                    if wait:  # nothing is held while waiting for the next one
-                        finish()
-                finish()
-        finally:
-            shared.release()
-    metrics.inc("pieces_compiled_total", len(modules) - shared.loaded)
-    logger.info(
-        "%scompiled %d pieces with %d workers, loaded %d that another process compiled (%.2f s)",
-        tag,
-        len(modules) - shared.loaded,
-        count,
-        shared.loaded,
-        time.perf_counter() - started,
-    )
-    return [made[number] for number in range(len(modules))]
-
-
-def _describe(session: Session, graph: torch.fx.Graph) -> Seen | NotDescribed:
-    """What the trace has read, before anything of the model runs and changes it."""
+def _describe(session: Session, graph: fx.Graph) -> Seen | NotDescribed:
     try:
         return collect(session.model, session.tracer, graph)
     except NotDescribed as why:
         return why
 
 
-def _prove(session: Session, graph: torch.fx.Graph, values: Sequence[Any]) -> None:
-    with span("prove"):
-        session.prove(graph, values)
+def _say_traced(tracer: Tracer, tag: str, pieces: str, started: float) -> None:
+    took = time.perf_counter() - started
+    logger.info("%straced %d layers and copied %d; %s (%.2f s)", tag, tracer.traced, tracer.stamped, pieces, took)
+    reasons = list(dict.fromkeys(tracer.reasons))
+    if reasons and not tracer.stamped:
+        logger.info("%severy layer is traced, as in stock vLLM: %s", tag, reasons[0])
+    for reason in reasons:
+        logger.debug("%snot copied: %s", tag, reason)
 
 
-def _claim(shared: Shared, number: int, *, wait: bool) -> bool:
-    if not wait:
-        return shared.claim(number, wait=False)
-    with span("wait for another rank", wait=True):
-        return shared.claim(number, wait=True)
+def _prepare(backend: Any, plan: plans.Plan, modules: Sequence[fx.GraphModule]) -> None:
+    """Make `backend` ready to compile pieces, and write the graph for people.
 
-
-def _symbols(module: torch.fx.GraphModule) -> list[int]:
-    """Which inputs of a piece are symbols."""
-    inputs = module.graph.find_nodes(op="placeholder")
-    return [i for i, node in enumerate(inputs) if isinstance(node.meta["example_value"], torch.SymInt)]
-
-
-def _loaded(
-    backend: Any, number: int, module: torch.fx.GraphModule, count: int, shared: Shared
-) -> PiecewiseBackend | None:
-    found = shared.load(number)
-    return None if found is None else loaded_piece(backend, number, count, _symbols(module), found)
-
-
-def _lowered(backend: Any, number: int, module: torch.fx.GraphModule, count: int) -> PiecewiseBackend:
-    """Inductor's work, but for the kernels that compile in the background."""
-    symbols = _symbols(module)
-    config = backend.vllm_config
-    with span(f"piece {number}"):
-        return PiecewiseBackend(module, config, number, count, symbols, backend, True, submod_name=f"piece_{number}")
-
-
-def _write_graph(folder: Path, plan: plans.Plan, modules: Sequence[torch.fx.GraphModule]) -> None:
-    """The plan and the distinct pieces as Python text, for people; upstream keeps its graph under the same name."""
-    parts = [f"# what calls the pieces: f0, f1, ... are the call sites of the pieces {plan.calls}\n{plan.source}"]
-    parts += [f"# piece {n}\n{module.print_readable(print_output=False)}" for n, module in enumerate(modules)]
-    try:
-        (folder / "computation_graph.py").write_text("\n\n".join(parts))
-    except OSError as error:
-        logger.warning("cannot write the graph to %s: %s", folder, error)
-
-
-def _folder(backend: Any) -> Path:
-    """The folder of this model, rank and prefix below the model's cache folder; made when it does not exist.
-
-    The model's cache folder is the user's `cache_dir`, or else the one that upstream's decorator keeps the model's
-    artifact in (vLLM 0.32.0, `compilation/decorators.py`).
+    Its folder is below the model's cache folder: the user's `cache_dir`, or else the one that upstream's decorator
+    keeps the model's artifact in (vLLM 0.32.0, `compilation/decorators.py`).
     """
-    config = backend.compilation_config
-    parallel = backend.vllm_config.parallel_config
-    folder: Path = Path(config.cache_dir or config.local_cache_dir)
+    config, parallel = backend.compilation_config, backend.vllm_config.parallel_config
+    folder = Path(config.cache_dir or config.local_cache_dir)
     folder = folder / f"rank_{parallel.rank}_{parallel.data_parallel_index}" / backend.prefix
     folder.mkdir(parents=True, exist_ok=True)
     config.local_cache_dir = str(folder)
-    return folder
-
-
-def _seconds_since_start() -> float:
-    """Seconds since upstream's monitor started timing this compilation."""
-    from vllm.compilation import monitor
-
-    return time.perf_counter() - float(monitor.torch_compile_start_time)
+    config.traced_files.clear()
+    disabled = not is_compile_cache_enabled(backend.inductor_config)
+    backend.configure_post_pass()
+    backend.compiler_manager.initialize_cache(str(folder), disabled, backend.prefix)
+    # An index that upstream's path left in the user's `cache_dir` numbers other pieces.
+    backend.compiler_manager.cache.clear()
+    parts = [f"# what calls the pieces: c0, c1, ... are the call sites of the pieces {plan.calls}\n{plan.source}"]
+    parts += [f"# piece {n}\n{module.print_readable(print_output=False)}" for n, module in enumerate(modules)]
+    try:  # upstream keeps its graph under the same name
+        (folder / "computation_graph.py").write_text("\n\n".join(parts))
+    except OSError as error:
+        logger.warning("cannot write the graph to %s: %s", folder, error)

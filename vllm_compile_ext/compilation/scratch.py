@@ -7,6 +7,7 @@ start maps it.  What is worth keeping is in the store; so each process gets a fo
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import re
 import tempfile
@@ -20,31 +21,28 @@ NAME = "compile_scratch"  # of the folder in vLLM's cache root
 PREFIX = "vllm-compile-"
 _PLAIN = re.compile(r"[\w./+@:,=-]+")
 
-_folder: temporary.Folder | None = None
 
-
+@functools.cache
 def folder() -> Path:
     """This process's folder, made on the first call: below vLLM's cache root, or the system's temporary folder.
 
     The latter also where the root's name has spaces or the like: Inductor does not quote it for its compiler (torch
     2.13.0, `_inductor/cpp_builder.py`).  Folders of processes that are gone are removed.
     """
-    global _folder
-    if _folder is None:
-        import vllm.envs
+    import vllm.envs
 
-        root = Path(vllm.envs.VLLM_CACHE_ROOT) / NAME
-        if not _PLAIN.fullmatch(str(root)):
-            root = Path(tempfile.gettempdir())
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(root)
-            _folder = temporary.Folder(root, PREFIX)
-        except OSError as error:
-            _folder = temporary.Folder(Path(tempfile.gettempdir()), PREFIX)
-            logger.warning("compiling in %s: %s cannot be written (%s)", _folder.path, root, error.strerror)
-        atexit.register(forget)
-    return _folder.path
+    elsewhere = Path(tempfile.gettempdir())
+    root = Path(vllm.envs.VLLM_CACHE_ROOT) / NAME
+    if not _PLAIN.fullmatch(str(root)):
+        root = elsewhere
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        made = temporary.Folder(root, PREFIX)
+    except OSError as error:
+        made = temporary.Folder(elsewhere, PREFIX)
+        logger.warning("compiling in %s: %s cannot be written (%s)", made.path, root, error.strerror)
+    atexit.register(made.remove)
+    return made.path
 
 
 def inductor() -> Path:
@@ -52,14 +50,6 @@ def inductor() -> Path:
     path = folder() / "inductor"
     path.mkdir(exist_ok=True)
     return path
-
-
-def forget() -> None:
-    """Remove the folder."""
-    global _folder
-    if _folder is not None:
-        _folder.remove()
-    _folder = None
 
 
 def remove_abandoned(root: Path) -> None:

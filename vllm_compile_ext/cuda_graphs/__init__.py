@@ -1,7 +1,8 @@
 """CUDA graphs on demand: nothing is captured while vLLM starts, each shape when traffic first asks for it.
 
-`policy` decides what is captured and when, `budget` how much memory graphs may take, `record` remembers both for the
-next start, `coverage` says where stock's capture stays: none of the four knows torch.  `manager` adapts vLLM's
-`ModelCudaGraphManager` to them, `capture` is the state in which it captures while requests are served, `profile` and
-`memory` find what to keep free for graphs, `idle` captures between requests, `install` puts all that in place.
+replacements  what takes the place of stock's functions; `coverage` says where stock's capture stays
+manager       vLLM's `ModelCudaGraphManager`, capturing one graph at a time between the steps of a serving engine
+session       one model's graphs while it serves: when one is captured, and which a batch runs on
+memory        how much is kept free for graphs, what earlier starts took and asked for, room for one more
+ranks         what tensor parallel ranks have to agree on
 """

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import vllm.envs
+
 from vllm_compile_ext import settings
 
 logger = logging.getLogger(__name__)
@@ -16,12 +18,12 @@ logger = logging.getLogger(__name__)
 class Row:
     """One line of the table in docs/cudagraphs.md.
 
-    what: an option, as people name it.  why: the reason for stock's capture.  holds: whether a `VllmConfig` has it.
+    what: an option, as people name it.  why: the reason for stock's capture.  holds: true of a `VllmConfig` with it.
     """
 
     what: str
     why: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], Any]
 
 
 STOCK = (
@@ -33,7 +35,7 @@ STOCK = (
     Row(
         "breakable CUDA graphs (`VLLM_USE_BREAKABLE_CUDAGRAPH=1`)",
         "their runner records breaks when it captures",
-        lambda c: _breakable(),
+        lambda c: vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
     ),
     Row(
         "DBO and micro-batches",
@@ -85,7 +87,7 @@ STOCK = (
     Row(
         "weights offloaded to the CPU",
         "a dummy pass in between would move the weights that the next step has prefetched",
-        lambda c: _offloads(c.offload_config),
+        lambda c: c.offload_config.uva.cpu_offload_gb or c.offload_config.prefetch.offload_group_size,
     ),
     Row(
         "sleep mode that offloads graphs (`sleep_mode_offload_cudagraph`)",
@@ -166,12 +168,6 @@ def say(config: Any) -> None:
         logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)
 
 
-def _breakable() -> bool:
-    import vllm.envs
-
-    return bool(vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH)
-
-
 def _backends(config: Any) -> set[str]:
     """Names of the attention backends of the model's layers, as far as they are made."""
     layers = config.compilation_config.static_forward_context.values()
@@ -185,10 +181,6 @@ def _exchanges() -> bool:
     communicator = parallel_state.get_tp_group().device_communicator
     names = ("fi_pcie_ipc_ar_comm", "aiter_ar_comm")
     return any(getattr(communicator, name, None) is not None for name in names)
-
-
-def _offloads(config: Any) -> bool:
-    return bool(config.uva.cpu_offload_gb or config.prefetch.offload_group_size)
 
 
 def markdown() -> str:

@@ -1,4 +1,4 @@
-"""vLLM's `ModelCudaGraphManager`, capturing on demand.
+"""vLLM's `ModelCudaGraphManager`, capturing on demand between the steps of a serving engine.
 
 Facts from vllm/v1/worker/gpu/cudagraph_utils.py and model_runner.py, vLLM 0.32.0: the runner calls `dispatch` at the
 start of a step, before it fills the persistent input buffers that a capture writes to; `capture` is called once, after
@@ -8,40 +8,28 @@ writes to.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-from collections import namedtuple
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from vllm.compilation import monitor
 from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.worker.gpu import cudagraph_utils as upstream
 
-from vllm_compile_ext.cuda_graphs import capture, coverage, memory, ranks
-from vllm_compile_ext.cuda_graphs.addresses import Addresses
-from vllm_compile_ext.cuda_graphs.budget import BASE
-from vllm_compile_ext.cuda_graphs.policy import FULL, PIECEWISE, Shape
-from vllm_compile_ext.cuda_graphs.session import Device, RanksDifferError, Session
+from vllm_compile_ext.cuda_graphs import coverage, memory, ranks
+from vllm_compile_ext.cuda_graphs.memory import PIECEWISE
+from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape
+from vllm_compile_ext.replace import replace
 
 logger = logging.getLogger(__name__)
-
-_KINDS = {CUDAGraphMode.FULL: FULL, CUDAGraphMode.PIECEWISE: PIECEWISE}
-
-
-# What upstream's `dispatch` is asked with, in the order in which its `_is_compatible` takes it.
-_Batch = namedtuple(
-    "_Batch",
-    "num_reqs num_tokens uniform_token_count num_active_loras max_query_len num_ubatches",
-    defaults=(None, 1),
-)
-
-
-def shape_of(desc: Any) -> Shape:
-    """The policy's name for upstream's `BatchExecutionDescriptor`."""
-    return Shape(_KINDS[desc.cg_mode], desc.num_tokens, desc)
 
 
 class _OneByOne(upstream.CudaGraphManager):
@@ -61,23 +49,23 @@ class _OneByOne(upstream.CudaGraphManager):
             return
         self._create_forward_fn = create_forward_fn
         self._stream = torch.cuda.Stream(device=self.device)
-        self._addresses = Addresses()
-        every: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
-        shapes = [shape_of(desc) for descs in every.values() for desc in descs]
+        self._addresses = ranks.Addresses()
         device = Device(
-            self._capture,
-            capture.free_memory,
-            capture.reserved_memory,
-            capture.give_back,
-            ranks.all_agree,
-            ranks.from_first,
+            self._capture_everywhere,
+            free=lambda: int(torch.cuda.mem_get_info()[0]),
+            reserved=torch.cuda.memory_reserved,
+            give_back=torch.cuda.empty_cache,
+            agree=ranks.all_agree,
+            from_first=ranks.from_first,
+            keep=memory.Writer().put,
         )
-        free, reserved = capture.free_memory(), capture.reserved_memory()
+        free, reserved = device.free(), device.reserved()
         self._allocate_outputs()
         # At most what torch took and a workspace or two: another process may take memory of the device meanwhile.
-        base = max(0, min(free - capture.free_memory(), capture.reserved_memory() - reserved + 2 * BASE))
-        known = memory.Memory(self.vllm_config, shapes)
-        self.session = Session(known, memory.layers(self.vllm_config), device, base)
+        base = max(0, min(free - device.free(), device.reserved() - reserved + 2 * memory.BASE))
+        every: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
+        shapes = [shape_of(desc) for descs in every.values() for desc in descs]
+        self.session = Session(shapes, memory.take_need(self.vllm_config), device, base)
         self._graphs_captured = True  # upstream's dispatch looks for a graph from here on
         monitor.set_cudagraph_capturing_enabled(False)
 
@@ -86,86 +74,84 @@ class _OneByOne(upstream.CudaGraphManager):
         kind, the largest of all first, and in the memory that graphs will use."""
         largest = [max(descs, key=lambda d: d.num_tokens) for descs in self._capture_descs.values()]
         with (
-            capture.between_steps(upstream, self._stream),
+            between_steps(self._stream),
             upstream.graph_capture(device=self.device),
-            capture.in_pool(self.pool, self.device),
+            in_pool(self.pool, self.device),
         ):
             for desc in sorted(largest, key=lambda d: -d.num_tokens):
                 self._create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's choice where its graph is there or is captured now, else a captured larger one, else none."""
-        batch, best = _Batch(*args, **kwargs), super().dispatch(*args, **kwargs)
+        best = super().dispatch(*args, **kwargs)
         if self.session is None or best.cg_mode == CUDAGraphMode.NONE:
             return best
-        fits = batch._replace(num_active_loras=best.num_active_loras)
+        batch = _Batch(*args, **kwargs)._replace(num_active_loras=best.num_active_loras)
+        captured, barred = self.session.policy.captured, self.session.policy.barred
+
+        def fits(shape: Shape) -> bool:
+            return bool(upstream._is_compatible(shape.rest, *batch))
+
         try:
-            chosen = self.session.graph_for(self._best_left(best, fits), self._captured(fits))
+            wanted = shape_of(best)
+            if wanted in barred:  # upstream's next choice, if there is one
+                others = map(shape_of, self._candidates.get((batch.num_tokens, batch.num_active_loras), ()))
+                wanted = next((shape for shape in others if fits(shape) and shape not in barred), wanted)
+            chosen = self.session.choose_graph(wanted, filter(fits, captured))
         except Exception as error:  # the batch must run
             if ranks.several():  # but this rank would wait alone for the others' next vote
                 raise
             self.session.stop(error)
-            chosen = shape_of(best) if shape_of(best) in self.session.policy.captured else None
-        return self._no_graph(best, batch) if chosen is None else chosen.rest
+            chosen = shape_of(best) if shape_of(best) in captured else None
+        if chosen is not None:
+            return chosen.rest
+        return upstream.BatchExecutionDescriptor(  # not padded
+            CUDAGraphMode.NONE,
+            batch.num_tokens,
+            batch.num_reqs,
+            num_active_loras=best.num_active_loras,
+            num_ubatches=best.num_ubatches,
+        )
 
-    def _best_left(self, best: Any, fits: _Batch) -> Shape:
-        """`best`, or upstream's next choice when that can have no graph."""
-        assert self.session is not None
-        barred = self.session.policy.barred
-        shape = shape_of(best)
-        if shape not in barred:
-            return shape
-        others = self._candidates.get((fits.num_tokens, best.num_active_loras), [])
-        shapes = [shape_of(d) for d in others if upstream._is_compatible(d, *fits)]
-        return next((s for s in shapes if s not in barred), shape)
+    def capture_idle(self, *, remembered: bool = False) -> bool:
+        """Capture one graph while there are no requests; see `Session.capture_idle`."""
+        return self.session is not None and self.session.capture_idle(remembered=remembered)
 
-    def _captured(self, fits: _Batch) -> Iterator[Shape]:
-        assert self.session is not None
-        return (s for s in self.session.policy.captured if upstream._is_compatible(s.rest, *fits))
-
-    @staticmethod
-    def _no_graph(best: Any, batch: _Batch) -> Any:
-        size = {"num_tokens": batch.num_tokens, "num_reqs": batch.num_reqs}  # not padded
-        rest = {"num_active_loras": best.num_active_loras, "num_ubatches": best.num_ubatches}
-        return upstream.BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, **size, **rest)
-
-    def _capture(self, shape: Shape) -> Exception | None:
+    def _capture_everywhere(self, shape: Shape) -> Exception | None:
         """Capture `shape` on every rank or on none; the error of this rank, if it had one."""
-        error = self._try(shape, warm_up=False)
+        error = self._capture_here(shape, warm_up=False)
         alike = self._addresses.exchange()
         succeeded = ranks.all_agree(error is None)
         if succeeded and alike:
             return None
         self._forget(shape)
         if ranks.several():  # a pass of this rank alone would wait for the others for ever
-            there = "ranks captured different calls of all-reduce" if succeeded else "it failed on another rank"
-            return error or RanksDifferError(there)
+            why = "ranks captured different calls of all-reduce" if succeeded else "it failed on another rank"
+            return error or ranks.RanksDifferError(why)
         # Something was set up for the first time, which a capture does not allow.
         logger.debug("capturing %s failed, trying once more after a forward pass: %s", shape.rest, error)
-        again: Exception | None = self._try(shape, warm_up=True)
+        again: Exception | None = self._capture_here(shape, warm_up=True)
         if again is not None:
             self._forget(shape)
         return again
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _try(self, shape: Shape, *, warm_up: bool) -> Exception | None:
+    def _capture_here(self, shape: Shape, *, warm_up: bool) -> Exception | None:
+        def without_warm_up(desc: Any, warmup: bool) -> Any:
+            # Upstream runs a forward pass before each capture; here all kernels have run before, most of the time.
+            forward = self._create_forward_fn(desc, warmup)
+            return (lambda mode: None if mode == CUDAGraphMode.NONE else forward(mode)) if warmup else forward
+
         descs: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
         self._capture_descs = {shape.rest.cg_mode: [shape.rest]}
         try:
-            with capture.between_steps(upstream, self._stream), self._addresses.open():
-                super().capture(self._create_forward_fn if warm_up else self._without_warm_up)
+            with between_steps(self._stream, self._addresses.changes):
+                super().capture(self._create_forward_fn if warm_up else without_warm_up)
         except Exception as error:  # whatever a kernel raises: the batch runs without a graph
             return error
         finally:
             self._capture_descs = descs
         return None
-
-    def _without_warm_up(self, desc: Any, warmup: bool) -> Any:
-        """Upstream runs a forward pass before each capture; here all kernels have run before, most of the time."""
-        forward = self._create_forward_fn(desc, warmup)
-        if not warmup:
-            return forward
-        return lambda mode: None if mode == CUDAGraphMode.NONE else forward(mode)
 
     def _forget(self, shape: Shape) -> None:
         """Drop what there is of `shape`, and leave torch's allocator as it was."""
@@ -174,13 +160,113 @@ class _OneByOne(upstream.CudaGraphManager):
         if shape.kind == PIECEWISE:
             for wrapper in list(CUDAGraphWrapper._all_instances):
                 wrapper.concrete_cudagraph_entries.pop(descriptor, None)
-        capture.mend(self.pool, self.device)
+        mend_pool(self.pool, self.device)
 
-    def capture_idle(self, *, remembered: bool = False) -> bool:
-        """Capture the likeliest shape that is left, while there are no requests; False when there is none.  With
-        `remembered`, only before the first request, and of those that earlier starts used."""
-        return self.session is not None and self.session.capture_idle(remembered=remembered)
+
+class _Batch(NamedTuple):
+    """The arguments of `dispatch`, which `_is_compatible` takes in the same order (vLLM 0.32.0)."""
+
+    num_reqs: int
+    num_tokens: int
+    uniform_token_count: int | None
+    num_active_loras: int
+    max_query_len: int | None = None
+    num_ubatches: int = 1
 
 
 class OnDemandManager(upstream.ModelCudaGraphManager, _OneByOne):
     """Takes the place of `ModelCudaGraphManager` in the V2 model runner."""
+
+
+def shape_of(desc: Any) -> Shape:
+    """The session's name for upstream's `BatchExecutionDescriptor`; kinds have the names of upstream's modes."""
+    return Shape(desc.cg_mode.name, desc.num_tokens, desc)
+
+
+# --- the state of torch and vLLM in which upstream's capture may run between steps
+
+
+@contextmanager
+def between_steps(stream: torch.cuda.Stream, changes: Iterable[tuple[Any, str, Any]] = ()) -> Iterator[None]:
+    """Let upstream capture on `stream`, quietly, with `changes`, given as (object, attribute, value).  Waits for the
+    device before and after."""
+
+    @contextmanager
+    def graph_capture(device: torch.device) -> Iterator[None]:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+
+    prepare_inputs = upstream.prepare_inputs_to_capture
+
+    def prepare_inputs_to_capture(*args: Any, **kwargs: Any) -> Any:
+        state = prepare_inputs(*args, **kwargs)
+        if not kwargs["full_cudagraph"]:
+            for layer in (state.attn_metadata or {}).values():
+                if hasattr(layer, "max_num_splits"):
+                    layer.max_num_splits = 1
+                    layer.scheduler_metadata = None  # made for more
+        return state
+
+    state = [
+        # vLLM's guard against captures at the wrong time is open only here.
+        (monitor, "cudagraph_capturing_enabled", True),
+        # One stream for all captures: cuBLAS keeps a workspace for each, and graphs of one pool share memory only on
+        # one stream.  Ranks exchange addresses later than in upstream's: see `ranks.Addresses`.
+        (upstream, "graph_capture", graph_capture),
+        # Attention runs beside a PIECEWISE graph's pieces, and FLASH_ATTN would take memory for up to 32 partial
+        # results of each token (flash_attn.py: max_num_splits; 0.5 MiB a token for Llama 8B), which torch then keeps
+        # for `stream` alone.  What it computes there is not used, so one has to do.
+        (upstream, "prepare_inputs_to_capture", prepare_inputs_to_capture),
+        (upstream, "tqdm", lambda items, **_: items),
+        # Other threads of a serving worker copy outputs and wait for events meanwhile, and this one may load a kernel
+        # for the first time: neither is a reason to break the capture off.
+        (torch.cuda, "graph", _RelaxedGraph),
+        # The next steps need the caches of memory.
+        (torch.cuda, "empty_cache", lambda: None),
+        (torch._C, "_host_emptyCache", lambda: None),
+    ]
+    with gpu_sync_allowed(), ExitStack() as undos:
+        for owner, name, value in [*state, *changes]:
+            undos.callback(replace(owner, name, partial(_instead, value)))
+        torch.cuda.synchronize()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+            torch.cuda.synchronize()
+
+
+def _instead(value: Any, stock: Any) -> Any:
+    return value
+
+
+class _RelaxedGraph(torch.cuda.graph):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"capture_error_mode": "relaxed"} | kwargs)
+
+
+@contextmanager
+def in_pool(pool: Any, device: torch.device) -> Iterator[None]:
+    """Allocate from the graphs' pool: what is freed again is there for graphs, the largest size first, as in stock's
+    order of captures.  The pool is kept for good; releasing it would forbid captures into it."""
+    torch._C._cuda_beginAllocateCurrentThreadToPool(_index(device), pool)
+    try:
+        yield
+    finally:
+        torch._C._cuda_endAllocateToPool(_index(device), pool)
+
+
+def mend_pool(pool: Any, device: torch.device) -> None:
+    """After a capture that broke off: torch does not close the pool it allocated from (`CUDAGraph::capture_end` raises
+    before it does, torch 2.13), and would neither take another capture into it nor give back unused memory any more."""
+    with contextlib.suppress(RuntimeError):  # it was not open
+        torch._C._cuda_endAllocateToPool(_index(device), pool)
+        torch._C._cuda_releasePool(_index(device), pool)
+
+
+def _index(device: torch.device) -> int:
+    return int(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,146 +1,277 @@
-"""The memory that a model's graphs need: remembered from an earlier start, or estimated."""
+"""The memory that graphs take: how much is kept free for them, and whether there is room for one more.
+
+Upstream captures graphs to see what they need and throws them away (vllm/v1/worker/gpu/cudagraph_utils.py,
+profile_cudagraph_memory, 0.32.0).  Here that is what they took in an earlier start, or, the first time, an estimate.
+What earlier starts found is a small file in the store, one for each model and rank.  It is sealed: with a wrong number
+in it, a server could have too little memory left to start.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import statistics
 import threading
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
+import vllm.envs
+from vllm.config import CUDAGraphMode
 
-from vllm_compile_ext import settings
-from vllm_compile_ext.cuda_graphs import ranks, record
-from vllm_compile_ext.cuda_graphs.budget import BASE, Budget, estimate
-from vllm_compile_ext.cuda_graphs.policy import FULL, PIECEWISE, Policy, Shape
-from vllm_compile_ext.store.files import UnsafeStoreError
+from vllm_compile_ext import harmless, settings
+from vllm_compile_ext.cuda_graphs import coverage, ranks
+from vllm_compile_ext.store.files import DamagedError, Tree, UnsafeStoreError
+from vllm_compile_ext.store.store import ManifestError, seal, unseal
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two writes of a record: a run of captures is one write, and no step waits for the disk.
+# The kinds of graph, named as upstream's modes: a whole decode step; the parts of a pass between attention layers.
+FULL = "FULL"
+PIECEWISE = "PIECEWISE"
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+# What all graphs of a process share beside the memory of a forward pass: outputs, cuBLAS's workspace for their stream.
+BASE = 64 * MIB
+# Never taken for graphs: what a step may need beside them.  More where nothing was kept free for graphs, since the
+# largest step may still be to come.
+MARGIN = 128 * MIB
+UNKEPT_MARGIN = 1024 * MIB
+# A graph that seems to take so many times what is expected: another process has taken the rest.
+ABSURD = 4
+# The driver's memory for each decoder layer in a graph, H100, driver 580: a graph of a whole step is one graph, the
+# other kind is one for each piece of the model.
+LAYER = {FULL: 52 * KIB, PIECEWISE: 128 * KIB}
+# Torch takes memory in steps of 20 MiB (c10/cuda/CUDACachingAllocator, kLargeBuffer, 2.13), and the driver hands it out
+# in steps of 2 MiB, so that another order of captures may need more: for all graphs together.
+STEP = 20 * MIB
+STEPS = 32 * MIB
+# Of the shapes that traffic never asked for, the part that memory is kept free for once traffic is known, or, of decode
+# steps, while graphs of the other kind are captured.
+UNASKED = 0.25
+
+# --- what earlier starts found
+
+FORMAT = 4
+KEPT = 200
+# Seconds between two writes: a run of captures is one write, and no step waits for the disk.
 DELAY = 5
 
-
-class Need(NamedTuple):
-    """size: bytes.  graphs: the part of them that is for graphs alone.  source: where that is from, in words.  kept:
-    whether the KV cache was made that much smaller."""
-
-    size: int
-    graphs: int
-    source: str
-    kept: bool
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
-# Key, what is remembered and need by the configuration's id, from the profiling of memory to the start's end: between
-# the two the KV cache takes all that is not kept free, and with `--max-model-len auto` the configuration changes.
-_kept_free: dict[int, tuple[str, record.Record | None, Need]] = {}
+class History(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """key: names what graphs depend on.  base: bytes that the last start took for all graphs before the first.  held:
+    bytes that its graphs took.  graphs: how many they were.  each: bytes of one, by kind.  needed: bytes for the graphs
+    of the next start.  used: batches of all starts that asked for a shape, by its place among the model's shapes."""
+
+    key: str
+    base: _Number
+    held: _Number
+    graphs: _Number
+    each: dict[str, _Number]
+    needed: _Number
+    used: dict[_Number, _Number]
 
 
-def key_of(config: Any) -> str:
-    """What a model's graphs depend on: the model and its configuration, the shapes, the device, the rank."""
-    compilation = config.compilation_config
-    parts = (
-        config.compute_hash(),
-        str(compilation.cudagraph_mode),
-        tuple(compilation.cudagraph_capture_sizes or ()),
-        config.scheduler_config.max_num_seqs,
-        torch.cuda.get_device_name(),
-        config.parallel_config.rank,
-    )
-    return record.key_of(parts)
+def read(root: Path, key: str) -> History | None:
+    """The history named `key` in the store `root`; None where there is none to be read."""
+    with suppress(DamagedError, ManifestError):
+        found = unseal(Tree(root).read("graphs", f"{key}.json"), History, FORMAT)
+        return found if found.key == key else None
+    return None
 
 
-def keep_free(config: Any, activations: Callable[[], int]) -> int:
-    """Bytes to keep free for graphs.  `activations()` measures a forward pass, where nothing is remembered."""
-    key, known, need = _find(config, activations)
-    need = need._replace(kept=_applied())
-    _kept_free[id(config)] = key, known, need
-    return need.size
+def write(root: Path, history: History) -> None:
+    """Replace the history of this key, and drop the oldest beyond `KEPT`.
+
+    Raises `OSError`, and `UnsafeStoreError` when others can write the store.
+    """
+    tree = Tree(root)
+    tree.write("graphs", f"{history.key}.json", data=seal(history, FORMAT))
+    with suppress(OSError):
+        names = sorted(tree.names("graphs"), key=lambda name: tree.stat("graphs", name).st_mtime)
+        for name in names[:-KEPT]:
+            tree.remove("graphs", name)
 
 
-def _find(config: Any, activations: Callable[[], int]) -> tuple[str, record.Record | None, Need]:
-    key = key_of(config)
-    known = None if settings.store_off() else record.read(settings.store(), key)
-    if not ranks.all_agree(known is not None):  # a rank that measured a forward pass alone would wait for the others
-        known = None
-    return key, known, _need(config, known, activations)
+class Writer:
+    """Writes the last history it was given, `DELAY` seconds after the first."""
 
-
-def _need(config: Any, known: record.Record | None, activations: Callable[[], int]) -> Need:
-    if known is not None:
-        source = f"{known.graphs} graphs took {known.held / (1 << 30):.2f} GiB in an earlier start"
-        return Need(known.base + known.needed, known.needed, source, kept=False)
-    sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
-    mode = config.compilation_config.cudagraph_mode
-    graphs = {FULL: sizes * mode.has_full_cudagraphs(), PIECEWISE: sizes * mode.has_piecewise_cudagraphs()}
-    expected = estimate(layers(config), graphs)
-    return Need(BASE + activations() + expected, expected, "an estimate", kept=False)
-
-
-def _applied() -> bool:
-    """Whether vLLM keeps free what it asks for (v1/worker/gpu_worker.py, determine_available_memory)."""
-    import vllm.envs
-
-    return bool(vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS)
-
-
-def layers(config: Any) -> int:
-    """Decoder layers of the model."""
-    return int(config.model_config.get_total_num_hidden_layers())
-
-
-class Memory:
-    """This start's part of what is remembered."""
-
-    def __init__(self, config: Any, shapes: Sequence[Shape]) -> None:
-        self.shapes = list(shapes)
-        # Where memory was not profiled (kv_cache_memory_bytes), nothing was kept free.
-        kept = _kept_free.pop(id(config), None)
-        self.key, known, self.need = kept or _find(config, lambda: 0)
-        self.each = known.each if known else {}
-        used = known.used if known else []
-        self.before = Counter({self.shapes[u.number]: u.batches for u in used if 0 <= u.number < len(self.shapes)})
-        self._pending: tuple[Counter[Shape], set[Shape], Budget] | None = None
+    def __init__(self) -> None:
+        self._pending: History | None = None
         self._lock = threading.Lock()
 
-    def keep(self, policy: Policy, budget: Budget) -> None:
-        """Have the record written in `DELAY` seconds.  A step only waits for copies to be made."""
-        costs = {kind: list(sizes) for kind, sizes in budget.costs.items()}
-        state = policy.asked.copy(), policy.captured.copy(), replace(budget, costs=costs)
+    def put(self, history: History) -> None:
+        """Have `history` written later; never waits for the disk, never raises."""
         with self._lock:
-            waiting, self._pending = self._pending is not None, state
+            waiting, self._pending = self._pending is not None, history
         if waiting:
             return
         timer = threading.Timer(DELAY, self._write)
         timer.daemon = True
         try:
             timer.start()
-        except RuntimeError as error:  # no more threads: the next state may find one
+        except RuntimeError as error:  # no more threads: the next one may find one
             logger.debug("what graphs took is not kept: %s", error)
             with self._lock:
                 self._pending = None
 
-    def _record(self, asked: Counter[Shape], captured: set[Shape], budget: Budget) -> record.Record:
-        used = asked + self.before
-        without = [s for s in self.shapes if s not in captured]
-        return record.Record(
-            base=budget.base,
-            held=budget.held,
-            graphs=len(captured),
-            each={kind: budget.expected(kind) for kind in {**budget.each, **budget.costs}},
-            needed=budget.needed(
-                Counter(s.kind for s in without if used[s]), Counter(s.kind for s in without if not used[s])
-            ),
-            used=[record.Used(number, used[shape]) for number, shape in enumerate(self.shapes) if used[shape]],
-        )
-
     def _write(self) -> None:
         with self._lock:
-            state, self._pending = self._pending, None
+            history, self._pending = self._pending, None
         try:
-            if state is not None and not settings.store_off():
-                record.write(settings.store(), self.key, self._record(*state))
+            if history is not None and not settings.store_off():
+                write(settings.store(), history)
         except (OSError, UnsafeStoreError) as error:
             logger.debug("what graphs took was not kept: %s", error)
+
+
+# --- what is kept free
+
+
+class Need(NamedTuple):
+    """What a start keeps free.  key: of its history.  layers: decoder layers of the model.  base: bytes for what all
+    graphs share.  graphs: bytes for graphs alone.  source: where these are from, in words.  kept: whether the KV cache
+    was made that much smaller.  history: what earlier starts left."""
+
+    key: str
+    layers: int
+    base: int
+    graphs: int
+    source: str
+    kept: bool = False
+    history: History | None = None
+
+
+# By the configuration's id, from the profiling of memory to the start's end: between the two the KV cache takes all
+# that is not kept free, and with `--max-model-len auto` the configuration changes.
+_profiled: dict[int, Need] = {}
+
+
+def profile(stock: Callable[[Any], int], runner: Any) -> int:
+    """In the place of upstream's `profile_cudagraph_memory` (`stock`): bytes to keep free for graphs, at the price of
+    one forward pass, or of none."""
+    config = runner.vllm_config
+    if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+        return 0
+    need, error = None, None
+    try:
+        if coverage.on_demand(config):
+            need = find_need(config, lambda: _activations(runner))
+    except Exception as caught:
+        error = caught
+    if need is None and error is None:
+        return stock(runner)
+    if ranks.all_agree(error is None) and need is not None:
+        _profiled[id(config)] = need._replace(kept=bool(vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS))
+        return need.base + need.graphs
+    coverage.give_up(config)
+    why = harmless.error(error) or "another rank has no figure for them"
+    logger.warning("CUDA graphs are captured at start, as in stock vLLM (%s)", why)
+    logger.debug("no figure for CUDA graphs", exc_info=error)
+    return stock(runner)
+
+
+def take_need(config: Any) -> Need:
+    """What was kept free when memory was profiled, or, where it was not (kv_cache_memory_bytes), what graphs need."""
+    return _profiled.pop(id(config), None) or find_need(config, lambda: 0)
+
+
+def find_need(config: Any, activations: Callable[[], int]) -> Need:
+    """What an earlier start of `config` left on every rank, else an estimate.  `activations()` measures a forward
+    pass, on every rank or on none: a rank alone would wait for the others."""
+    key, layers = history_key(config), int(config.model_config.get_total_num_hidden_layers())
+    known = None if settings.store_off() else read(settings.store(), key)
+    if ranks.all_agree(known is not None) and known is not None:
+        source = f"{known.graphs} graphs took {known.held / GIB:.2f} GiB in an earlier start"
+        return Need(key, layers, known.base, known.needed, source, history=known)
+    sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
+    mode = config.compilation_config.cudagraph_mode
+    per_size = mode.has_full_cudagraphs() * LAYER[FULL] + mode.has_piecewise_cudagraphs() * LAYER[PIECEWISE]
+    return Need(key, layers, BASE + activations(), sizes * layers * per_size + STEPS, "an estimate")
+
+
+def history_key(config: Any) -> str:
+    """Names what a model's graphs depend on: the model and its configuration, the shapes, the device, the rank."""
+    parts = [
+        config.compute_hash(),
+        str(config.compilation_config.cudagraph_mode),
+        tuple(config.compilation_config.cudagraph_capture_sizes or ()),
+        config.scheduler_config.max_num_seqs,
+        torch.cuda.get_device_name(),
+        config.parallel_config.rank,
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _activations(runner: Any) -> int:
+    """Peak bytes of a forward pass at the largest size that has a graph."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    size = runner.compilation_config.max_cudagraph_capture_size
+    runner._dummy_run(size, skip_attn=True, is_profile=True, skip_eplb=True)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    return int(peak - before)
+
+
+# --- room for one more
+
+
+@dataclass
+class Budget:
+    """limit: bytes that graphs may take together.  layers: decoder layers.  margin: bytes of the device that stay free.
+    base: bytes that were taken for all graphs before the first.  each: bytes of a graph in an earlier start, by kind.
+    held: bytes that graphs take.  costs: bytes of each captured graph, by kind."""
+
+    limit: int
+    layers: int
+    margin: int = MARGIN
+    base: int = 0
+    each: Mapping[str, int] = field(default_factory=dict)
+    held: int = 0
+    costs: dict[str, list[int]] = field(default_factory=dict)
+
+    def expected(self, kind: str) -> int:
+        """Bytes that the next graph of `kind` will take: the mean of those before, what is known of an earlier start
+        (or else the estimate) among them; without the largest if it took a step of torch's, which has room for more."""
+        known = sorted([self.each.get(kind, self.layers * LAYER[kind]), *self.costs.get(kind, ())])
+        return int(statistics.fmean(known[:-1] if known[-1] >= STEP and len(known) > 1 else known))
+
+    def refusal(self, kind: str, later: int = 0) -> str | None:
+        """Why one more graph of `kind` would pass the limit; None when it would not.  later: how many decode steps may
+        still ask for a graph, for a part of which room is left."""
+        reserve = int(UNASKED * later * self.expected(FULL))
+        if self.held + self.expected(kind) + reserve <= self.limit:
+            return None
+        used_up = f"the {self.limit / MIB:.0f} MiB for CUDA graphs are used up"
+        return used_up + (f" but for {reserve / MIB:.0f} MiB for decode steps" if reserve else "")
+
+    def shortage(self, kind: str, free: int) -> str | None:
+        """Why `free` bytes on the device are too few for a graph of `kind`; None when they are enough."""
+        enough = free >= self.expected(kind) + self.margin
+        return None if enough else f"only {free / MIB:.0f} MiB are free on the device"
+
+    def add(self, kind: str, size: int, grown: int) -> int:
+        """Count a graph that took `size` bytes of the device, of which this process's allocator knows `grown`.  Returns
+        what counts of them: another process may have taken memory meanwhile."""
+        size = max(0, min(size, max(grown, 0) + ABSURD * self.layers * LAYER[kind]))
+        self.held += size
+        self.costs.setdefault(kind, []).append(size)
+        return size
+
+    def needed(self, asked: Mapping[str, int], unasked: Mapping[str, int]) -> int:
+        """What the next start keeps free beside `base`: for the graphs that are held, those not captured that traffic
+        `asked` for, and a part of those it did not ask for; both are numbers by kind."""
+        more = sum(count * self.expected(kind) for kind, count in asked.items())
+        rest = sum(count * self.expected(kind) for kind, count in unasked.items())
+        return self.held + more + int(UNASKED * rest) + STEPS

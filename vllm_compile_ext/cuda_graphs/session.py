@@ -1,36 +1,140 @@
-"""One model's graphs while it serves: what is asked for, captured within the budget, counted and remembered."""
+"""One model's graphs while it serves: what is asked for, captured within the budget, counted and remembered.
+
+Counts decide, never a clock: with tensor parallelism every rank sees the same batches, so that every rank decides the
+same.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from vllm_compile_ext import harmless
-from vllm_compile_ext.cuda_graphs.budget import MARGIN, MIB, UNKEPT_MARGIN, Budget
-from vllm_compile_ext.cuda_graphs.counters import Counters
-from vllm_compile_ext.cuda_graphs.memory import Memory
-from vllm_compile_ext.cuda_graphs.policy import FULL, Policy, Shape
-from vllm_compile_ext.record.spans import note, span
+from vllm_compile_ext.cuda_graphs.memory import FULL, GIB, MARGIN, MIB, PIECEWISE, UNKEPT_MARGIN, Budget, History, Need
+from vllm_compile_ext.record import metrics
+from vllm_compile_ext.record.events import event
+from vllm_compile_ext.record.spans import span
 
 logger = logging.getLogger(__name__)
 
+# Batches without a graph before one is captured, counted for sizes between two powers of two.  Capturing a whole decode
+# step takes about as long as running it once without a graph, and the next step needs it again; a graph for a prompt's
+# length takes as long as four batches save with it, and may never be needed again (H100, 80 layers: 0.06 and 0.15 s).
+BATCHES = {FULL: 1, PIECEWISE: 4}
+# Where a larger graph serves meanwhile.
+BATCHES_PADDED = 16
+# Batches between two captures that can wait, so that running requests meet one at a time.
+BATCHES_BETWEEN = 8
+# Batches until a shape is tried again for which there was no memory.
+BATCHES_POSTPONED = 1000
+# How much larger that may be: up to 64 tokens a step's time hardly depends on its size, and up to twice the size it is
+# still shorter than launching every kernel.
+PAD_FREELY = 64
+PAD_FACTOR = 2
 # Shapes that may fail before no more are tried.
 FAILURES = 3
 
 
-class RanksDifferError(RuntimeError):
-    """A graph is not captured on every rank; the message says why."""
+class Shape(NamedTuple):
+    """What one graph is captured for.
+
+    kind: `FULL` or `PIECEWISE`.  tokens: of the batch, padding included.  rest: what else sets two shapes apart.
+    """
+
+    kind: str
+    tokens: int
+    rest: Any = None
+
+
+class Plan(NamedTuple):
+    """capture: the shape to capture before the batch, which then runs on it.  otherwise: what it runs on if not; None
+    for no graph."""
+
+    capture: Shape | None
+    otherwise: Shape | None
+
+
+class Policy:
+    """The state of every shape: captured, barred (with the reason) or neither.
+
+    remembered: batches by shape in earlier starts.
+    """
+
+    def __init__(self, shapes: Iterable[Shape], remembered: Mapping[Shape, int] | None = None) -> None:
+        self.shapes = tuple(shapes)
+        self.remembered = Counter(remembered or {})
+        self.captured: set[Shape] = set()
+        self.barred: dict[Shape, str] = {}
+        self.asked: Counter[Shape] = Counter()
+        self.batches = 0
+        self._last = -BATCHES_BETWEEN
+        self._not_before: dict[Shape, int] = {}
+        self._without: Counter[tuple[str, int]] = Counter()
+
+    @property
+    def left(self) -> list[Shape]:
+        """Neither captured nor barred."""
+        return [s for s in self.shapes if s not in self.captured and s not in self.barred]
+
+    def plan(self, best: Shape, compatible: Iterable[Shape]) -> Plan:
+        """What to capture for a batch, and what to run it on otherwise.  best: what stock vLLM would run it on.
+        compatible: the captured shapes that it fits in."""
+        self.batches += 1
+        self.asked[best] += 1
+        if best in self.captured:
+            return Plan(None, best)
+        limit = max(PAD_FREELY, PAD_FACTOR * best.tokens)
+        near = [s for s in compatible if best.tokens <= s.tokens <= limit]
+        larger = min(near, key=lambda s: (s.kind != FULL, s.tokens), default=None)
+        if larger is None:
+            self._without[_sizes(best)] += 1
+            due, urgent = self._without[_sizes(best)] >= BATCHES[best.kind], best.kind == FULL
+        else:
+            due, urgent = self.asked[best] >= BATCHES_PADDED, False
+        apart = urgent or self.batches - self._last >= BATCHES_BETWEEN
+        waits = best in self.barred or self.batches < self._not_before.get(best, 0)
+        return Plan(best if due and apart and not waits else None, larger)
+
+    def next_idle(self, *, remembered: bool = False) -> Shape | None:
+        """What to capture while there are no requests, the likeliest first: what traffic asked for, then decode steps
+        from small to large.  remembered: only what earlier starts had a graph captured for, and before the first batch
+        only."""
+        if remembered and self.batches:
+            return None
+        shapes = [s for s in self.left if not remembered or self.remembered[s] >= BATCHES[s.kind]]
+        return min(shapes, key=lambda s: (-self.remembered[s] - self.asked[s], s.kind != FULL, s.tokens), default=None)
+
+    def mark_captured(self, shape: Shape) -> None:
+        self._last = self.batches
+        self._without[_sizes(shape)] = 0
+        self.captured.add(shape)
+
+    def postpone(self, shape: Shape) -> None:
+        """Try `shape` again many batches later: there is no memory for it now."""
+        self._not_before[shape] = self.batches + BATCHES_POSTPONED
+
+    def bar(self, shapes: Iterable[Shape], reason: str) -> None:
+        """Never capture these in this process."""
+        self._last = self.batches
+        self.barred |= dict.fromkeys(shapes, reason)
+
+
+def _sizes(shape: Shape) -> tuple[str, int]:
+    """Where misses are counted: together for all sizes between two powers of two."""
+    return shape.kind, (shape.tokens - 1).bit_length()
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a session needs of the device and of the other ranks.
+    """What a session needs of the device, of the other ranks and of the store.
 
     capture: capture a shape on every rank or on none; what went wrong, or None.  free: bytes free on the device.
     reserved: bytes that this process took of it.  give_back: give back those that are unused.  agree: whether something
-    holds on every rank.  from_first: the first rank's number.
+    holds on every rank.  from_first: the first rank's number.  keep: write what the next start is to know.
     """
 
     capture: Callable[[Shape], Exception | None]
@@ -39,137 +143,154 @@ class Device:
     give_back: Callable[[], None]
     agree: Callable[[bool], bool]
     from_first: Callable[[int], int]
+    keep: Callable[[History], None]
 
 
 class Session:
-    """The graphs of one model on one rank."""
+    """The graphs of one model on one rank.
 
-    def __init__(self, memory: Memory, layers: int, device: Device, base: int = 0) -> None:
-        self.memory = memory
-        self.policy = Policy(memory.shapes, memory.before)
-        margin = MARGIN if memory.need.kept else UNKEPT_MARGIN
-        self.budget = Budget(memory.need.graphs, layers, margin=margin, base=base, each=memory.each)
-        self.counters = Counters()
+    counts: by kind of graph, "captured"; "replayed", the batches that ran on one; "missed", those that ran without;
+    "skipped", the shapes that will have none.  seconds: those of each capture.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], need: Need, device: Device, base: int = 0) -> None:
+        self.need = need
+        used, each = (need.history.used, need.history.each) if need.history else ({}, {})
+        self.policy = Policy(shapes, {shapes[number]: used[number] for number in used if number < len(shapes)})
+        self.budget = Budget(need.graphs, need.layers, MARGIN if need.kept else UNKEPT_MARGIN, base, each)
+        self.counts = {what: Counter[str]() for what in ("captured", "replayed", "missed", "skipped")}
+        self.seconds: list[float] = []
         self._device = device
         self._failures = 0
-        self._batches = 0
-        self._told = self._stopped = False
-        note(
-            "graphs",
-            shapes=len(memory.shapes),
-            kept_free=base + self.budget.limit,
-            source=memory.need.source,
-            kept=memory.need.kept,
+        self._waited = self._stopped = False
+        room = base + need.graphs
+        words = "kept free for them:" if need.kept else "of what the KV cache leaves they may take"
+        line = (
+            f"CUDA graphs are captured on demand: {len(shapes)} shapes, none at start; "
+            f"{words} {room / GIB:.2f} GiB ({need.source})"
         )
-        logger.info(
-            "CUDA graphs are captured on demand: %d shapes, none at start; %s %.2f GiB (%s)",
-            len(memory.shapes),
-            "kept free for them:" if memory.need.kept else "of what the KV cache leaves they may take",
-            (base + self.budget.limit) / (1 << 30),
-            memory.need.source,
-        )
+        event("graphs", line, shapes=len(shapes), kept_free=room, source=need.source, kept=need.kept)
 
-    def graph_for(self, best: Shape, captured: Iterable[Shape]) -> Shape | None:
-        """What a batch runs on for which stock has `best`; `captured` are the graphs that it fits in."""
+    def choose_graph(self, best: Shape, captured: Iterable[Shape]) -> Shape | None:
+        """The graph to run a batch on, captured now if one is due; None for no graph.
+
+        best: what stock vLLM would use.  captured: the graphs that the batch fits in.
+        """
         plan = self.policy.plan(best, captured)
         chosen = plan.capture if plan.capture is not None and self.capture(plan.capture) else plan.otherwise
-        self.counters.batch(best, chosen)
-        self._batches += 1
-        if self._batches & (self._batches - 1) == 0:  # ever more rarely: at 1, 2, 4, 8, ... batches
-            self.memory.keep(self.policy, self.budget)
+        if chosen is None:
+            self._count("missed", best.kind)
+        else:
+            self._count("replayed", chosen.kind)
+        if self.policy.batches & (self.policy.batches - 1) == 0:  # ever more rarely: at 1, 2, 4, 8, ... batches
+            self._keep()
         return chosen
+
+    def capture_idle(self, *, remembered: bool = False) -> bool:
+        """Capture the likeliest shape that is left; False when there are no more to capture now.
+
+        remembered: only before the first batch, and what earlier starts used.  Ranks may remember different traffic:
+        the first one's choice counts.
+        """
+        shape = self.policy.next_idle(remembered=remembered)
+        number = self._device.from_first(-1 if shape is None else self.policy.shapes.index(shape))
+        if number < 0:
+            return False
+        chosen = self.policy.shapes[number]
+        waits_for_memory = not self.capture(chosen) and chosen not in self.policy.barred
+        return not waits_for_memory and bool(self.policy.left)
 
     def capture(self, shape: Shape) -> bool:
         """Capture `shape` if memory allows; True when it is there."""
-        if not self._may(shape):
+        if not self._has_room(shape):
             return False
         free, reserved, start = self._device.free(), self._device.reserved(), time.perf_counter()
         with span("capture graph", "graph capture", kind=shape.kind, tokens=shape.tokens):
             error = self._device.capture(shape)
         if error is not None:
-            self._failed(shape, error)
+            self._give_up(shape, error)
             return False
-        seconds, grown = time.perf_counter() - start, self._device.reserved() - reserved
-        self.policy.done(shape)
-        size = self.budget.took(shape.kind, free - self._device.free(), grown)
-        base_and_graphs = self.budget.base + self.budget.held
-        self.counters.capture(shape, seconds, base_and_graphs)
-        self.memory.keep(self.policy, self.budget)
-        note("graphs", captured=1, kind=shape.kind, bytes=size, seconds=seconds)
-        logger.debug("captured %s in %.3f s, %.1f MiB", shape.rest, seconds, size / MIB)
+        seconds = time.perf_counter() - start
+        size = self.budget.add(shape.kind, free - self._device.free(), self._device.reserved() - reserved)
+        self.policy.mark_captured(shape)
+        self.seconds.append(seconds)
+        self._count("captured", shape.kind)
+        metrics.set("graph_bytes", self.budget.base + self.budget.held)
+        line = f"captured a {shape.kind} CUDA graph for {shape.tokens} tokens in {seconds:.3f} s, {size / MIB:.1f} MiB"
+        facts = {"kind": shape.kind, "tokens": shape.tokens, "bytes": size, "seconds": seconds}
+        event("captured", line, level=logging.DEBUG, **facts)
+        self._keep()
         return True
 
-    def capture_idle(self, *, remembered: bool = False) -> bool:
-        """Capture the likeliest shape that is left, of those `remembered` or of all; False when there is none.  Ranks
-        may remember different traffic: the first one's choice counts."""
-        shape = self.policy.next_remembered() if remembered else self.policy.next_idle()
-        number = self._device.from_first(-1 if shape is None else self.memory.shapes.index(shape))
-        if number < 0:
-            return False
-        chosen = self.memory.shapes[number]
-        waits = not self.capture(chosen) and chosen not in self.policy.barred  # for memory
-        return not waits and bool(self.policy.left)
-
-    def _may(self, shape: Shape) -> bool:
-        # Two votes, so that every rank bars the same or postpones the same, and none captures what others do not ask
-        # for any more.
+    def _has_room(self, shape: Shape) -> bool:
+        """Whether every rank has memory for `shape`.  They vote twice, so that all give up or postpone the same."""
+        kind, left = shape.kind, Counter(s.kind for s in self.policy.left)
         # A decode step without a graph costs more than a prompt without one, and there are more of them.
-        later = sum(s.kind == FULL for s in self.policy.left) if shape.kind != FULL else 0
-        over = self.budget.over(shape.kind, later)
-        if not self._device.agree(over is None):
-            self._used_up(shape.kind, over or "another rank has no memory for them")
+        refusal = self.budget.refusal(kind, left[FULL] if kind != FULL else 0)
+        if not self._device.agree(refusal is None):
+            reason = refusal or "another rank has no memory for them"
+            line = (
+                f"no more {kind} CUDA graphs are captured, {reason}: {self.counts['captured'][kind]} shapes have one, "
+                f"{left[kind]} run without; the next start keeps more free"
+            )
+            self._skip([s for s in self.policy.left if s.kind == kind], reason, line)
+            self._keep()
             return False
-        short = self._short(shape.kind)
-        if self._device.agree(short is None):
+        if self.budget.shortage(kind, self._device.free()):
+            self._device.give_back()
+        shortage = self.budget.shortage(kind, self._device.free())
+        if self._device.agree(shortage is None):
             return True
         self.policy.postpone(shape)
-        if not self._told:
-            self._told = True
-            logger.warning("a %s CUDA graph waits: %s", shape.kind, short or "another rank has no memory for it")
+        if not self._waited:
+            self._waited = True
+            logger.warning("a %s CUDA graph waits: %s", kind, shortage or "another rank has no memory for it")
         return False
 
-    def _short(self, kind: str) -> str | None:
-        if self.budget.short(kind, self._device.free()) is None:
-            return None
-        self._device.give_back()
-        return self.budget.short(kind, self._device.free())
-
-    def _used_up(self, kind: str, reason: str) -> None:
-        left = [s for s in self.policy.left if s.kind == kind]
-        self._bar(left, reason)
-        logger.warning(
-            "no more %s CUDA graphs are captured, %s: %d shapes have one, %d run without; "
-            "the next start keeps more free",
-            kind,
-            reason,
-            self.counters.captured[kind],
-            len(left),
-        )
-
-    def stop(self, error: Exception) -> None:
-        """After a surprise: what is captured is used, nothing more is captured."""
-        if not self._stopped:
-            self._stopped = True
-            logger.warning("no more CUDA graphs are captured (%s)", harmless.error(error))
-            logger.debug("what stopped the capture of CUDA graphs", exc_info=error)
-        left = self.policy.left
-        self.policy.bar(left, harmless.error(error))
-        self.counters.skip(left)
-
-    def _failed(self, shape: Shape, error: Exception) -> None:
+    def _give_up(self, shape: Shape, error: Exception) -> None:
         self._failures += 1
         last = self._failures == FAILURES
         reason = harmless.error(error)
-        self._bar(self.policy.left if last else [shape], reason)
-        logger.warning(
-            "batches of %d tokens run without a %s CUDA graph, capturing it failed%s (%s)",
-            shape.tokens,
-            shape.kind,
-            " and no more are captured" if last else "",
-            reason,
+        line = (
+            f"batches of {shape.tokens} tokens run without a {shape.kind} CUDA graph, capturing it failed"
+            f"{' and no more are captured' if last else ''} ({reason})"
         )
+        self._skip(self.policy.left if last else [shape], reason, line)
+        self._keep()
 
-    def _bar(self, shapes: list[Shape], reason: str) -> None:
+    def stop(self, error: Exception) -> None:
+        """After a surprise: what is captured is used, nothing more is captured."""
+        logger.debug("what stopped the capture of CUDA graphs", exc_info=error)
+        if not self._stopped:
+            self._stopped = True
+            reason = harmless.error(error)
+            self._skip(self.policy.left, reason, f"no more CUDA graphs are captured ({reason})")
+
+    def _skip(self, shapes: list[Shape], reason: str, line: str) -> None:
         self.policy.bar(shapes, reason)
-        self.counters.skip(shapes)
-        self.memory.keep(self.policy, self.budget)
+        for kind, number in Counter(s.kind for s in shapes).items():
+            self._count("skipped", kind, number)
+        event("graphs skipped", line, shapes=len(shapes), reason=reason)
+
+    def _count(self, what: str, kind: str, number: int = 1) -> None:
+        self.counts[what][kind] += number
+        metrics.inc(f"graphs_{what}_total", number, kind=kind)
+
+    def _keep(self) -> None:
+        """Have the next start know what graphs took and what traffic asked for."""
+        policy, budget = self.policy, self.budget
+        used = policy.asked + policy.remembered
+        without = [s for s in policy.shapes if s not in policy.captured]
+        history = History(
+            key=self.need.key,
+            base=budget.base,
+            held=budget.held,
+            graphs=len(policy.captured),
+            each={kind: budget.expected(kind) for kind in {**budget.each, **budget.costs}},
+            needed=budget.needed(
+                asked=Counter(s.kind for s in without if used[s]),
+                unasked=Counter(s.kind for s in without if not used[s]),
+            ),
+            used={number: used[shape] for number, shape in enumerate(policy.shapes) if used[shape]},
+        )
+        self._device.keep(history)

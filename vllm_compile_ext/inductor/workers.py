@@ -4,7 +4,7 @@ vLLM pins Inductor to one compile thread (`TORCHINDUCTOR_COMPILE_THREADS=1`, `vl
 daemonic and must not fork.  Threads that wait for g++ fork nothing of ours (`subprocess` starts a program), and
 Inductor's own pool of Triton compilers is started the same way when its start method is "subprocess".
 
-Memory stays bounded: at most `count` compilers run at a time, each on one kernel, pieces are lowered one by one, and
+Memory stays bounded: at most `wanted()` compilers run at a time, each on one kernel, pieces are lowered one by one, and
 the processes end with the compilation.
 """
 
@@ -22,58 +22,61 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vllm_compile_ext import settings
+from vllm_compile_ext import harmless, settings
 
 logger = logging.getLogger(__name__)
 
 _preparing: threading.Thread | None = None
-_undo: Callable[[], None] | None = None
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def wanted() -> int:
     """How many kernels may compile at a time: `VLLM_COMPILE_WORKERS`, or the cores that this process may use."""
-    return settings.load().VLLM_COMPILE_WORKERS or cores()
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return settings.load().VLLM_COMPILE_WORKERS or available or 1
 
 
-def prepare(count: int, cold: Callable[[], bool]) -> None:
+def prepare(is_cold: Callable[[], bool]) -> None:
     """Start what compiling or loading will need, in the background and once: called when a model is constructed.
 
-    On CPU that is the probe for the instruction set; on GPUs, where `cold()` says that there is nothing to load,
-    `count` processes that compile Triton kernels: they import torch while the weights load.
+    On CPU that is the probe for the instruction set; on GPUs, where `is_cold()` says that there is nothing to load, the
+    processes that compile Triton kernels: they import torch while the weights load.
     """
     from vllm.platforms import current_platform
 
     global _preparing
     if _preparing is not None:
         return
-    work = _know_instruction_set if current_platform.is_cpu() else functools.partial(_start_processes, count, cold)
+
+    def work() -> None:
+        try:
+            if current_platform.is_cpu():
+                from torch._inductor import cpu_vec_isa
+
+                cpu_vec_isa.valid_vec_isa_list()  # `choose_one_instruction_set`
+            elif wanted() > 1 and is_cold():
+                _start_processes()
+        except Exception as error:  # a slower start is all that it costs
+            logger.debug("compilers are not prepared: %s", harmless.error(error))
+
     # Inductor's settings live in context variables: the thread sees what this one does.
     context = contextvars.copy_context()
-    _preparing = threading.Thread(target=context.run, args=(_quietly, work), daemon=True, name="prepare-compilers")
+    _preparing = threading.Thread(target=context.run, args=(work,), daemon=True, name="prepare-compilers")
     _preparing.start()
 
 
-def _quietly(work: Callable[[], None]) -> None:
-    try:
-        work()
-    except Exception as error:  # a slower start is all that it costs
-        logger.debug("compilers are not prepared: %s: %s", type(error).__name__, error)
+def wait() -> None:
+    """Wait for what `prepare` started."""
+    if _preparing is not None:
+        _preparing.join()
 
 
-def _start_processes(count: int, cold: Callable[[], bool]) -> None:
+def _start_processes() -> None:
     """Start Inductor's pool of Triton compilers: a helper process that is spawned, and that forks its own workers."""
-    if count < 2 or not cold():
-        return
     import torch._inductor.config as inductor
     from torch._inductor.async_compile import AsyncCompile
 
     inductor.worker_start_method = "subprocess"
-    inductor.compile_threads = count
+    inductor.compile_threads = wanted()
     AsyncCompile.warm_pool()
     AsyncCompile.wakeup()
 
@@ -88,40 +91,31 @@ def stop() -> None:
         inductor.compile_threads = 1
 
 
-def _know_instruction_set() -> None:
-    """Let Inductor choose among one instruction set, the best that works, instead of probing all that the CPU names.
+def choose_one_instruction_set(stock: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+    """For `torch._inductor.cpu_vec_isa.valid_vec_isa_list`: on CPU only the best instruction set that works.
 
-    Inductor compiles, and loads in a child process, a probe for each of up to five sets and their combinations (torch
-    2.13.0, `_inductor/cpu_vec_isa.py`): 7 s of a cold start and 1 s of a warm one, measured on an AMX machine.  The
-    first of its list is the one that it picks.
+    Stock's compiles, and loads in a child process, a probe for each of up to five sets and their combinations (torch
+    2.13.0): 7 s of a cold start and 1 s of a warm one, measured on an AMX machine.  Inductor picks the first.
     """
-    from torch._inductor import cpu_vec_isa
 
-    if platform.machine() != "x86_64" or sys.platform != "linux" or os.environ.get("ATEN_CPU_CAPABILITY"):
-        return
-    flags = cpu_vec_isa.x86_isa_checker()
-    named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
-    best = next((isa for isa in named if isa), None)
-    if best is not None:
-        global _undo
-        upstream = cpu_vec_isa.valid_vec_isa_list
-        _undo = lambda: setattr(cpu_vec_isa, "valid_vec_isa_list", upstream)  # noqa: E731
-        cpu_vec_isa.valid_vec_isa_list = functools.cache(lambda: [best])
+    def valid_vec_isa_list() -> list[Any]:
+        from torch._inductor import config
 
+        return best() if config.cpp.simdlen is None else stock()  # the user's choice may be another one
 
-def forget() -> None:
-    """Give Inductor its own choice of instruction sets back; for tests."""
-    global _preparing, _undo
-    wait()
-    if _undo is not None:
-        _undo()
-    _preparing, _undo = None, None
+    @functools.cache
+    def best() -> list[Any]:
+        from torch._inductor import cpu_vec_isa
+        from vllm.platforms import current_platform
 
+        known = platform.machine() == "x86_64" and sys.platform == "linux" and current_platform.is_cpu()
+        if not known or os.environ.get("ATEN_CPU_CAPABILITY"):
+            return stock()
+        flags = cpu_vec_isa.x86_isa_checker()
+        named = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(f in flags for f in str(isa).split())]
+        return next(([isa] for isa in named if isa), None) or stock()
 
-def wait() -> None:
-    """Wait for what `prepare` started."""
-    if _preparing is not None:
-        _preparing.join()
+    return valid_vec_isa_list
 
 
 class Kernels:
@@ -134,7 +128,7 @@ class Kernels:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="compile")
         self._made: list[tuple[dict[str, Any], _StandIn]] = []
 
-    def make(self, argtypes: list[str], source: str, module: dict[str, Any]) -> _StandIn:
+    def start(self, argtypes: list[str], source: str, module: dict[str, Any]) -> _StandIn:
         """Start compiling the kernel `source`, which the module that Inductor generated keeps among its globals."""
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
@@ -164,19 +158,19 @@ class _StandIn:
 
 @contextlib.contextmanager
 def compiling(count: int) -> Iterator[Kernels]:
-    """Compile with `count` workers inside; what is changed of Inductor for that is restored."""
+    """Compile C++ kernels with `count` workers inside; what is changed of Inductor for that is restored."""
     from torch._inductor.async_compile import AsyncCompile
 
     wait()
     kernels = Kernels(count)
-    upstream = AsyncCompile.__dict__["cpp_pybinding"]
+    stock = AsyncCompile.__dict__["cpp_pybinding"]
 
     def cpp_pybinding(_: AsyncCompile, argtypes: list[str], source: str) -> _StandIn:
-        return kernels.make(argtypes, source, sys._getframe(1).f_globals)
+        return kernels.start(argtypes, source, sys._getframe(1).f_globals)
 
     AsyncCompile.cpp_pybinding = cpp_pybinding
     try:
         yield kernels
     finally:
-        AsyncCompile.cpp_pybinding = upstream
+        AsyncCompile.cpp_pybinding = stock
         kernels.close()

@@ -1,6 +1,6 @@
 """What of this machine and its installed software goes into compiled code: as short text, found without compiling.
 
-The slow ones are cached, and `prepare` of `factors.py` finds them in the background.
+The slow ones are cached, and `factors.prepare` finds them in the background.
 """
 
 from __future__ import annotations
@@ -20,34 +20,22 @@ from typing import Any
 
 from vllm_compile_ext import __version__
 from vllm_compile_ext.key import readable
-from vllm_compile_ext.key.dropped import counts
 
-# Module, and the distribution that it comes in: packages whose presence decides which operators vLLM's layers call
-# (vLLM 0.32.0, `utils/import_utils.py` and the `find_spec` calls in layers and kernels), or how a config is read.
-PACKAGES = (
-    ("aiter", "amd-aiter"),
-    ("arctic_inference", "arctic-inference"),
-    ("compressed_tensors", "compressed-tensors"),
-    ("conch", "conch-triton-kernels"),
-    ("cutlass", "nvidia-cutlass-dsl"),
-    ("deep_ep", "deep-ep"),
-    ("deep_gemm", "deep-gemm"),
-    ("fbgemm_gpu", "fbgemm-gpu-genai"),
-    ("flash_attn", "flash-attn"),
-    ("flashinfer", "flashinfer-python"),
-    ("flashinfer_cubin", "flashinfer-cubin"),
-    ("helion", "helion"),
-    ("hpc", "hpc"),
-    ("humming", "humming"),
-    ("moonep", "moonep"),
-    ("mori", "mori"),
-    ("nixl_ep", "nixl-ep"),
-    ("quark", "amd-quark"),
-    ("tilelang", "tilelang"),
-    ("torchao", "torchao"),
-    ("transformers", "transformers"),
-    ("triton_kernels", "triton-kernels"),
-)
+# Modules whose presence decides which operators vLLM's layers call (vLLM 0.32.0, `utils/import_utils.py` and the
+# `find_spec` calls in layers and kernels), or how a config is read.
+PACKAGES = """
+    aiter arctic_inference compressed_tensors conch cutlass deep_ep deep_gemm fbgemm_gpu flash_attn flashinfer
+    flashinfer_cubin helion hpc humming moonep mori nixl_ep quark tilelang torchao transformers triton_kernels
+"""
+# Those that come in a distribution of another name.
+DISTRIBUTIONS = {
+    "aiter": "amd-aiter",
+    "conch": "conch-triton-kernels",
+    "cutlass": "nvidia-cutlass-dsl",
+    "fbgemm_gpu": "fbgemm-gpu-genai",
+    "flashinfer": "flashinfer-python",
+    "quark": "amd-quark",
+}
 PLUGIN_GROUPS = ("vllm.general_plugins", "vllm.platform_plugins")  # of those that run where models do
 # Flags of /proc/cpuinfo that a compiler told `-march=native` (torch 2.13.0, `_inductor/cpp_builder.py`) may write
 # instructions for without being asked, or that torch's headers ask for.  Others come and go with the kernel.
@@ -62,10 +50,10 @@ def python() -> str:
     return f"{python_platform.python_version()} {sysconfig.get_config_var('SOABI') or sys.implementation.cache_tag}"
 
 
-def flags() -> str:
-    """The flags of this Python that count (`dropped.DROPPED`), as one text: 'optimize=0 dev_mode=False ...'."""
+def flags() -> dict[str, str]:
+    """The flags of this Python."""
     names = [name for name in dir(sys.flags) if not name.startswith(("_", "n_")) and name not in ("count", "index")]
-    return " ".join(f"{name}={getattr(sys.flags, name)}" for name in names if counts(f"flags.{name}"))
+    return {name: str(getattr(sys.flags, name)) for name in names}
 
 
 def torch_versions(*, cpu: bool) -> dict[str, str | None]:
@@ -73,12 +61,7 @@ def torch_versions(*, cpu: bool) -> dict[str, str | None]:
     import torch
 
     triton = None if cpu else version("triton", "pytorch-triton", "pytorch-triton-rocm")
-    return {
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda,
-        "hip": torch.version.hip,
-        "triton": triton,
-    }
+    return {"torch": str(torch.__version__), "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": triton}
 
 
 def threads(options: Mapping[str, Any]) -> str | None:
@@ -88,12 +71,13 @@ def threads(options: Mapping[str, Any]) -> str | None:
 
     if options.get("cpp.dynamic_threads", config.cpp.dynamic_threads):
         return None
-    asked = options.get("cpp.threads", config.cpp.threads)
-    return str(asked if asked >= 1 else torch.get_num_threads())
+    wanted = options.get("cpp.threads", config.cpp.threads)
+    return str(wanted if wanted >= 1 else torch.get_num_threads())
 
 
 def platform() -> str:
-    """Where compiled code can run: 'linux-x86_64 cpu avx2 avx512 avx512_vnni amx_tile', 'linux-x86_64 cuda sm_90 ...'.
+    """Where the code can run, as exactly as Inductor looks: 'linux-x86_64 cpu avx2 avx512 avx512_vnni amx_tile',
+    'linux-x86_64 cuda sm_90 NVIDIA H200, 132 SMs'.  `platforms.name` is the short name, found without torch.
 
     On CPU these are the instruction sets among which Inductor chooses, as torch knows them; nothing is probed.
     """
@@ -107,9 +91,8 @@ def platform() -> str:
         return f"{system} {current_platform.device_type} {current_platform.get_device_name()}"
     # Inductor writes the number of multiprocessors into what it generates, besides choosing by the name.
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    arch = f"sm_{device.major}{device.minor}" if torch.version.hip is None else device.gcnArchName
-    kind = "cuda" if torch.version.hip is None else "rocm"
-    return f"{system} {kind} {arch} {device.name}, {device.multi_processor_count} SMs"
+    arch = f"rocm {device.gcnArchName}" if torch.version.hip else f"cuda sm_{device.major}{device.minor}"
+    return f"{system} {arch} {device.name}, {device.multi_processor_count} SMs"
 
 
 def _instruction_sets() -> list[str]:
@@ -154,19 +137,14 @@ def compiler() -> str:
 
 @functools.cache
 def _compiler(name: str) -> str | None:
+    env = os.environ | {"LC_ALL": "C"}
     try:
         done = subprocess.run(
-            [name, "-v"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"LC_ALL": "C"},
-            timeout=30,
-            check=True,
+            [name, "-v"], capture_output=True, stdin=subprocess.DEVNULL, env=env, timeout=30, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return compiler_in(done.stdout.decode(errors="replace"))
+    return compiler_in((done.stdout + done.stderr).decode(errors="replace"))
 
 
 def compiler_in(output: str) -> str:
@@ -190,10 +168,11 @@ def libc() -> str:
 @functools.cache
 def packages() -> dict[str, str]:
     """The versions of the installed ones of `PACKAGES`."""
-    return {module: version(distribution, module) for module, distribution in PACKAGES if _installed(module)}
+    found = filter(_is_installed, PACKAGES.split())
+    return {module: version(DISTRIBUTIONS.get(module, module), module) for module in found}
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

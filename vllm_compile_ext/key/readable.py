@@ -27,7 +27,7 @@ _CLASS = re.compile(r"[A-Za-z_][\w.]*\.[A-Z_]\w*")
 
 
 def digest(data: bytes) -> str:
-    """The first 32 hexadecimal digits of blake3: enough that two texts of one factor do not meet."""
+    """The first 32 hexadecimal digits of blake3: enough to tell two texts of one factor apart."""
     return blake3(data).hexdigest()[:32]
 
 
@@ -36,7 +36,7 @@ def text(value: Any, name: str = "", choices: Set[str] = frozenset()) -> str:
 
     Which of both depends on nothing but the arguments: equal values have equal texts in every process.
     """
-    full = value if type(value) is str and not _LIKE_A_VALUE.fullmatch(value) else plain(value)
+    full = value if type(value) is str and not _LIKE_A_VALUE.fullmatch(value) else whole(value)
     shown = harmless.is_harmless(value, name, choices) or (isinstance(value, tuple) and _member(value) is not None)
     return cut(full) if shown else hidden(name, full)
 
@@ -56,24 +56,19 @@ def cut(full: str) -> str:
     return full if len(full) <= LIMIT else f"{full[:60]}... ({len(full)} characters, {digest(full.encode())})"
 
 
-def flat(name: str, value: Any, choices: Set[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """The leaves of `value` as (dotted name, text); nothing for None, which so equals a setting that is not there.
-
-    A None inside is a leaf: a key of a dictionary that is not there often stands for a default.
-    Dictionaries are split, and what vLLM makes of dictionaries and dataclasses before it hashes them (tuples of pairs,
-    `vllm/config/utils.py: normalize_value`, vLLM 0.32.0).
-    """
-    if value is not None:
-        yield from leaves(name, value, choices)
-
-
-def flat_all(values: Mapping[str, Any]) -> dict[str, str]:
-    """As `flat`, of several."""
-    return {leaf: part for name, value in values.items() for leaf, part in flat(name, value)}
+def flat(values: Mapping[str, Any], choices: Set[str] = frozenset()) -> dict[str, str]:
+    """The leaves of `values`, dotted name -> text; nothing for a None, which so equals a setting that is not there."""
+    found = (leaves(name, value, choices) for name, value in values.items() if value is not None)
+    return {name: text for each in found for name, text in each}
 
 
 def leaves(name: str, value: Any, choices: Set[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """As `flat`, and a leaf for None, too."""
+    """The leaves of `value` as (dotted name, text).
+
+    A None inside is a leaf: a key of a dictionary that is not there often stands for a default.  Dictionaries are
+    split, and what vLLM makes of dictionaries and dataclasses before it hashes them (tuples of pairs,
+    `vllm/config/utils.py: normalize_value`, vLLM 0.32.0).
+    """
     fields = _fields(value)
     if not fields or (len(fields) > MANY and not any(_fields(v) for v in fields.values())):
         yield name, text(value, name, choices)
@@ -87,7 +82,7 @@ def below(name: str, key: str) -> str:
     return f"{name}.{key if harmless.is_key(key) else hidden(name, key)}"
 
 
-def object_of(value: Any) -> dict[str, Any] | None:
+def json_object(value: Any) -> dict[str, Any] | None:
     """The JSON object that the string `value` holds, or None."""
     if not isinstance(value, str) or not value.startswith("{"):
         return None
@@ -96,15 +91,6 @@ def object_of(value: Any) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
-
-
-def without(value: Any, dropped: Set[str]) -> Any:
-    """JSON `value` without the keys `dropped`, at any depth."""
-    if isinstance(value, dict):
-        return {k: without(v, dropped) for k, v in value.items() if k not in dropped}
-    if isinstance(value, list):
-        return [without(v, dropped) for v in value]
-    return value
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
@@ -119,22 +105,22 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return found if found and len(found) == len(value) else None
 
 
-def plain(value: Any) -> str:
+def whole(value: Any) -> str:
     """`value` as one text of any length."""
     if isinstance(value, Enum):
         return str(value.name)
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return repr(value)
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{plain(k)}: {plain(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{whole(k)}: {whole(v)}' for k, v in value.items())}}}"
     if isinstance(value, Set):
-        return f"{{{', '.join(sorted(plain(v) for v in value))}}}"
+        return f"{{{', '.join(sorted(whole(v) for v in value))}}}"
     if isinstance(value, Sequence):
-        return _member(value) or f"[{', '.join(plain(v) for v in value)}]"
+        return _member(value) or f"[{', '.join(whole(v) for v in value)}]"
     if callable(getattr(value, "uuid", None)):
-        return f"<{_qualified(type(value))} {value.uuid()}>"
+        return f"<{type(value).__module__}.{type(value).__qualname__} {value.uuid()}>"
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        return f"<{_qualified(value)}>"
+        return f"<{value.__module__}.{value.__qualname__}>"
     return _ADDRESS.sub("", str(value))
 
 
@@ -148,7 +134,3 @@ def _member(value: Sequence[Any]) -> str | None:
         return str(kind(value[1]).name) if isinstance(kind, type) and issubclass(kind, Enum) else None
     except ValueError:
         return None
-
-
-def _qualified(kind: Any) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -26,9 +26,9 @@ from torch._dynamo.trace_rules import _maybe_init_lazy_module
 
 from vllm_compile_ext import harmless
 from vllm_compile_ext.key import readable
-from vllm_compile_ext.key.miss import Change
+from vllm_compile_ext.key.misses import Change, difference
 from vllm_compile_ext.trace.same_kind import storage_of
-from vllm_compile_ext.trace.values import ATOMS, Accessed, atom, is_torchs, look
+from vllm_compile_ext.trace.values import ALL, ATOMS, WHOLE, Accessed, atom, is_torchs, look
 
 
 class NotDescribed(Exception):  # noqa: N818 - an answer, not an error
@@ -54,9 +54,16 @@ class Seen(msgspec.Struct, frozen=True):
     called: str
 
 
+# These stand for a module in `Seen.roots`: what Python has registered for an operator; whether a class is one of an
+# ABC's.
+_OPERATOR = "torch.ops of"
+_IS_ONE_OF = "isinstance of"
+# The name of memory that CPU ranks share begins with a port, another one in each start.  Code gets its handle (vLLM
+# 0.32.0, `v1/worker/cpu_worker.py`); it is looked at since other calls have a keyword of its name.
+_NAME_OF_RUN = ("vllm.distributed.device_communicators.cpu_communicator._CPUSHMDistributed", ".group_name")
 _LONGEST = 200  # characters of a string in the code that may name an attribute; longer ones are documentation
 # Their own sources are in the key, and nobody replaces a part of a compiler while it runs.
-_COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx")
+_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx")
 
 
 def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
@@ -64,14 +71,14 @@ def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
     accessed: Accessed = tracer.accessed
     seen = tracer.seen
     calls = sorted(set(_calls(graph)))
-    called = _Walk(accessed, with_paths=False)
+    called = _Description(accessed, with_paths=False)
     for place in calls:
-        called.root(place)
+        called.add_root(place)
     roots: list[tuple[str, str]] = list(calls)
     for (module, name), value in seen.globals.items():
         if module is None:
             raise NotDescribed(f"the global {name} of code that is in no module")
-        if _is_compilers(module):
+        if _is_in_compiler(module):
             continue
         if _find(module, name) is not value and type(value) not in ATOMS:
             raise NotDescribed(f"{module}.{name}, which is another object each time")
@@ -79,39 +86,32 @@ def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
     roots += [(kind.__module__, f"{kind.__qualname__}.__subclasses__()") for kind in seen.listed]
     for pair in seen.asked:
         name = " ".join(f"{kind.__module__}:{kind.__qualname__}" for kind in pair)
-        if _classes(name) != pair:
+        if _find_classes(name) != pair:
             raise NotDescribed(f"whether {_name(pair[0])} is a {_name(pair[1])}, one of which is not found by its name")
         roots.append((_IS_ONE_OF, name))
-    walk = _Walk(accessed, with_paths=True)
-    walk.all(model, roots)
+    described = _Description(accessed, with_paths=True).add_all(model, roots)
     for foreign in seen.foreign:
         if foreign.fn not in tracer.lookups:
             raise NotDescribed(f"what {getattr(foreign.fn, '__qualname__', foreign.fn)} did while the model was traced")
     for function in seen.functions.values():
         module = function.__module__ or ""
-        if id(function) in walk.numbers or _is_compilers(module):
+        if id(function) in described.numbers or _is_in_compiler(module):
             continue
         place = (module, function.__qualname__)
         if _find(*place) is not function:
             raise NotDescribed(f"the function {'.'.join(place)}, which is not found under its name")
         roots.append(place)
-        walk.root(place)
-    names = {_name(kind): sorted(found) for kind, found in accessed.by_kind.items() if found}
+        described.add_root(place)
     return Seen(
-        names,
-        sorted(s for s in accessed.strings if len(s) <= _LONGEST),
-        sorted(s for s in accessed.said if len(s) <= _LONGEST),
-        None if accessed.variables is None else sorted(accessed.variables),
-        roots,
-        _digest(_Walk(accessed, with_paths=False).all(model, roots)),
-        zlib.compress("\n".join(walk.lines).encode("utf-8", "surrogatepass"), 1),
-        _digest(called.lines),
+        by_kind={_name(kind): sorted(found) for kind, found in accessed.by_kind.items() if found},
+        strings=sorted(s for s in accessed.strings if len(s) <= _LONGEST),
+        said=sorted(s for s in accessed.said if len(s) <= _LONGEST),
+        variables=None if accessed.variables is None else sorted(accessed.variables),
+        roots=roots,
+        digest=_Description(accessed, with_paths=False).add_all(model, roots).digest(),
+        lines=zlib.compress(described.text(), 1),
+        called=called.digest(),
     )
-
-
-# These stand for a module: what Python has registered for an operator; whether a class is one of an ABC's.
-_OPERATOR = "torch.ops of"
-_IS_ONE_OF = "isinstance of"
 
 
 def _calls(graph: fx.Graph) -> Iterator[tuple[str, str]]:
@@ -126,6 +126,94 @@ def _calls(graph: fx.Graph) -> Iterator[tuple[str, str]]:
                 yield _OPERATOR, name
         elif isinstance(target, types.FunctionType) and not is_torchs(target.__module__):
             raise NotDescribed(f"what {target.__module__}.{target.__qualname__} does, which is called without a trace")
+
+
+def _is_in_compiler(module: str) -> bool:
+    return module.startswith(tuple(f"{name}." for name in _COMPILERS)) or module in _COMPILERS
+
+
+def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
+    """What is not as it was when `seen` was collected."""
+    accessed = Accessed()
+    accessed.by_kind = _ByName(seen.by_kind)  # type: ignore[assignment]
+    accessed.strings, accessed.said = set(seen.strings), set(seen.said)
+    accessed.variables = None if seen.variables is None else set(seen.variables)
+    for module in {module.partition(".")[0] for module, _ in seen.roots}:  # Dynamo lets einops fill its tables first
+        _maybe_init_lazy_module(types.SimpleNamespace(__module__=module))
+    try:
+        if _Description(accessed, with_paths=False).add_all(model, seen.roots).digest() == seen.digest:
+            return []
+        now = _Description(accessed, with_paths=True).add_all(model, seen.roots).text()
+    except NotDescribed as why:
+        return [Change(str(why), None, None)]
+    found = difference(_by_path(zlib.decompress(seen.lines)), _by_path(now))
+    # Numbers follow from what came before.
+    found = [c for c in found if not ((c.old or "")[:7] == (c.new or "")[:7] == "number ")] or found
+    return [_for_people(change) for change in found] or [Change("what the trace read has changed", None, None)]
+
+
+class _ByName(dict[type | None, frozenset[str]]):
+    """`Accessed.by_kind`, from the names of the classes."""
+
+    def __init__(self, names: dict[str, list[str]]) -> None:
+        self.names = {kind: frozenset(found) for kind, found in names.items()}
+
+    def __missing__(self, kind: type | None) -> frozenset[str]:
+        found = self[kind] = self.names.get(_name(kind), frozenset())
+        return found
+
+
+@functools.cache
+def _name(kind: Any) -> str:
+    return "" if kind is None else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _by_path(text: bytes) -> dict[str, str]:
+    lines = (line.partition("\t") for line in text.decode("utf-8", "surrogatepass").split("\n"))
+    return {path: rest for path, _, rest in lines}
+
+
+_FUNCTION = "builtins.function "
+_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+
+
+def _for_people(change: Change) -> Change:
+    """`layers.3.mlp.scale: 1.0 -> 2.0`."""
+    name = _STEP.sub(r".\1", change.name).removeprefix(".") or "the model"
+    if not all((text or "").startswith(_FUNCTION) for text in change[1:]):
+        return Change(f"{name}:", change.old, change.new)
+    old, new = (str(text).removeprefix(_FUNCTION).split("'")[1:4:2] for text in change[1:])
+    if old == new:
+        return Change(f"{name} has other code", None, None)
+    return Change(f"{name} is another function (replaced by {'.'.join(new)})", None, None)
+
+
+def _find(module: str, name: str) -> Any:
+    """What is under a name now; None where there is nothing."""
+    if module == _OPERATOR:
+        return _registered(name)
+    if module == _IS_ONE_OF:
+        kind, base = _find_classes(name)
+        return issubclass(kind, base) if isinstance(kind, type) and isinstance(base, type) else None
+    if module in sys.modules:
+        found: Any = sys.modules[module]
+    else:  # torch.ops.aten and its like
+        outer, _, module = module.rpartition(".")
+        found = _find(outer, module) if outer else None
+    for part in name.split("."):
+        found = getattr(found, part.removesuffix("()"), None)
+        found = found() if found and part.endswith("()") else found
+    return found
+
+
+def _find_classes(name: str) -> tuple[Any, Any]:
+    """The two classes that a name below `_IS_ONE_OF` stands for."""
+    kind, base = (_find(*one.split(":")) for one in name.split(" "))
+    return kind, base
+
+
+_KERNEL = re.compile(r"^(\w+)(?:\[alias\])?: registered at (.*):\d+ ::", re.MULTILINE)
+_DEVICES = {"CPU", "CUDA", "XPU", "HPU", "MPS", "PrivateUse1"}  # a kernel for these runs with the model only
 
 
 def _registered(name: str) -> tuple[Any, ...]:
@@ -151,11 +239,7 @@ def _registered(name: str) -> tuple[Any, ...]:
         if runs_then and _is_python(file):
             raise NotDescribed(f"what the operator {name} is made of")
     about = [(str(o._schema), sorted(map(str, o.tags))) for o in overloads]
-    return about, *_without_torchs(kernel and kernel.func), *map(decomposition_table.get, overloads)
-
-
-_KERNEL = re.compile(r"^(\w+)(?:\[alias\])?: registered at (.*):\d+ ::", re.MULTILINE)
-_DEVICES = {"CPU", "CUDA", "XPU", "HPU", "MPS", "PrivateUse1"}  # a kernel for these runs with the model only
+    return about, *_unwrapped(kernel and kernel.func), *map(decomposition_table.get, overloads)
 
 
 def _is_python(file: str) -> bool:
@@ -166,117 +250,16 @@ def _is_python(file: str) -> bool:
     return place == file or place.startswith(("/library.py", "/_library/"))
 
 
-def _without_torchs(function: Any) -> list[Any]:
+def _unwrapped(function: Any) -> list[Any]:
     """The functions that torch's own wrappers have been put around; the wrappers count how often they run."""
     if not (isinstance(function, types.FunctionType) and is_torchs(function.__module__)):
         return [function]
     inner = [cell.cell_contents for cell in function.__closure__ or ()]
-    return [found for f in inner if isinstance(f, types.FunctionType) for found in _without_torchs(f)]
+    return [found for f in inner if isinstance(f, types.FunctionType) for found in _unwrapped(f)]
 
 
-def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:
-    """What is not as it was when `seen` was collected."""
-    accessed = _accessed(seen)
-    for module in {module.partition(".")[0] for module, _ in seen.roots}:  # Dynamo lets einops fill its tables first
-        _maybe_init_lazy_module(types.SimpleNamespace(__module__=module))
-    try:
-        if _digest(_Walk(accessed, with_paths=False).all(model, seen.roots)) == seen.digest:
-            return []
-        walk = _Walk(accessed, with_paths=True)
-        walk.all(model, seen.roots)
-    except NotDescribed as why:
-        return [Change(str(why), None, None)]
-    old = dict(_split(zlib.decompress(seen.lines).decode("utf-8", "surrogatepass").split("\n")))
-    new = dict(_split(walk.lines))
-    names = [n for n in dict.fromkeys((*new, *old)) if old.get(n) != new.get(n)]
-    # Numbers follow from what came before.
-    names = [n for n in names if not (_is_number(old.get(n)) and _is_number(new.get(n)))] or names
-    return [_change(n, old.get(n), new.get(n)) for n in names] or [
-        Change("what the trace read has changed", None, None)
-    ]
-
-
-def _is_number(text: str | None) -> bool:
-    return text is not None and text.startswith("number ")
-
-
-_FUNCTION = "builtins.function "
-_STEP = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
-
-
-def _change(path: str, old: str | None, new: str | None) -> Change:
-    """A difference for people: `layers.3.mlp.scale: 1.0 -> 2.0`."""
-    name = _STEP.sub(r".\1", path).removeprefix(".") or "the model"
-    if old and new and old.startswith(_FUNCTION) and new.startswith(_FUNCTION):
-        was, now = (text.removeprefix(_FUNCTION).split("'")[1:4:2] for text in (old, new))
-        if was == now:
-            return Change(f"{name} has other code", None, None)
-        return Change(f"{name} is another function (replaced by {'.'.join(now)})", None, None)
-    return Change(f"{name}:", old, new)
-
-
-@functools.cache
-def _name(kind: Any) -> str:
-    return "" if kind is None else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _is_compilers(module: str) -> bool:
-    return module.startswith(tuple(f"{name}." for name in _COMPILER)) or module in _COMPILER
-
-
-class _ByName(dict[type | None, frozenset[str]]):
-    def __init__(self, names: dict[str, list[str]]) -> None:
-        self.names = {kind: frozenset(found) for kind, found in names.items()}
-
-    def __missing__(self, kind: type | None) -> frozenset[str]:
-        found = self[kind] = self.names.get(_name(kind), frozenset())
-        return found
-
-
-def _accessed(seen: Seen) -> Accessed:
-    made = Accessed()
-    made.by_kind = _ByName(seen.by_kind)  # type: ignore[assignment]
-    made.strings, made.said = set(seen.strings), set(seen.said)
-    made.variables = None if seen.variables is None else set(seen.variables)
-    return made
-
-
-def _digest(lines: list[str]) -> str:
-    return blake3("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _split(lines: list[str]) -> Iterator[tuple[str, str]]:
-    for line in lines:
-        path, _, text = line.partition("\t")
-        yield path, text
-
-
-def _find(module: str, name: str) -> Any:
-    """What is under a name now; None where there is nothing."""
-    if module == _OPERATOR:
-        return _registered(name)
-    if module == _IS_ONE_OF:
-        kind, base = _classes(name)
-        return issubclass(kind, base) if isinstance(kind, type) and isinstance(base, type) else None
-    if module in sys.modules:
-        found: Any = sys.modules[module]
-    else:  # torch.ops.aten and its like
-        outer, _, module = module.rpartition(".")
-        found = _find(outer, module) if outer else None
-    for part in name.split("."):
-        found = getattr(found, part.removesuffix("()"), None)
-        found = found() if found and part.endswith("()") else found
-    return found
-
-
-def _classes(name: str) -> tuple[Any, Any]:
-    """The two classes that a name below `_IS_ONE_OF` stands for."""
-    kind, base = (_find(*one.split(":")) for one in name.split(" "))
-    return kind, base
-
-
-class _Walk:
-    """Describes values, one line each: what is known of it, after the step that leads to it or the whole path.
+class _Description:
+    """Values, one line each: what is known of one, after the step that leads to it or the whole path.
 
     Lines with paths are for people: what is not harmless is hidden in them.  That a value has changed is found without.
     """
@@ -289,17 +272,23 @@ class _Walk:
         self.storages: dict[int, int] = {}
         self.keep: list[Any] = []
 
-    def all(self, model: torch.nn.Module, roots: list[tuple[str, str]]) -> list[str]:
+    def text(self) -> bytes:
+        return "\n".join(self.lines).encode("utf-8", "surrogatepass")
+
+    def digest(self) -> str:
+        return blake3(self.text()).hexdigest()
+
+    def add_all(self, model: torch.nn.Module, roots: list[tuple[str, str]]) -> _Description:
         with torch._C.DisableTorchFunctionSubclass():  # each look at a parameter would ask for it
-            self.value("", model)
+            self.add("", model)
             for place in roots:
-                self.root(place)
-        return self.lines
+                self.add_root(place)
+        return self
 
-    def root(self, place: tuple[str, str]) -> None:
-        self.value(".".join(place), _find(*place))
+    def add_root(self, place: tuple[str, str]) -> None:
+        self.add(".".join(place), _find(*place))
 
-    def value(self, path: str, value: Any) -> None:
+    def add(self, path: str, value: Any) -> None:
         """One line for `value`, and then those of its parts."""
         if type(value) in ATOMS:
             self.lines.append(f"{path}\t{self._atom(path, value)}")
@@ -324,56 +313,45 @@ class _Walk:
         outer = path if self.with_paths else ""
         for step, part in parts:
             place = outer + (_step(step) if self.with_paths else step)
-            if type(part) in ATOMS:
+            if (_name(kind), step) == _NAME_OF_RUN and self._is_only_said(kind, step[1:]):
+                lines.append(f"{place}\tof this run")  # no value has this text
+            elif type(part) in ATOMS:
                 lines.append(f"{place}\t{self._atom(place, part)}")
             else:
-                self.value(place, part)
+                self.add(place, part)
         if _is_heap_type(kind):
-            self.value(kind.__qualname__ if self.with_paths else "type", kind)
+            self.add(kind.__qualname__ if self.with_paths else "type", kind)
+
+    def _is_only_said(self, kind: type, name: str) -> bool:
+        """Whether code says `name`, but nothing has read it of an object of this class, as far as can be told."""
+        known = {*self.accessed.by_kind[kind], *self.accessed.by_kind[None]}
+        return not known & {name, ALL, *WHOLE}
 
     def _atom(self, path: str, value: Any) -> str:
-        text = _text(value)
-        shown = not self.with_paths or harmless.is_harmless(value) or _OF_OPERATOR.fullmatch(path)
+        # Equal only for equal bits: `nan` has many.
+        text = repr(value) if value == value else f"{value!r} {atom(value)[1].hex()}"
+        shown = not self.with_paths or harmless.is_harmless(value) or _ABOUT_OPERATOR.fullmatch(path)
         return text if shown else _hidden(text)
 
     def _head(self, head: tuple[Any, ...]) -> str:
         """What is seen of a value itself: of code its names, of others the numbers."""
         text = repr(head[1:])
-        shown = not self.with_paths or issubclass(head[0], _OF_CODE) or harmless.is_harmless(head[1:])
+        shown = not self.with_paths or issubclass(head[0], _CODE) or harmless.is_harmless(head[1:])
         return text if shown else _hidden(text)
 
 
 # What is seen of these is names of code, dtypes, shapes and devices.
-_OF_CODE = (
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodWrapperType,
-    types.WrapperDescriptorType,
-    types.MethodDescriptorType,
-    types.ClassMethodDescriptorType,
-    types.GetSetDescriptorType,
-    types.MemberDescriptorType,
-    types.CodeType,
-    types.ModuleType,
-    types.GenericAlias,
-    types.UnionType,
-    type,
-    enum.Enum,
-    np.ufunc,
-    np.dtype,
-    torch.Tensor,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-    torch._ops.OpOverload,
-    torch._ops.OpOverloadPacket,
-    torch._ops.HigherOrderOperator,
+_CODE = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType),
+    *(types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType),
+    *(types.MemberDescriptorType, types.CodeType, types.ModuleType, types.GenericAlias, types.UnionType),
+    *(type, enum.Enum, np.ufunc, np.dtype),
+    *(torch.Tensor, torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator),
     torch._library.custom_ops.CustomOpDef,
 )
-
-
-_OF_OPERATOR = re.compile(rf"{_OPERATOR}\.[\w:.]+(\[\d+\])+")  # its schemas and tags
+_ABOUT_OPERATOR = re.compile(rf"{_OPERATOR}\.[\w:.]+(\[\d+\])+")  # its schemas and tags
+_ITEM = re.compile(r"\[['\"b].*\]", re.DOTALL)  # of a dictionary, by its key
 
 
 def _hidden(text: str) -> str:
@@ -381,21 +359,11 @@ def _hidden(text: str) -> str:
     return f"{harmless.HIDDEN}{readable.digest(text.encode('utf-8', 'surrogatepass'))[:6]}"
 
 
-_ITEM = re.compile(r"\[['\"b].*\]", re.DOTALL)  # of a dictionary, by its key
-
-
 def _step(step: str) -> str:
-    if not _ITEM.fullmatch(step) or harmless.is_key(step[2:-2]):
-        return step
-    return f"[{_hidden(step)}]"
+    return step if not _ITEM.fullmatch(step) or harmless.is_key(step[2:-2]) else f"[{_hidden(step)}]"
 
 
 @functools.cache
 def _is_heap_type(kind: Any) -> bool:
     """Whether a class statement made the class of an object that is no class itself."""
     return bool(kind.__flags__ & (1 << 9)) and not issubclass(kind, type)
-
-
-def _text(value: Any) -> str:
-    """An atom as text: equal only for equal bits (`nan` has many)."""
-    return repr(value) if value == value else f"{value!r} {atom(value)[1].hex()}"

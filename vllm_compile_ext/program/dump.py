@@ -1,4 +1,4 @@
-"""`transformed_code.py`: Dynamo's transformed bytecode of every compiled callable, for people to read.
+"""Dynamo's transformed bytecode for people, in `transformed_code.py`, and a check on what it does.
 
 A file holds one section for each callable, so that a main model and its draft head can share a folder, and a section
 is replaced when its callable is compiled again.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dis
 import io
 import logging
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,23 +17,15 @@ from types import CodeType
 logger = logging.getLogger(__name__)
 
 FILE = "transformed_code.py"
-VARIABLE = "VLLM_COMPILE_DEPYF"
-NOTICE = (
-    f"# Dynamo's transformed bytecode is not decompiled while starting.\n"
-    f"# Set {VARIABLE}=1 and start again to fill this file; a warm start fills it too.\n"
-)
+NOTICE = """\
+# Dynamo's transformed bytecode is not decompiled while starting.
+# Set VLLM_COMPILE_DEPYF=1 and start again to fill this file; a warm start fills it too.
+"""
 _MARK = "# ---- compiled callable: "
 
 
-def disassemble(code: CodeType) -> str:
-    """The instructions of `code` as comment lines, for when it cannot be decompiled."""
-    out = io.StringIO()
-    dis.dis(code, file=out)
-    return "".join(f"# {line}\n" for line in out.getvalue().splitlines())
-
-
-def readable(code: CodeType) -> str:
-    """`code` decompiled to Python source by depyf, or its disassembly after one warning."""
+def decompile(code: CodeType) -> str:
+    """`code` as Python source by depyf, or, after one warning, its disassembly in comment lines."""
     try:
         import depyf
 
@@ -42,48 +33,69 @@ def readable(code: CodeType) -> str:
     except Exception as error:  # decompiling is not always possible: bytecode says less than source
         why = " ".join(f"{type(error).__name__}: {error}".split())
         logger.warning("depyf cannot decompile %s (%s): leaving its disassembly", code.co_name, why)
-        return f"# not decompiled: {why}\n" + disassemble(code)
+        out = io.StringIO()
+        dis.dis(code, file=out)
+        return "".join(f"# {line}\n" for line in (f"not decompiled: {why}", *out.getvalue().splitlines()))
 
 
-def _sections(text: str) -> dict[str, str]:
-    parts = text.split(_MARK)[1:]
-    return {part.partition("\n")[0]: part.partition("\n")[2] for part in parts}
-
-
-def write(folders: Iterable[Path], name: str, code: CodeType, *, decompile: bool) -> list[Path]:
+def write(folders: Iterable[Path], name: str, code: CodeType, *, decompiled: bool) -> list[Path]:
     """Write `code` as the section `name` of `FILE` in each of `folders`, and return the files written.
 
-    With `decompile` off nothing is decompiled: a file that does not exist yet gets the notice that names the variable,
-    and one that does is left alone.  A folder that cannot be written costs one warning.
+    With `decompiled` off, a file that does not exist yet gets the notice that names the variable, and one that does is
+    left alone.  A folder that cannot be written costs one warning.
     """
-    source = readable(code) if decompile else None
+    source = decompile(code) if decompiled else None
     written = []
     for folder in dict.fromkeys(folders):
         path = folder / FILE
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if source is None:
-                if path.exists():
-                    continue
-                text = NOTICE
+            if source is not None:
+                _replace(path, _with_section(path.read_text() if path.exists() else "", name, source))
+            elif path.exists():
+                continue
             else:
-                sections = _sections(path.read_text()) if path.exists() else {}
-                sections[name] = source
-                text = "\n".join(f"{_MARK}{key}\n{body.rstrip()}\n" for key, body in sections.items())
-            _replace(path, text)
+                _replace(path, NOTICE)
+            written.append(path)
         except OSError as error:
             logger.warning("cannot write %s: %s", path, error)
-            continue
-        written.append(path)
     return written
 
 
+def _with_section(text: str, name: str, source: str) -> str:
+    parts = [part.partition("\n") for part in text.split(_MARK)[1:]]
+    sections = {key: body for key, _, body in parts} | {name: source}
+    return "\n".join(f"{_MARK}{key}\n{body.rstrip()}\n" for key, body in sections.items())
+
+
 def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = None
     try:
-        with os.fdopen(handle, "w") as file:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{FILE}.", delete=False) as file:
+            partial = Path(file.name)
             file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        partial.replace(path)
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def assigns_buffers(code: CodeType) -> bool:
+    """Whether Dynamo's `code` writes module state back: it then calls a method named ``update`` (vLLM 0.32.0,
+    `compilation/wrapper.py`, looks for the same name).
+    """
+    return "update" in code.co_names
+
+
+def forbid_buffer_assignment(code: CodeType) -> None:
+    """Raise `RuntimeError` when `code` assigns module buffers.  Only the message needs the code decompiled.
+
+    Dynamo writes such an assignment behind the compiled call.  A CUDA graph replay skips it, and the model would go on
+    with the old value: a silent error.
+    """
+    if assigns_buffers(code):
+        raise RuntimeError(
+            f"{code.co_name} assigns a buffer of its module in the forward pass, which a CUDA graph would silently "
+            "skip. Change the model so that it does not, or start with --enforce-eager or "
+            f"-cc.cudagraph_mode=none. Look for 'update' in the compiled code to see which buffer:\n{decompile(code)}"
+        )

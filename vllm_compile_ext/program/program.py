@@ -1,101 +1,112 @@
-"""A compiled model as an entry of the store: Dynamo's bytecode, the plan and the distinct pieces.
+"""A compiled model as an entry of the store: Dynamo's bytecode, the plan, what the trace read, the distinct pieces.
 
-Loading it is looking up and mapping.
+members = keep(store, compiled)                   # what `torch._dynamo.aot_compile` made, as blobs
+commit(store, kind="program", members=members, ...)
+function, bytecode = load(store, manifest, model)   # looks up and maps: nothing is traced or compiled
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from torch._dynamo.aot_compile import SerializableCallable
+from vllm.compilation.piecewise_backend import PiecewiseBackend
 
-from vllm_compile_ext.key.seen import NotDescribed
-from vllm_compile_ext.program import pieces, transformed
-from vllm_compile_ext.program.plan_function import PlanFunction
+from vllm_compile_ext.key.seen import NotDescribed, Seen
+from vllm_compile_ext.program import NotKept
+from vllm_compile_ext.program import piece as pieces
+from vllm_compile_ext.program.bytecode import Bytecode
 from vllm_compile_ext.record.spans import span
 from vllm_compile_ext.store.store import Blob, Manifest, Store
 from vllm_compile_ext.trace import plan as plans
+from vllm_compile_ext.upstream import backends as upstream
 
 
-class Head(msgspec.Struct, frozen=True):
-    """What of a program is neither code nor plan.
+class Program(SerializableCallable):
+    """What Dynamo's bytecode calls for a model that was traced once.
 
-    prefix, is_encoder: of upstream's backend.  symbols: for each distinct piece, which of its inputs are symbols.
+    plan: straight code over call sites.  pieces: one upstream `PiecewiseBackend` for each distinct piece, which picks
+    the compile range by the number of tokens.  The tensors of copied layers are not passed by the bytecode: `bind`
+    names the model that they are read from, at every call.
     """
+
+    # Of a model that was compiled here, for `keep`: what the trace has read, or why that cannot be told; distinct piece
+    # -> its members, of those that the store has; the constants that each distinct piece holds.
+    seen: Seen | NotDescribed
+    kept: Mapping[int, Mapping[str, Blob]]
+    constants: Sequence[list[Any]]
+
+    def __init__(self, plan: plans.Plan, pieces: list[Any], vllm_config: Any, prefix: str, is_encoder: bool) -> None:
+        self.plan = plan
+        self.pieces = pieces
+        self.prefix = prefix
+        self.is_encoder = is_encoder
+        last = len(plan.calls) - 1
+        # Each call site replays CUDA graphs of its own: its tensors have addresses of their own.
+        sites = [
+            upstream.wrap_with_cudagraph_if_needed(
+                pieces[number], vllm_config, vllm_config.compilation_config, site == 0, site == last
+            )
+            for site, number in enumerate(plan.calls)
+        ]
+        self._run = plan.load(sites)
+        self._gather: Callable[[], list[Any]] | None = None
+
+    def bind(self, model: Any) -> None:
+        """Read the tensors of copied layers from `model` from now on; replaced ones are seen (`Plan.gatherer`)."""
+        self._gather = self.plan.gatherer(model)
+
+    def __call__(self, *args: Any) -> Any:
+        assert self._gather is not None, "bind() comes before the first call"
+        return self._run(self._gather(), *args)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, compiled_fn: Program) -> bytes:
+        raise TypeError("`keep` does it")  # torch wants the method, and does not call it
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, data: bytes) -> Program:
+        raise TypeError("`load` does it")
+
+
+class Header(msgspec.Struct, frozen=True):
+    """prefix, is_encoder: of upstream's backend.  symbols: for each distinct piece, which inputs are symbolic sizes."""
 
     prefix: str
     is_encoder: bool
     symbols: list[list[int]]
 
 
-class _Piece(msgspec.Struct, frozen=True):
-    """See `pieces.Frozen`."""
-
-    source: str
-    record: bytes
-    kernels: list[tuple[str, Blob]]
-
-
-def put_piece(store: Store, piece: Any, own: Sequence[Any]) -> dict[str, dict[str, Blob]]:
-    """Keep one compiled piece (upstream's `PiecewiseBackend`, and the constants it holds): compile range -> "code" and
-    its kernels.
-
-    Raises `OSError`, and `pieces.NotFrozen`.
-    """
-    entries = piece.range_entries.items()
-    return {str(shape): put_artifact(store, entry.runnable, own) for shape, entry in entries}
-
-
-def put_artifact(store: Store, artifact: Any, own: Sequence[Any] = ()) -> dict[str, Blob]:
-    """Keep what Inductor compiled (see `pieces.freeze`): "code" and its kernels.  Raises as `put_piece`."""
-    frozen = pieces.freeze(artifact, own)
-    kernels = [(kind, store.put(data)) for kind, data in frozen.kernels]
-    code = store.put(msgspec.msgpack.encode(_Piece(frozen.source, frozen.record, kernels)))
-    return {"code": code} | {f"kernel/{blob.digest}": blob for _, blob in kernels}
-
-
-def get_piece(store: Store, code: Blob) -> Callable[..., Any]:
-    """The piece of which "code" is `code`.  Raises `DamagedError` where a blob is not what was written."""
-    with span("read and verify"):
-        piece = msgspec.msgpack.decode(store.get(code), type=_Piece)
-        kernels = [(kind, store.get(blob)) for kind, blob in piece.kernels]
-    with span("map", kernels=len(kernels)):
-        return pieces.thaw(pieces.Frozen(piece.source, piece.record, kernels))
-
-
-def is_ours(compiled: Any) -> bool:
-    """Whether a compiled model (`torch._dynamo.aot_compile.AOTCompiledFunction`) was traced once, on the plugin's path.
-
-    What upstream's path compiled is upstream's to keep.
-    """
-    return isinstance(compiled._artifacts.compiled_fn, PlanFunction)
+def is_program(compiled: Any) -> bool:
+    """Whether a compiled model (`torch._dynamo.aot_compile.AOTCompiledFunction`) was traced once."""
+    return isinstance(compiled._artifacts.compiled_fn, Program)
 
 
 def keep(store: Store, compiled: Any) -> dict[str, Blob]:
-    """Keep a compiled model that `is_ours`; returns the members of its entry.
-
-    Raises `OSError`, and `transformed.NotSaved` where the bytecode or a piece has no bytes.
-    """
+    """Keep a compiled model that `is_program`; returns the members of its entry.  Raises `OSError` and `NotKept`."""
     artifacts = compiled._artifacts
-    function = artifacts.compiled_fn
-    if isinstance(function.seen, NotDescribed):
-        raise transformed.NotSaved(f"its trace has read {function.seen}")
-    code = transformed.dumps(transformed.capture(artifacts.runtime_env, artifacts.backend_id))
-    head = Head(function.prefix, function.is_encoder, [piece.sym_shape_indices for piece in function.pieces])
+    program: Program = artifacts.compiled_fn
+    if isinstance(program.seen, NotDescribed):
+        raise NotKept(f"its trace has read {program.seen}")
+    bytecode = Bytecode.capture(artifacts.runtime_env, artifacts.backend_id).dumps()
+    header = Header(program.prefix, program.is_encoder, [piece.sym_shape_indices for piece in program.pieces])
     members: dict[str, Blob] = {}
-    for number, piece in enumerate(function.pieces):
+    for number, piece in enumerate(program.pieces):
         try:
-            kept = function.kept.get(number) or put_piece(store, piece, function.constants[number])
-        except pieces.NotFrozen as why:
-            raise transformed.NotSaved(f"piece {number} of {len(function.pieces)}: {why}") from None
-        for shape, parts in kept.items():
-            members |= {name if name != "code" else f"piece/{number}/{shape}": blob for name, blob in parts.items()}
-    members["bytecode"] = store.put(code)
-    members["seen"] = store.put(msgspec.msgpack.encode(function.seen))
-    members["plan"] = store.put(plans.dumps(function.plan))
-    members["head"] = store.put(msgspec.json.encode(head))
-    return members
+            kept = program.kept.get(number) or keep_piece(store, piece, program.constants[number])
+        except NotKept as why:
+            raise NotKept(f"piece {number} of {len(program.pieces)}: {why}") from None
+        for name, blob in kept.items():
+            kind, _, shape = name.partition("/")
+            members[f"piece/{number}/{shape}" if kind == "code" else name] = blob
+    return members | {
+        "bytecode": store.put(bytecode),
+        "seen": store.put(msgspec.msgpack.encode(program.seen)),
+        "plan": store.put(plans.dumps(program.plan)),
+        "head": store.put(msgspec.json.encode(header)),
+    }
 
 
 def load(store: Store, manifest: Manifest, model: Any) -> tuple[Callable[..., Any], Any]:
@@ -103,19 +114,74 @@ def load(store: Store, manifest: Manifest, model: Any) -> tuple[Callable[..., An
 
     Raises `DamagedError` where a blob is not what was written.
     """
+    from vllm.compilation.backends import VllmBackend
+
     members = manifest.members
     with span("read bytecode and plan"):
-        code = transformed.loads(store.get(members["bytecode"]))
+        bytecode = Bytecode.loads(store.get(members["bytecode"]))
         plan = plans.loads(store.get(members["plan"]))
-        head = msgspec.json.decode(store.get(members["head"]), type=Head)
-    runnables: list[dict[str, Any]] = [{} for _ in head.symbols]
+        header = msgspec.json.decode(store.get(members["head"]), type=Header)
+    runnables: list[dict[str, Any]] = [{} for _ in header.symbols]
     for name, blob in members.items():
         kind, _, rest = name.partition("/")
         if kind == "piece":
             number, _, shape = rest.partition("/")
             with span(f"load piece {number}", range=shape):
-                runnables[int(number)][shape] = get_piece(store, blob)
+                runnables[int(number)][shape] = load_code(store, blob)
     with span("bind"):
-        function = PlanFunction.of(plan, head.symbols, runnables, model.vllm_config, head.prefix, head.is_encoder)
-        function.bind(model)
-    return code.function(function, getattr(model.forward, "__func__", model.forward)), code.code
+        backend = VllmBackend(model.vllm_config, header.prefix, header.is_encoder)
+        made = [
+            loaded_piece(backend, number, len(runnables), header.symbols[number], found)
+            for number, found in enumerate(runnables)
+        ]
+        program = Program(plan, made, model.vllm_config, header.prefix, header.is_encoder)
+        program.bind(model)
+    return bytecode.function(program, getattr(model.forward, "__func__", model.forward)), bytecode.code
+
+
+def count_pieces(members: Iterable[str]) -> int:
+    return sum(name.startswith("piece/") for name in members)
+
+
+def loaded_piece(
+    backend: Any, number: int, count: int, symbols: list[int], runnables: Mapping[str, Callable[..., Any]]
+) -> PiecewiseBackend:
+    """Upstream's dispatch by number of tokens over a piece that is compiled: compile range -> callable."""
+    return PiecewiseBackend(
+        graph=None,
+        vllm_config=backend.vllm_config,
+        piecewise_compile_index=number,
+        total_piecewise_compiles=count,
+        sym_shape_indices=symbols,
+        vllm_backend=backend,
+        returns_tuple=True,
+        compiled_runnables=dict(runnables),
+    )
+
+
+def keep_piece(store: Store, piece: PiecewiseBackend, constants: Sequence[Any]) -> dict[str, Blob]:
+    """Keep one compiled piece: "code/<compile range>" for each range, and its kernels."""
+    members: dict[str, Blob] = {}
+    for shape, entry in piece.range_entries.items():
+        members |= keep_code(store, entry.runnable, constants, f"code/{shape}")
+    return members
+
+
+def keep_code(store: Store, artifact: Any, constants: Sequence[Any], name: str) -> dict[str, Blob]:
+    """Keep what Inductor compiled (see `piece.freeze`) under `name`, beside its kernels.
+
+    Raises `OSError` and `NotKept`.
+    """
+    frozen = pieces.freeze(artifact, constants)
+    kernels = [(kind, store.put(data)) for kind, data in frozen.kernels]
+    code = store.put(msgspec.msgpack.encode((frozen.source, frozen.record, kernels)))
+    return {name: code} | {f"kernel/{blob.digest}": blob for _, blob in kernels}
+
+
+def load_code(store: Store, code: Blob) -> Callable[..., Any]:
+    """The callable that `keep_code` kept.  Raises `DamagedError` where a blob is not what was written."""
+    with span("read and verify"):
+        source, record, blobs = msgspec.msgpack.decode(store.get(code), type=tuple[str, bytes, list[tuple[str, Blob]]])
+        kernels = [(kind, store.get(blob)) for kind, blob in blobs]
+    with span("map", kernels=len(kernels)):
+        return pieces.thaw(pieces.Frozen(source, record, kernels))

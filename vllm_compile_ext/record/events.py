@@ -19,16 +19,21 @@ COUNTS: dict[str, dict[str, str | int]] = {
         "store_loaded_bytes_total": "bytes",
         "pieces_loaded_total": "pieces",
     },
-    "compiled": {"pieces_compiled_total": "compiled", "pieces_loaded_total": "loaded"},
+    "compiled": {
+        "pieces_compiled_total": "compiled",
+        "pieces_loaded_total": "loaded",
+        "store_loaded_bytes_total": "loaded_bytes",
+    },
     "kept": {"store_kept_bytes_total": "bytes"},
     "not kept": {"store_failures_total": 1},
     "refuted": {"copies_refuted_total": 1},
     "function compiled": {"functions_compiled_total": 1},
     "function loaded": {"functions_loaded_total": 1, "store_loaded_bytes_total": "bytes"},
+    "captured": {"graph_capture_seconds_total": "seconds"},
     "function kept": {"store_kept_bytes_total": "bytes"},
 }
 # What an operator should look at; the rest is logged at level INFO.
-WARNINGS = frozenset({"fallback", "not kept", "refuted"})
+WARNINGS = frozenset({"fallback", "graphs skipped", "not kept", "refuted"})
 
 
 def event(name: str, line: str = "", /, *, level: int | None = None, **facts: Any) -> None:

@@ -5,7 +5,7 @@
     metrics.set("startup_seconds", 4.2, phase="weights")
 
 `METRICS` lists the names; each is exposed with `PREFIX`.  Whoever counts writes to memory-mapped files of the format
-of `prometheus_client` in the folder that the processes share (`run_folder`); whoever serves ``/metrics`` reads them
+of `prometheus_client` in the folder that the processes share (`temporary`); whoever serves ``/metrics`` reads them
 when it is asked: counters are added up over processes, the gauges as their table says.  Nothing here raises, waits
 for another process, or is imported before the first count; the first failure costs one line and ends the counting.
 """
@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_compile_ext import harmless, run_folder
-from vllm_compile_ext.after_import import after_import
+from vllm_compile_ext import harmless, temporary
 
 logger = logging.getLogger(__name__)
 
@@ -83,145 +82,110 @@ METRICS = (
 _BY_NAME = {metric.name: metric for metric in METRICS}
 
 
-def table() -> tuple[Metric, ...]:
-    """All metrics that there are."""
-    return METRICS
-
-
 def inc(name: str, amount: float = 1, **labels: str) -> None:
     """Add to a counter of `METRICS`."""
-    try:
-        with _lock:
-            series = _series.get((name, *labels.items())) or _open(name, labels, "counter")
-            if series is not None and amount > 0:
-                series.value += amount
-                series.write(0.0)
-    except Exception as error:
-        _give_up(error)
+    _write(name, amount, labels, add=True)
 
 
 def set(name: str, value: float, **labels: str) -> None:
     """Set a gauge of `METRICS`."""
-    try:
-        with _lock:
-            series = _series.get((name, *labels.items())) or _open(name, labels, "gauge")
-            if series is not None:
-                series.value = float(value)
-                series.write(time.time())
-    except Exception as error:
-        _give_up(error)
-
-
-class _Series:
-    """One line of ``/metrics``, as far as this process made it."""
-
-    def __init__(self, file: Any, key: str) -> None:
-        self.file, self.key = file, key
-        self.value: float = file.read_value(key)[0]  # other than 0 where a process of the same number has ended
-
-    def write(self, stamp: float) -> None:
-        self.file.write_value(self.key, self.value, stamp)
+    _write(name, value, labels, add=False)
 
 
 _lock = threading.RLock()  # a finalizer may count in the middle of a count
-_series: dict[tuple[Any, ...], _Series] = {}
+_series: dict[tuple[str, ...], tuple[Any, str]] = {}  # name and values of the labels -> file, and key in it
 _files: dict[str, Any] = {}
+_folder: str | None = None  # the one that the files lie in
 _over = False  # counting has failed
-_told = False  # a warning was given
+_warned = False
 
 
-def _open(name: str, labels: dict[str, str], kind: str) -> _Series | None:
-    """The series, where there is a place to count; under the lock."""
-    folder = run_folder.folder()
-    if folder is None or _over:
-        return None
-    metric = _BY_NAME.get(name)
-    if metric is None or sorted(labels) != sorted(metric.labels) or (metric.kind == "counter") != (kind == "counter"):
-        raise _UnknownError(f"there is no {kind} {name} with the labels {', '.join(labels) or '(none)'}")
+class _Mistake(Exception):  # noqa: N818 - its name is printed
+    """The caller's, who is told in one line; other counts go on."""
+
+
+def _write(name: str, value: float, labels: dict[str, str], *, add: bool) -> None:
+    global _over, _folder
+    try:
+        with _lock:
+            metric = _BY_NAME.get(name)
+            if metric is None or labels.keys() != {*metric.labels} or (metric.kind == "counter") != add:
+                kind = "counter" if add else "gauge"
+                raise _Mistake(f"there is no {kind} {name} with the labels {', '.join(labels) or '(none)'}")
+            folder = os.environ.get(temporary.RUN)
+            if folder != _folder:
+                forget()
+                _folder = folder
+            if not folder or _over or (add and not value > 0):
+                return
+            values = [str(labels[label])[:LETTERS] for label in metric.labels]
+            file, key = _series.get((name, *values)) or _open(Path(folder), metric, values)
+            # Not 0 at first where a process of the same number has ended.
+            file.write_value(key, file.read_value(key)[0] + value if add else float(value), time.time())
+    except Exception as error:
+        _over = _over or not isinstance(error, _Mistake)
+        _warn(error)
+
+
+def _open(folder: Path, metric: Metric, values: list[str]) -> tuple[Any, str]:
+    """The series of `metric` with these values of its labels; under the lock."""
     from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
+    if len(_series) >= SERIES:
+        raise _Mistake(f"more than {SERIES} series: {metric.name} {values}")
     # The name of a file says how its values are put together (`prometheus_client/multiprocess.py`, 0.26).
     stem = {"counter": "counter", "sum": "gauge_livesum", "latest": "gauge_mostrecent"}[metric.kind]
     if stem not in _files:
         path = folder / f"{stem}_{os.getpid()}.db"
-        _reserve(path)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, SIZE)  # `OSError` now where the disk is full, and not SIGBUS later
+        finally:
+            os.close(handle)
         _files[stem] = MmapedDict(str(path))
-    values = [str(labels[label])[:LETTERS] for label in metric.labels]
-    family = (PREFIX + name).removesuffix("_total")
-    key = mmap_key(family, PREFIX + name, list(metric.labels), values, metric.help)
-    made = next((each for each in _series.values() if each.key == key), None)
-    if made is None:
-        if len({each.key for each in _series.values()}) >= SERIES:
-            raise _UnknownError(f"more than {SERIES} series: {name} {labels}")
-        made = _Series(_files[stem], key)
-    _series[(name, *labels.items())] = made  # also where the labels are in another order
+    name = PREFIX + metric.name
+    key = mmap_key(name.removesuffix("_total"), name, list(metric.labels), values, metric.help)
+    made = _series[metric.name, *values] = _files[stem], key
     return made
 
 
-class _UnknownError(Exception):
-    """A mistake of the caller, who is told in one line; other counts go on."""
-
-
-def _reserve(path: Path) -> None:
-    """Make the file with all its blocks.  Raises `OSError` where the disk is full."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        os.posix_fallocate(handle, 0, SIZE)
-    finally:
-        os.close(handle)
-
-
-def _give_up(error: Exception) -> None:
-    global _over
-    _over = _over or not isinstance(error, _UnknownError)
-    _tell(error)
-
-
-def _tell(error: Exception) -> None:
-    global _told
-    if not _told:
-        _told = True
+def _warn(error: Exception) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
         logger.warning("metrics are not complete: %s", harmless.error(error).lstrip("_"))
         logger.debug("metrics", exc_info=True)
 
 
 def forget() -> None:
     """Begin anew: for a forked child, which has files and a process number of its own, and for tests."""
-    global _lock, _over, _told
+    global _lock, _over, _warned
     _lock = threading.RLock()
     _series.clear()
     _files.clear()
-    _over = _told = False
+    _over = _warned = False
 
 
 os.register_at_fork(after_in_child=forget)
 
 
-class Collector:
-    """What all processes have counted so far, for a registry of `prometheus_client`."""
-
-    def describe(self) -> Iterable[Any]:
-        return ()
-
-    def collect(self) -> Iterable[Any]:
-        try:
-            return list(_collect())
-        except Exception as error:  # the rest of the page is vLLM's
-            _tell(error)
-            return ()
-
-
-_collector = Collector()
+def collect() -> list[Any]:
+    """What all processes have counted so far, as metrics of `prometheus_client`."""
+    try:
+        return list(_collect())
+    except Exception as error:  # the rest of the page is vLLM's
+        _warn(error)
+        return []
 
 
 def _collect() -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    folder = run_folder.folder()
+    folder = temporary.run_folder()
     if folder is None:
         return
-    found = list(MultiProcessCollector.merge([str(path) for path in _readable(folder)]))
+    found = list(MultiProcessCollector.merge([str(path) for path in sorted(folder.glob("*.db")) if _is_readable(path)]))
     yield from found
     seen = {metric.name for metric in found}
     for metric in METRICS:  # a rate needs a beginning
@@ -230,76 +194,36 @@ def _collect() -> Iterator[Any]:
             yield CounterMetricFamily(name, metric.help, value=0)
 
 
-def _readable(folder: Path) -> Iterator[Path]:
-    """The files of the folder, without the gauges of processes that are gone and what such a process left damaged."""
+def _is_readable(path: Path) -> bool:
+    """Whether the file counts: gauges of processes that are gone do not, nor what such a process left damaged."""
+    import psutil
     from prometheus_client.mmap_dict import MmapedDict
 
-    for path in sorted(folder.glob("*.db")):
-        try:
-            if path.name.startswith("gauge_live") and not _lives(int(path.stem.rpartition("_")[2])):
-                continue
-            list(MmapedDict.read_all_values_from_file(str(path)))
-        except Exception as error:
-            logger.debug("%s is not read: %s", path, error)
-            continue
-        yield path
-
-
-def _lives(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        list(MmapedDict.read_all_values_from_file(str(path)))
+        return not path.name.startswith("gauge_live") or psutil.pid_exists(int(path.stem.rpartition("_")[2]))
+    except Exception as error:
+        logger.debug("%s is not read: %s", path, error)
         return False
-    except OSError:
-        pass
-    return True
 
 
 def samples() -> dict[tuple[str, ...], float]:
     """What ``/metrics`` would show now: (name, value of each label) -> value; {} where nothing can be read."""
     return {
         (sample.name, *map(str, sample.labels.values())): float(sample.value)
-        for metric in _collector.collect()
+        for metric in collect()
         for sample in metric.samples
     }
 
 
-_undo: list[Callable[[], None]] = []
+def with_ours(stock: Callable[..., Iterable[Any]]) -> Callable[..., list[Any]]:
+    """For `prometheus_client.REGISTRY.collect` and `MultiProcessCollector.collect`: also what `collect` finds.
 
-
-def expose() -> None:
-    """Let ``/metrics`` show the metrics in this process, as soon as it has imported what a page is made of.
-
-    With one API server the page is `prometheus_client.REGISTRY`.  With several (``PROMETHEUS_MULTIPROC_DIR`` is set
-    then) it is what a `MultiProcessCollector` finds, one that is made for each request
-    (`prometheus_fastapi_instrumentator` 8.1, `Instrumentator.expose`), and also one of vLLM's (0.32.0,
-    `v1/metrics/prometheus.py: get_prometheus_registry`).
+    With one API server a page is the registry.  With several (``PROMETHEUS_MULTIPROC_DIR`` is set then) it is what a
+    `MultiProcessCollector` finds, one that is made for each request (`prometheus_fastapi_instrumentator` 8.1,
+    `Instrumentator.expose`), and also one of vLLM's (0.32.0, `v1/metrics/prometheus.py: get_prometheus_registry`).
     """
-    _undo.append(after_import("prometheus_client", _show))
-    _undo.append(after_import("prometheus_client.multiprocess", _show_with_others))
-
-
-def _show(prometheus_client: Any) -> None:
-    prometheus_client.REGISTRY.register(_collector)
-    _undo.append(lambda: prometheus_client.REGISTRY.unregister(_collector))
-
-
-def _show_with_others(multiprocess: Any) -> None:
-    theirs = multiprocess.MultiProcessCollector
-    upstream = theirs.collect
-
-    def collect(self: Any) -> list[Any]:
-        return [*upstream(self), *_collector.collect()]
-
-    theirs.collect = collect
-    _undo.append(lambda: setattr(theirs, "collect", upstream))
-
-
-def conceal() -> None:
-    """Undo `expose`, and count no more in the files that are open."""
-    while _undo:
-        _undo.pop()()
-    forget()
+    return lambda *args: [*stock(*args), *collect()]
 
 
 def markdown() -> str:

@@ -9,13 +9,12 @@ belongs to one span of one process, and so the rows of the table add up to the w
   front end, and of workers the one whose span ends last: the others wait for it at their next collective.
 
 A span without a phase takes that of the nearest span around it; where there is none, the time is "other".
-Standard library only: vLLM's front end prints the table.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,6 +43,7 @@ PHASES = (
     "first request",
     OTHER,
 )
+_PLACE = {phase: place for place, phase in enumerate(PHASES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Breakdown:
     @property
     def coverage(self) -> float:
         """The share of the wall time inside named phases, 0 to 1."""
-        return 1.0 - next((row.share for row in self.rows if row.phase == OTHER), 0.0)
+        return 1.0 - sum(row.share for row in self.rows if row.phase == OTHER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,32 +119,35 @@ class Tree:
         self._phase: dict[str, str] = {}
         self._waits: dict[str, bool] = {}
         for span in start.spans:
-            self._place(span)
+            for each in reversed(self.path(span)):
+                if each.id not in self._depth:
+                    self._place(each)
 
     def _place(self, span: Span) -> None:
-        """Depth and phase of `span` and of those around it.  In a damaged file they may go in a circle."""
-        path = []
-        at: Span | None = span
-        seen = set()
-        while at is not None and at.id not in self._depth and at.id not in seen:
-            seen.add(at.id)
-            path.append(at)
-            at = self.around(at)
-        for inner in reversed(path):
-            outer = self.around(inner)
-            known = outer is not None and outer.id in self._depth
-            self._depth[inner.id] = self._depth[outer.id] + 1 if outer is not None and known else 0
-            # Of another process, what its work is for is known, what it waits for is not.
-            same = outer is not None and known and outer.pid == inner.pid
-            self._phase[inner.id] = inner.phase or (self._phase[outer.id] if outer is not None and same else OTHER)
-            waits = inner.attrs.get("wait")
-            if waits is None:
-                waits = self._waits[outer.id] if outer is not None and same and not inner.phase else False
-            self._waits[inner.id] = bool(waits) or self._phase[inner.id] == WAITING
+        """Find depth, phase and waiting of `span`, whose parent has been placed unless they go in a circle."""
+        outer = self.around(span)
+        outer = outer if outer is not None and outer.id in self._depth else None
+        self._depth[span.id] = self._depth[outer.id] + 1 if outer is not None else 0
+        # Of another process, what its work is for is known, what it waits for is not.
+        inherits = outer is not None and outer.pid == span.pid
+        self._phase[span.id] = span.phase or (self._phase[outer.id] if outer is not None and inherits else OTHER)
+        waits = span.attrs.get("wait")
+        if waits is None and outer is not None and inherits and not span.phase:
+            waits = self._waits[outer.id]
+        self._waits[span.id] = bool(waits) or self._phase[span.id] == WAITING
 
     def around(self, span: Span) -> Span | None:
         """The span that `span` is part of; None for an outermost one."""
         return self.spans.get(span.parent) if span.parent is not None else None
+
+    def path(self, span: Span) -> list[Span]:
+        """`span` and those around it, from the inside out.  In a damaged file they may go in a circle, once."""
+        path: dict[str, Span] = {}
+        at: Span | None = span
+        while at is not None and at.id not in path:
+            path[at.id] = at
+            at = self.around(at)
+        return list(path.values())
 
     def phase(self, span: Span) -> str:
         """Its own phase, or the one it inherits."""
@@ -163,92 +166,72 @@ class Tree:
             return span.end
         return max(span.start, self._exits.get(span.pid, self.start.last))
 
-    def leaves(self) -> list[Span]:
-        """The spans that no other span is part of."""
-        outer = {span.parent for span in self.start.spans}
-        return [span for span in self.start.spans if span.id not in outer]
-
-    def within(self, span: Span) -> tuple[int, int]:
-        """Of a process's open spans, the greatest is the innermost."""
-        return self.depth(span), span.start
-
-    def preference(self, span: Span) -> tuple[bool, bool, int, int]:
+    def _preference(self, span: Span) -> tuple[bool, bool, int, int]:
         """Of the innermost spans of processes, the greatest is the one that the instant belongs to."""
-        process = self.processes.get(span.pid)
         named = self.phase(span) != OTHER
-        return named, named and not self.waits(span), process.depth if process else 0, self.end(span)
+        return named, named and not self.waits(span), self.processes[span.pid].depth, self.end(span)
+
+    def segments(self, spans: Iterable[Span], begin: int, end: int) -> list[Segment]:
+        """What `spans` fill of `begin` to `end` without a gap, and no two neighbours alike."""
+        edges: dict[int, tuple[list[Span], list[Span]]] = defaultdict(lambda: ([], []))
+        for span in spans:
+            opened, closed = max(span.start, begin), min(self.end(span), end)
+            if opened < closed:
+                edges[opened][0].append(span)
+                edges[closed][1].append(span)
+        open_spans: dict[int, dict[str, Span]] = defaultdict(dict)  # of each process
+        found: list[Segment] = []
+        for time, until in pairwise(sorted({begin, end, *edges})):
+            opening, closing = edges.get(time, ((), ()))
+            for span in closing:
+                del open_spans[span.pid][span.id]
+            for span in opening:
+                open_spans[span.pid][span.id] = span
+            innermost = [
+                max(each.values(), key=lambda s: (self.depth(s), s.start)) for each in open_spans.values() if each
+            ]
+            chosen = max(innermost, key=self._preference, default=None)
+            if found and found[-1].span is chosen:
+                found[-1] = Segment(found[-1].begin, until, found[-1].phase, chosen)
+            else:
+                found.append(Segment(time, until, OTHER if chosen is None else self.phase(chosen), chosen))
+        return found
 
 
 def breakdown(start: Start, begin: int | None = None, end: int | None = None) -> Breakdown:
     """From the beginning to ready, or to the last thing recorded where it did not come to that."""
-    tree = Tree(start)
     first = start.begin if begin is None else begin
     last = start.ready if start.ready is not None else start.last
     last = max(first, last if end is None else end)
-    segments = _segments(tree, start.spans, first, last)
+    segments = Tree(start).segments(start.spans, first, last)
     return Breakdown(first, last, segments, _rows(segments, last - first))
-
-
-def _segments(tree: Tree, spans: list[Span], begin: int, end: int) -> list[Segment]:
-    """What `spans` fill of `begin` to `end` without a gap, and no two neighbours alike."""
-    edges: dict[int, tuple[list[Span], list[Span]]] = defaultdict(lambda: ([], []))
-    for span in spans:
-        opened, closed = max(span.start, begin), min(tree.end(span), end)
-        if opened < closed:
-            edges[opened][0].append(span)
-            edges[closed][1].append(span)
-    times = sorted({begin, end, *edges})
-    opened_by: dict[int, dict[str, Span]] = defaultdict(dict)
-    found: list[Segment] = []
-    for time, until in pairwise(times):
-        if time in edges:
-            for span in edges[time][1]:
-                opened_by[span.pid].pop(span.id, None)
-            for span in edges[time][0]:
-                opened_by[span.pid][span.id] = span
-        innermost = [max(open_.values(), key=tree.within) for open_ in opened_by.values() if open_]
-        chosen = max(innermost, key=tree.preference, default=None)
-        phase = OTHER if chosen is None else tree.phase(chosen)
-        if found and found[-1].span is chosen:
-            found[-1] = Segment(found[-1].begin, until, phase, chosen)
-        else:
-            found.append(Segment(time, until, phase, chosen))
-    return found
 
 
 def _rows(segments: Iterable[Segment], wall: int) -> list[Row]:
     total: dict[str, int] = defaultdict(int)
     for segment in segments:
         total[segment.phase] += segment.end - segment.begin
-    return [Row(phase, total[phase] / 1e9, total[phase] / wall if wall else 0.0) for phase in ordered(total)]
+    return [Row(phase, total[phase] / 1e9, total[phase] / wall if wall else 0.0) for phase in _ordered(total)]
 
 
 def by_process(start: Start) -> dict[int, list[Row]]:
     """Seconds by phase of each process for itself, whatever the others did; shares are of the start's wall time."""
-    tree = Tree(start)
-    whole = breakdown(start)
-    found = {}
+    tree, whole, found = Tree(start), breakdown(start), {}
     for process in start.processes:
-        spans = [span for span in start.spans if span.pid == process.pid]
-        segments = _segments(tree, spans, whole.begin, whole.end)
-        found[process.pid] = _rows((s for s in segments if s.span is not None), whole.end - whole.begin)
+        segments = tree.segments((one for one in start.spans if one.pid == process.pid), whole.begin, whole.end)
+        found[process.pid] = _rows((one for one in segments if one.span is not None), whole.end - whole.begin)
     return found
 
 
 def compare(old: Breakdown, new: Breakdown) -> list[Difference]:
     """The phases of both, in `PHASES`' order."""
-    before, after = _seconds(old.rows), _seconds(new.rows)
-    return [Difference(phase, before.get(phase), after.get(phase)) for phase in ordered({**before, **after})]
+    before, after = ({row.phase: row.seconds for row in each.rows} for each in (old, new))
+    return [Difference(phase, before.get(phase), after.get(phase)) for phase in _ordered({**before, **after})]
 
 
-def _seconds(rows: Iterable[Row]) -> dict[str, float]:
-    return {row.phase: row.seconds for row in rows}
-
-
-def ordered(phases: Mapping[str, object] | Iterable[str]) -> list[str]:
+def _ordered(phases: Iterable[str]) -> list[str]:
     """In `PHASES`' order; what is not there, of another version, goes before "other"."""
-    known = {phase: place for place, phase in enumerate(PHASES)}
-    return sorted(phases, key=lambda phase: (known.get(phase, len(PHASES) - 1.5), phase))
+    return sorted(phases, key=lambda phase: (_PLACE.get(phase, len(PHASES) - 1.5), phase))
 
 
 def death(start: Start) -> Death | None:
@@ -260,31 +243,20 @@ def death(start: Start) -> Death | None:
         return None
     tree = Tree(start)
     errors = {gone.pid: gone.error for gone in start.exits if gone.error}
-    candidates = [span for span in start.spans if _fatal(tree, span)]
 
     def rank(span: Span) -> tuple[bool, int, bool, int, int, int]:
-        process = tree.processes.get(span.pid)
-        depth = process.depth if process else 0
         failed = span.error is not None
         # An error goes from the inside out: the first to end is where it happened.  Killed: the last to begin.
         moment = -(span.end or 0) if failed else span.start
         named = tree.phase(span) != OTHER and not tree.waits(span)
-        return named, depth, failed, moment, tree.depth(span), span.start
+        return named, tree.processes[span.pid].depth, failed, moment, tree.depth(span), span.start
 
-    span = max(candidates, key=rank, default=None)
+    def is_fatal(span: Span) -> bool:
+        """Whether it was never left, or was left with an error that nothing around it in its process held up."""
+        return not any(one.pid == span.pid and one.end is not None and one.error is None for one in tree.path(span))
+
+    span = max(filter(is_fatal, start.spans), key=rank, default=None)
+    error = next(iter(errors.values()), None)
     if span is None:
-        return Death(None, None, OTHER, next(iter(errors.values()), None))
-    error = span.error or errors.get(span.pid) or next(iter(errors.values()), None)
-    return Death(tree.processes.get(span.pid), span, tree.phase(span), error)
-
-
-def _fatal(tree: Tree, span: Span) -> bool:
-    """Whether it was never left, or was left with an error that nothing around it in its process held up."""
-    seen = set()
-    at: Span | None = span
-    while at is not None and at.pid == span.pid and at.id not in seen:
-        if at.end is not None and at.error is None:
-            return False
-        seen.add(at.id)
-        at = tree.around(at)
-    return True
+        return Death(None, None, OTHER, error)
+    return Death(tree.processes[span.pid], span, tree.phase(span), span.error or errors.get(span.pid) or error)

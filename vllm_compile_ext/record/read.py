@@ -1,36 +1,40 @@
-"""Read a recorded start: one file of JSON lines (`record/file.py` writes it) as dataclasses.
+"""Read a recorded start: one file of JSON lines, which `vllm_compile_ext.record.recorder` writes.
 
 All processes of a start append to the same file, and any of them may be killed at any moment.  So a line that is cut
 off or damaged is skipped and counted, a span without an end has `end` None, and what is missing has a default.
-Standard library only: vLLM's own processes read the previous start.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from vllm_compile_ext import settings
 
+FOLDER = "_VLLM_COMPILE_EXT_STARTS"  # set by `vllm-compile-ext warm` for the start that it asks for
 SUFFIX = ".jsonl"
-VERSION = 1  # of the format
 
 # Depth of a kind of process: a deeper one is waited for by those above it.  A helper looks something up for one of the
 # others, which does nothing meanwhile.
 KINDS = {"front end": 0, "engine core": 1, "worker": 2, "helper": 3}
+
+Moment = Annotated[int, Meta(gt=0, le=2**63 - 1)]  # unix ns
+Name = Annotated[str, Meta(min_length=1)]
 
 
 class ReadError(ValueError):
     """The file is not a recorded start; the message names it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
+class Process(Struct, frozen=True, kw_only=True, tag_field="k", tag="process", rename={"start": "t"}):
     """start: unix ns, as the operating system has it.  rank: of a worker, None where it is not known."""
 
     pid: int
@@ -39,7 +43,7 @@ class Process:
     name: str = ""
     argv: tuple[str, ...] = ()
     host: str = ""
-    start: int = 0
+    start: Moment
     rank: int | None = None
 
     @property
@@ -52,17 +56,16 @@ class Process:
         return self.kind if self.rank is None else f"{self.kind} {self.rank}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class Span(Struct, frozen=True, kw_only=True, tag_field="k", tag="span", rename={"start": "t"}):
     """start, end: unix ns; end is None where the span never ended, or had not when the file was read."""
 
-    id: str
-    parent: str | None
+    id: Name
+    parent: str | None = None
     pid: int
-    name: str
-    start: int
-    end: int | None = None
-    attrs: dict[str, Any] = field(default_factory=dict)
+    name: Name
+    start: Moment
+    end: Moment | None = None
+    attrs: dict[str, Any] = {}
     error: str | None = None
 
     @property
@@ -71,23 +74,62 @@ class Span:
         return value if isinstance(value, str) and value else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Note:
+class Note(Struct, frozen=True, kw_only=True, tag_field="k", tag="note", rename={"time": "t"}):
     """A fact about what was compiled, loaded or captured."""
 
-    time: int
-    pid: int
-    name: str
-    attrs: dict[str, Any]
+    time: Moment
+    pid: int = 0
+    name: Name
+    attrs: dict[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exit:
+class Exit(Struct, frozen=True, kw_only=True, tag_field="k", tag="exit", rename={"time": "t"}):
     """The end of a process that still recorded."""
 
-    time: int
+    time: Moment
+    pid: int = 0
+    error: str | None = None
+
+
+# The other kinds of lines.
+
+
+class _First(Struct, tag_field="k", tag="start"):
+    t: Moment
+    trace: str = ""
+    parent: str | None = None
+    model: str = ""
+    options: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+
+
+class _Begin(Struct, tag_field="k", tag="begin"):
+    t: Moment
+    id: Name
     pid: int
-    error: str | None
+    name: Name
+    parent: str | None = None
+    attrs: dict[str, Any] = {}
+
+
+class _End(Struct, tag_field="k", tag="end"):
+    t: Moment
+    id: Name
+    attrs: dict[str, Any] = {}
+    error: str | None = None
+
+
+class _Ready(Struct, tag_field="k", tag="ready"):
+    t: Moment
+
+
+class _FirstToken(Struct, tag_field="k", tag="first_token"):
+    t: Moment
+
+
+_Line = _First | Process | _Begin | _End | Span | Note | _Ready | _FirstToken | Exit
+_decoder: msgspec.json.Decoder[_Line] = msgspec.json.Decoder(_Line)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,8 +184,9 @@ class Start:
 
 
 def folder() -> Path:
-    """Where starts are recorded: `compile_starts` in vLLM's cache root."""
-    return settings.cache_root() / "compile_starts"
+    """Where starts are recorded: `compile_starts` in vLLM's cache root, or the folder that `FOLDER` names."""
+    named = os.environ.get(FOLDER)
+    return Path(named) if named else settings.cache_root() / "compile_starts"
 
 
 def recorded(where: Path | None = None) -> list[Path]:
@@ -168,201 +211,68 @@ def starts(where: Path | None = None) -> Iterator[Start]:
             yield read(path)
 
 
-def previous(of: Start, where: Path | None = None) -> Start | None:
-    """The last start of the same model before `of` that got ready; None where there is none."""
-    older = [path for path in recorded(where) if path.name.removesuffix(SUFFIX) < of.id]
-    for path in reversed(older):
-        with suppress(OSError, ValueError):
-            if model(path) == of.model:
+def previous(start: Start, where: Path | None = None) -> Start | None:
+    """The last start of the same model before `start` that got ready; None where there is none."""
+    for path in reversed(recorded(where)):
+        if path.name.removesuffix(SUFFIX) < start.id:
+            with suppress(OSError, ValueError):
                 found = read(path)
-                if found.ready is not None:
+                if found.ready is not None and found.model == start.model:
                     return found
     return None
-
-
-def model(path: Path) -> str:
-    """The model of a recorded start, from its first line alone; "" where that cannot be read.  Raises `OSError`."""
-    with path.open("rb") as file:
-        line = _line(file.readline())
-    return _text(line.get("model")) if line is not None and line["k"] == "start" else ""
 
 
 def parse(lines: Iterable[bytes], name: str) -> Start:
     """A `Start` with the id `name` from the lines of its file, in any order."""
     start = Start(id=name)
-    reader = _Reader(start)
+    processes: dict[int, Process] = {}
+    spans: dict[str, Span] = {}
+    ends: dict[str, _End] = {}
     for raw in lines:
         if not raw.strip():
             continue
-        line = _line(raw)
-        if line is None or not reader.take(line):
+        try:
+            line = _decoder.decode(raw)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             start.skipped += 1
-    reader.finish()
+            continue
+        match line:
+            case _First(t=time):
+                if not start.time:
+                    start.time, start.trace, start.parent, start.model = time, line.trace, line.parent, line.model
+                    start.options, start.versions, start.machine = line.options, line.versions, line.machine
+            case Process(start=time, pid=pid):
+                # A process may say again what it is: its rank is what it may not know yet.
+                known = processes[pid].rank if pid in processes and line.rank is None else line.rank
+                processes[pid] = replace(line, rank=known)
+            case _Begin(t=time):
+                at = {"id": line.id, "parent": line.parent, "pid": line.pid, "start": time}
+                spans[line.id] = Span(**at, name=line.name, attrs=line.attrs)  # type: ignore[arg-type]
+            case _End(t=time):
+                ends[line.id] = line
+            case Span(start=time):
+                time = max(time, line.end or 0)
+                spans[line.id] = replace(line, end=time)
+            case Note(time=time):
+                start.notes.append(line)
+            case Exit(time=time):
+                start.exits.append(line)
+            case _Ready(t=time):
+                start.ready = min(time, start.ready or time)
+            case _FirstToken(t=time):
+                start.first_token = min(time, start.first_token or time)
+        start.last = max(start.last, time)
+    for key, end in ends.items():
+        if (span := spans.get(key)) is not None:
+            attrs = span.attrs | end.attrs
+            spans[key] = replace(span, end=max(span.start, end.t), attrs=attrs, error=end.error)
+        else:
+            start.skipped += 1
+    start.spans = sorted(spans.values(), key=lambda span: (span.start, -(span.end or span.start)))
+    for span in start.spans:
+        processes.setdefault(span.pid, Process(pid=span.pid, kind="process", start=span.start))
+    start.processes = sorted(processes.values(), key=lambda one: (one.depth, one.rank or 0, one.start, one.pid))
+    start.notes.sort(key=lambda note: note.time)
+    times = [span.start for span in start.spans] or [process.start for process in start.processes]
+    start.time = start.time or min(times, default=0)
     return start
-
-
-class _Reader:
-    """Puts lines into a start; the two lines of a span may come in any order."""
-
-    def __init__(self, start: Start) -> None:
-        self.start = start
-        self.processes: dict[int, Process] = {}
-        self.spans: dict[str, Span] = {}
-        self.ends: dict[str, dict[str, Any]] = {}
-        self.kinds: dict[str, Callable[[dict[str, Any], int], bool]] = {
-            "start": self._start,
-            "process": self._process,
-            "begin": self._begin,
-            "end": self._end,
-            "span": self._span,
-            "note": self._note,
-            "ready": self._ready,
-            "first_token": self._first_token,
-            "exit": self._exit,
-        }
-
-    def take(self, line: dict[str, Any]) -> bool:
-        """False when the line lacks what its kind needs."""
-        time = _moment(line.get("t"))
-        if time is None:
-            return False
-        take = self.kinds.get(line["k"])
-        if take is None:
-            return False
-        taken = take(line, time)
-        if taken:
-            self.start.last = max(self.start.last, time)
-        return taken
-
-    def finish(self) -> None:
-        start = self.start
-        for key, end in self.ends.items():
-            if key in self.spans:
-                self.spans[key] = _ended(self.spans[key], end)
-            else:
-                start.skipped += 1
-        start.spans = sorted(self.spans.values(), key=lambda span: (span.start, -(span.end or span.start)))
-        for span in start.spans:
-            self.processes.setdefault(span.pid, Process(pid=span.pid, kind="process", start=span.start))
-        start.processes = sorted(
-            self.processes.values(), key=lambda process: (process.depth, process.rank or 0, process.start, process.pid)
-        )
-        start.notes.sort(key=lambda note: note.time)
-        start.time = start.time or min((span.start for span in start.spans), default=0)
-        start.time = start.time or min((process.start for process in start.processes if process.start), default=0)
-
-    def _start(self, line: dict[str, Any], time: int) -> bool:
-        start = self.start
-        if start.time:  # the first one counts
-            return True
-        start.time = time
-        start.trace, start.parent = _text(line.get("trace")), _text(line.get("parent")) or None
-        start.model = _text(line.get("model"))
-        start.options, start.versions = _table(line.get("options")), _table(line.get("versions"))
-        start.machine = _table(line.get("machine"))
-        return True
-
-    def _process(self, line: dict[str, Any], time: int) -> bool:
-        pid = _whole(line.get("pid"))
-        if pid is None:
-            return False
-        argv = line.get("argv")
-        found = Process(
-            pid=pid,
-            ppid=_whole(line.get("ppid")) or 0,
-            kind=_text(line.get("kind")) or "process",
-            name=_text(line.get("name")),
-            argv=tuple(map(_text, argv)) if isinstance(argv, list) else (),
-            host=_text(line.get("host")),
-            start=time,
-            rank=_whole(line.get("rank")),
-        )
-        old = self.processes.get(pid)
-        # A process may say again what it is, once it knows: its rank.
-        if old is not None and found.rank is None:
-            found = replace(found, rank=old.rank)
-        self.processes[pid] = found
-        return True
-
-    def _begin(self, line: dict[str, Any], time: int) -> bool:
-        key, pid = _text(line.get("id")), _whole(line.get("pid"))
-        if not key or pid is None:
-            return False
-        self.spans[key] = Span(
-            id=key,
-            parent=_text(line.get("parent")) or None,
-            pid=pid,
-            name=_text(line.get("name")) or "?",
-            start=time,
-            attrs=_table(line.get("attrs")),
-        )
-        return True
-
-    def _end(self, line: dict[str, Any], time: int) -> bool:
-        key = _text(line.get("id"))
-        if not key:
-            return False
-        self.ends[key] = line | {"end": time}
-        return True
-
-    def _span(self, line: dict[str, Any], time: int) -> bool:
-        end = _moment(line.get("end"))
-        if end is None or not self._begin(line, time):
-            return False
-        key = _text(line["id"])
-        self.spans[key] = _ended(self.spans[key], line | {"end": end})
-        self.start.last = max(self.start.last, end)
-        return True
-
-    def _note(self, line: dict[str, Any], time: int) -> bool:
-        name = _text(line.get("name"))
-        if not name:
-            return False
-        note = Note(time=time, pid=_whole(line.get("pid")) or 0, name=name, attrs=_table(line.get("attrs")))
-        self.start.notes.append(note)
-        return True
-
-    def _ready(self, line: dict[str, Any], time: int) -> bool:
-        self.start.ready = min(time, self.start.ready or time)
-        return True
-
-    def _first_token(self, line: dict[str, Any], time: int) -> bool:
-        self.start.first_token = min(time, self.start.first_token or time)
-        return True
-
-    def _exit(self, line: dict[str, Any], time: int) -> bool:
-        error = _text(line.get("error")) or None
-        self.start.exits.append(Exit(time=time, pid=_whole(line.get("pid")) or 0, error=error))
-        return True
-
-
-def _ended(span: Span, line: dict[str, Any]) -> Span:
-    attrs, error = span.attrs | _table(line.get("attrs")), _text(line.get("error")) or None
-    return replace(span, end=max(span.start, line["end"]), attrs=attrs, error=error)
-
-
-def _line(raw: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("k"), str) else None
-
-
-def _moment(value: Any) -> int | None:
-    """Unix ns; None for what is none, so that a damaged digit cannot make a start of a thousand years."""
-    if isinstance(value, float) and math.isfinite(value):
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

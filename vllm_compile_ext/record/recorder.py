@@ -1,112 +1,103 @@
-"""What one process records of a start: which start it belongs to, its outermost span, and when it is over.
+"""What one process records of a start: its spans, which start they belong to, and when it is over.
 
 The front end is the first process of a start.  Its outermost span is the start itself, from the operating system's
-start of the process to the first token.  What it starts inherits two variables: the trace's context (W3C's
-``traceparent``, which vLLM reads as well) and the start's file.  A process that finds them adds an outermost span of
-its own below the one that it was started in.
+start of the process to the first token.  It names itself, the trace, its innermost span and the file in `VARIABLE`; a
+process that inherits this variable writes to the same file, with an outermost span of its own below that one.
 
-What is recorded before there is a file is kept in memory: the front end makes the file when an engine is configured, so
-that a process which only asks for vLLM's configuration leaves none.
+The front end makes the file when an engine is configured, so that a process which only asks for vLLM's configuration
+leaves none.  Until then its lines are kept in memory.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import re
 import sys
 import threading
+import time
+from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from vllm_compile_ext import harmless
-from vllm_compile_ext.record import clock, display, imports, names, progress
-from vllm_compile_ext.record.file import Log, encode
-
-if TYPE_CHECKING:
-    from vllm_compile_ext.record.backend import Backend, Handle
-    from vllm_compile_ext.record.imports import Interval
+from vllm_compile_ext import finder, harmless
+from vllm_compile_ext.finder import Interval
+from vllm_compile_ext.record.file import StartFile, encode
 
 logger = logging.getLogger(__name__)
 
-# The process that began the start, and its file ("" where that cannot be written).
-VARIABLE = "_VLLM_COMPILE_EXT_START"
-CONTEXT = "traceparent"  # in small letters vLLM writes it; an orchestrator may have set TRACEPARENT
+VARIABLE = "_VLLM_COMPILE_EXT_START"  # "pid trace span path"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 FRONT, ENGINE, WORKER, HELPER = "front end", "engine core", "worker", "helper"
 
-SHORTEST = 20_000_000  # ns; imports that took less are not told apart
+SHORTEST = 20_000_000  # ns; imports that took less get no span of their own
 JOINED = 5_000_000  # ns; imports with less than this between them are one stretch
 RECENT = 120 * 10**9  # ns; a program that is older when it asks for an engine did something else before
-_KEPT_LINES = 5000  # in memory, while there is no file
+_PENDING_LINES = 5000  # in memory, while there is no file
+
+now = time.time_ns  # the clock that all processes of a machine share
+
+# Trace and id of the innermost span of `vllm_compile_ext.record.spans.span` that is open here.
+open_span: ContextVar[tuple[str, str] | None] = ContextVar("vllm_compile_ext_span", default=None)
 
 
 class Recorder:
-    """Of one process and one start.
+    """Records one process of one start.
 
-    over: nothing more is recorded here.  waiting: the process waits for its first request.
+    is_first: no other process of this start started it.  over: nothing more is recorded.
+    ready_at: unix ns since which requests can be answered.
+    changed: set when the process gets ready and when it is over.  watcher: the thread that waits for that.
     """
 
-    def __init__(self, backend: Backend, begin: int) -> None:
+    def __init__(self, began: int) -> None:
         self.pid = os.getpid()
-        self.backend = backend
-        self.kind, self.name, self.rank = kind()
+        self.kind, self.name, self.rank = identify()
+        self.began = began
         self.over = False
         self.ready_at: int | None = None
-        self.log: Log | None = None
-        self.told = 0  # lines
-        self.spent = 0  # ns spent in writing
-        self._lines: list[bytes] | None = []
+        self.changed = threading.Event()
+        self.watcher: threading.Thread | None = None
+        self.file: StartFile | None = None
+        self._pending: list[bytes] | None = []
         self._lock = threading.Lock()
-        child = inherited() is not None
-        # Put back when the start is over; what a start's other process set is of no use then.
-        self._environ = {name: None if child else os.environ.get(name) for name in (CONTEXT, VARIABLE)}
-        self._starting: Handle | None = None
-        self._stages: list[Handle] = []
-        self._held: dict[int, list[Interval]] = {}
-        self.parent = parent()
-        backend.bind(self)
-        self._process_line()
-        self.process = backend.begin(self.title if child else "start", self.parent, begin, {})
-        self.trace = self.process.trace
-        if child:
-            os.environ[CONTEXT] = self.process.traceparent
+        self._stages: list[str] = []
+        self._first_request: str | None = None
+        self._imports: dict[int, list[Interval]] = {}  # of a thread, until its outermost import is over
+        parent = inherited()
+        self.is_first = parent is None
+        if parent is not None:
+            self.trace, self.parent = parent.trace, parent.span
+            self._pending, self.file = None, StartFile.join(Path(parent.path))
+            self._write_process()
+        else:
+            self.trace, self.parent, _ = traceparent() or (os.urandom(16).hex(), "", 1)
+        self.process = self.parent
+        self.process = self.begin("start" if parent is None else self.title, {}, start=began)
+        self.hand_down()
         atexit.register(self._exit)
 
     # Lines
 
-    def line(self, k: str, **fields: Any) -> None:
+    def line(self, k: str, /, **fields: Any) -> None:
         """Write a line, or keep it until there is a file."""
         if self.over:
             return
-        begin = clock.now()
-        if os.getpid() != self.pid:
-            self._forked()
+        self._notice_fork()
         data = encode({"k": k, **fields})
         with self._lock:
-            self.told += 1
-            if self._lines is None:
-                if self.log is not None:
-                    self.log.write((data,))
-            elif len(self._lines) < _KEPT_LINES:
-                self._lines.append(data)
-        self.spent += clock.now() - begin
+            if self.file is not None:
+                self.file.write(data)
+            elif self._pending is not None and len(self._pending) < _PENDING_LINES:
+                self._pending.append(data)
 
-    def _flush(self, log: Log | None, *first: bytes) -> None:
-        with self._lock:
-            lines, self._lines = self._lines or [], None
-            self.log = log
-            if log is not None:
-                log.write((*first, *lines))
-
-    def _process_line(self, model: str | None = None) -> None:
+    def _write_process(self, model: str | None = None) -> None:
         self.line(
             "process",
-            t=clock.process_start() or imports.STARTED,
-            pid=os.getpid(),
+            t=process_start() or finder.STARTED,
+            pid=self.pid,
             ppid=os.getppid(),
             kind=self.kind,
             name=self.name,
@@ -115,247 +106,223 @@ class Recorder:
             rank=self.rank,
         )
 
+    def open(self, about: dict[str, Any], model: str | None = None) -> bool:
+        """Make the file of the start, whose engine is being configured; False where there is one, or none can be made.
+
+        about: what the line "start" says of the engine.  model: as the user named it.
+        """
+        if self._pending is None or self.kind != FRONT:
+            return False
+        file = StartFile.create(self.trace)
+        if file is None:
+            self.finish()
+            return False
+        first = {"k": "start", "version": 1, "trace": self.trace, "parent": self.parent or None, "t": self.began}
+        with self._lock:
+            file.write(b"".join([encode(first | about), *self._pending]))
+            self.file, self._pending = file, None
+        self._write_process(model)  # now, since vLLM has imported its options meanwhile
+        self.hand_down()
+        return True
+
+    # Spans
+
     @property
     def title(self) -> str:
         """The name of the outermost span of a process that another one started."""
         return self.name if self.kind != WORKER else f"worker {self.rank}"
 
     @property
-    def stage(self) -> Handle:
-        """What a span is part of that is in no other."""
-        return self._stages[-1] if self._stages else self.process
+    def innermost(self) -> str:
+        """Parent of a span that begins here: the open span of this context, else the innermost stage or the process."""
+        trace, span = open_span.get() or ("", "")
+        return span if trace == self.trace else self._stages[-1] if self._stages else self.process
 
-    def enter(self, name: str, attrs: dict[str, Any]) -> Handle:
-        """Begin a stage.  Unlike a span of `span` it is not in the context that asyncio's tasks take along: the tasks
-        that answer requests would make theirs part of it for ever.
-        """
-        stage = self.backend.begin(name, self.backend.current() or self.stage, clock.now(), attrs)
+    def begin(self, name: str, attrs: dict[str, Any], parent: str | None = None, start: int | None = None) -> str:
+        """Record that a span begins and return its id."""
+        self._notice_fork()
+        span, parent = os.urandom(8).hex(), parent or self.innermost or None  # random.seed() must not repeat ids
+        self.line("begin", id=span, parent=parent, pid=self.pid, name=name, t=start or now(), attrs=attrs)
+        return span
+
+    def end(
+        self, span: str, error: str | None = None, attrs: dict[str, Any] | None = None, time: int | None = None
+    ) -> None:
+        """Record that a span has ended.  attrs: those that were not known when it began."""
+        self.line("end", id=span, t=time or now(), attrs=attrs or {}, error=error)
+
+    def add(self, name: str, start: int, end: int, attrs: dict[str, Any], parent: str | None = None) -> str:
+        """Record a span that is over and return its id."""
+        self._notice_fork()
+        span, parent, end = os.urandom(8).hex(), parent or self.innermost, max(start, end)
+        self.line("span", id=span, parent=parent, pid=self.pid, name=name, t=start, end=end, attrs=attrs, error=None)
+        return span
+
+    def begin_stage(self, name: str, attrs: dict[str, Any]) -> str:
+        """Begin a span that becomes the parent of what has none, in all threads and in processes that are started."""
+        stage = self.begin(name, attrs)
         self._stages.append(stage)
-        os.environ[CONTEXT] = stage.traceparent
+        self.hand_down()
         return stage
 
-    def leave(self, stage: Handle, error: str | None = None) -> None:
-        """End a stage, with those inside of it."""
-        stage.end(error=error)
+    def end_stage(self, stage: str, error: str | None = None, attrs: dict[str, Any] | None = None) -> None:
+        """End a stage, unless it has ended with one around it or with the start."""
         if stage in self._stages:
+            self.end(stage, error, attrs)
             del self._stages[self._stages.index(stage) :]
-            if not self.over and self.ready_at is None:
-                os.environ[CONTEXT] = self.stage.traceparent
+            self.hand_down()
 
-    def _forked(self) -> None:
-        """This process is a fork of the one that recorded, and has become interesting by recording something."""
+    def hand_down(self) -> None:
+        """Let processes that are started from here on be part of the innermost span."""
+        if self.file is not None and not self.over and self.ready_at is None:
+            os.environ[VARIABLE] = f"{self.pid} {self.trace} {self.innermost} {self.file.path}"
+
+    def _notice_fork(self) -> None:
+        """In a fork of the process that recorded: be a process of its own, which begins by recording something."""
+        if os.getpid() == self.pid:
+            return
+        parent = self.innermost
         self.pid = os.getpid()
-        self._lock = threading.Lock()
-        if self._lines is not None:
-            self._lines = []
-        self._held.clear()
-        self._starting = None
-        self._stages = []
-        self.kind, self.name, self.rank = kind(forked=True)
+        self._lock, self.changed, self.watcher = threading.Lock(), threading.Event(), None
+        self._pending = None if self._pending is None else []
+        self._stages, self._first_request = [], None
+        self._imports.clear()
+        self.kind, self.name, self.rank = identify(forked=True)
         atexit.unregister(self._exit)
-        self._process_line()
-        around = self.backend.current() or self.process
-        self.process = self.backend.begin(self.title, around, clock.process_start() or clock.now(), {})
-        os.environ[CONTEXT] = self.process.traceparent
+        open_span.set(None)
+        self._write_process()
+        self.process = self.begin(self.title, {}, parent, process_start())
+        self.hand_down()
 
-    # What the backend says of spans
+    # Imports
 
-    def began(self, span: str, parent: str | None, name: str, start: int, attrs: dict[str, Any]) -> None:
-        """A span has begun."""
-        about = with_phase(name, attrs)
-        self.line("begin", id=span, parent=parent, pid=os.getpid(), name=name, t=start, attrs=about)
-        if not self.over and self.kind != HELPER and self.rank in (None, 0):
-            progress.began(span, str(about.get("phase", "")))
+    def record_imports(self, loaded: int) -> None:
+        """Record what came before the plugin, which is being loaded since `loaded`, and the imports from here on."""
+        begin = process_start() or finder.STARTED
+        if self.began <= begin and finder.finder.early:
+            self._record_earlier(begin, loaded, finder.finder.intervals)
+        elif self.began <= begin:  # else an older program: what it did before is not of this start
+            self.add("imports", begin, loaded, {"phase": "imports"}, self.process)
+        self.watch_imports()
 
-    def ended(self, span: str, end: int, attrs: dict[str, Any], error: str | None) -> None:
-        """A span that `began` was told of has ended."""
-        self.line("end", id=span, t=end, attrs=attrs, error=error)
-        progress.ended(span)
-        if error is not None and self.kind == FRONT:
-            display.hide()  # the start has failed, and the program may go on without it
+    def watch_imports(self) -> None:
+        """Record the imports from here on."""
+        ours = finder.install()
+        ours.intervals, ours.timing = [], True
+        ours.sink, ours.owner = self._imported, lambda: self.innermost
 
-    def was(self, span: str, parent: str | None, name: str, start: int, end: int, attrs: dict[str, Any]) -> None:
-        """A span of which its end was known when it was made."""
-        about = with_phase(name, attrs)
-        self.line("span", id=span, parent=parent, pid=os.getpid(), name=name, t=start, end=end, attrs=about, error=None)
-
-    # The start's stages
-
-    def settle(self, loaded: int) -> None:
-        """The plugin is being loaded, since `loaded`: record what came before, and what is imported from now on."""
-        watcher = imports.install()
-        begin = clock.process_start() or imports.STARTED
-        if self.process.start > begin:  # an older program: what it did before is not of this start
-            watcher.intervals.clear()
-        elif imports.early:
-            self._before(begin, loaded, watcher.intervals)
+    def _record_earlier(self, begin: int, loaded: int, intervals: list[Interval]) -> None:
+        """Fill the time until `loaded` with stretches of imports, and with what was done between them."""
+        self.add("interpreter", begin, finder.STARTED, {"phase": "interpreter"}, self.process)
+        if not self.is_first:
+            between = "receive configuration", "spawn"
         else:
-            self._after("imports", begin, loaded, "imports")
-        self.watch()
-
-    def watch(self) -> None:
-        """Record what is imported from here on, and let processes that are started be part of this one."""
-        os.environ[CONTEXT] = self.process.traceparent
-        watcher = imports.install()
-        watcher.intervals, watcher.watching = [], True
-        watcher.sink, watcher.owner = self.imported, lambda: self.backend.current() or self.stage
-
-    def _before(self, begin: int, loaded: int, intervals: list[Interval]) -> None:
-        self._after("interpreter", begin, imports.STARTED, "interpreter")
-        outermost = sorted((i for i in intervals if i.around is None and i.owner is None), key=lambda i: i.start)
+            between = ("command line", "config") if vllm_command() else ("program", "other")
         stretches: list[list[Interval]] = []
-        for interval in outermost:
+        for interval in sorted((i for i in intervals if i.around is None and not i.owner), key=lambda i: i.start):
             if stretches and interval.start - stretches[-1][-1].end < JOINED:
                 stretches[-1].append(interval)
             else:
                 stretches.append([interval])
-        inside: dict[int, Handle] = {}
-        at = imports.STARTED
-        for stretch in [*stretches, None]:
-            start = loaded if stretch is None else stretch[0].start
-            if start - at >= JOINED:
-                name, phase = self._program()
-                self._after(name, at, start, phase)
-            if stretch is not None:
-                at = stretch[-1].end
-                handle = self._after("imports", stretch[0].start, at, "imports")
-                inside |= {id(interval): handle for interval in stretch}
-        # Of this moment: the plugin's own import goes on, and the one that loads it may be inside of others.
+        parents: dict[int, str] = {}
+        at = finder.STARTED
+        for stretch in stretches:
+            if stretch[0].start - at >= JOINED:
+                self.add(between[0], at, stretch[0].start, {"phase": between[1]}, self.process)
+            at = stretch[-1].end
+            span = self.add("imports", stretch[0].start, at, {"phase": "imports"}, self.process)
+            parents |= {id(interval): span for interval in stretch}
+        if loaded - at >= JOINED:
+            self.add(between[0], at, loaded, {"phase": between[1]}, self.process)
         for interval in sorted(intervals, key=lambda i: (i.start, -i.end)):
-            self._import(interval, inside.get(id(interval)) or interval.owner)
+            self._add_import(interval, parents.get(id(interval)))
 
-    def _program(self) -> tuple[str, str]:
-        """What a process does that imports nothing and is not in vLLM's engine yet."""
-        if inherited() is not None:
-            return "receive configuration", "spawn"
-        return ("command line", "config") if vllm_command() else ("program", "other")
-
-    def _after(self, name: str, start: int, end: int, phase: str, parent: Any = None, **attrs: Any) -> Handle:
-        return self.backend.was(name, parent or self.process, start, max(start, end), {"phase": phase, **attrs})
-
-    def imported(self, interval: Interval) -> None:
-        """An import is done; those inside of it come first, and are told of with the outermost."""
-        held = self._held.setdefault(threading.get_ident(), [])
-        held.append(interval)
+    def _imported(self, interval: Interval) -> None:
+        """An import is over; those inside of it came first, and are recorded with the outermost."""
+        finished = self._imports.setdefault(threading.get_ident(), [])
+        finished.append(interval)
         if interval.around is None:
-            del self._held[threading.get_ident()]
-            for one in sorted(held, key=lambda i: (i.start, -i.end)):
-                self._import(one, one.owner)
+            del self._imports[threading.get_ident()]
+            for one in sorted(finished, key=lambda i: (i.start, -i.end)):
+                self._add_import(one)
 
-    def _import(self, interval: Interval, owner: Any) -> None:
-        if interval.end - interval.start < SHORTEST or self.over:
-            return
-        around = interval.around.span if interval.around is not None else None
-        phase = "plugin" if interval.name.startswith("vllm_compile_ext") else "imports"
-        name = f"import {interval.name}"
-        interval.span = self._after(name, interval.start, interval.end, phase, around or owner, module=interval.name)
+    def _add_import(self, interval: Interval, parent: str | None = None) -> None:
+        if interval.end - interval.start >= SHORTEST:
+            parent = parent or (interval.around and interval.around.span) or interval.owner or self.process
+            attrs = {"phase": "plugin" if interval.name.startswith("vllm_compile_ext") else "imports"}
+            attrs["module"] = interval.name
+            interval.span = self.add(f"import {interval.name}", interval.start, interval.end, attrs, parent)
 
-    def open(self, about: dict[str, Any], model: str | None = None) -> None:
-        """The front end begins an engine: make the file.  about: of the line "start"; model: as the user named it."""
-        if self._lines is None or self.kind != FRONT:
-            return
-        self._process_line(model)  # again: vLLM has told its options meanwhile
-        log = Log.create(self.trace)
-        span = self.parent[1] if self.parent is not None else None
-        first = {"k": "start", "version": 1, "trace": self.trace, "parent": span, "t": self.process.start, **about}
-        self._flush(log, encode(first))
-        os.environ[VARIABLE] = f"{self.pid} {log.path if log is not None else ''}"
-        display.show(self.process.start / 1e9)
-
-    def join(self) -> None:
-        """This process was started by one that records: write to its file."""
-        path = os.environ.get(VARIABLE, "").partition(" ")[2]
-        self._flush(Log.join(Path(path)) if path else None)
-        if self.kind != FRONT:  # there it would be in the context of every request
-            self.backend.attach()
-        self.backend.export()
-
-    def serving(self) -> None:
-        """The engine is up; what is left is the front end's own."""
-        if self.kind == FRONT and self.ready_at is None and not self._stages:
-            self.enter("api server", {"phase": "api server"})
+    # The end of a start
 
     def ready(self) -> None:
         """Requests can be answered from now on."""
         if self.over or self.ready_at is not None:
             return
-        for stage in reversed(self._stages):
-            stage.end()
-        self._stages.clear()
-        self.ready_at = clock.now()
+        while self._stages:
+            self.end(self._stages.pop())
+        self.ready_at = now()
         self.line("ready", t=self.ready_at)
-        display.hide()
-        self._restore()
+        os.environ.pop(VARIABLE, None)  # what is started from now on is not part of this start
+        atexit.unregister(self._exit)
+        atexit.register(self._exit)  # before vLLM's exporter is shut down, which it registered meanwhile
+        self.changed.set()
 
     def request(self) -> None:
         """A request has come."""
-        if self.over or self.ready_at is None or self._starting is not None:
+        if self.over or self._first_request is not None:
             return
-        now = clock.now()
-        if now - self.ready_at >= JOINED:
-            self._after("wait for a request", self.ready_at, now, "idle")
-        self._starting = self.backend.begin("first request", self.process, now, {"phase": "first request"})
+        self.ready()  # where nobody listens: a batch, gRPC
+        time, ready = now(), self.ready_at or now()
+        if time - ready >= JOINED:
+            self.add("wait for a request", ready, time, {"phase": "idle"}, self.process)
+        self._first_request = self.begin("first request", {"phase": "first request"}, self.process, time)
 
     def first_token(self) -> None:
         """The first token of the first request is there: the start is over."""
-        if self.over or self._starting is None:
-            return
-        now = clock.now()
-        self._starting.end(now)
-        self.process.end(now)
-        self.line("first_token", t=now)
+        if self._first_request is not None:
+            time = now()
+            self.end(self._first_request, time=time)
+            self.line("first_token", t=time)
+            self.done(time)
+
+    def done(self, time: int | None = None) -> None:
+        """This process has done its part of the start."""
+        self.end(self.process, time=time)
         self.finish()
 
-    def done(self) -> None:
-        """This process has done its part of the start."""
-        if self.kind != FRONT and not self.over:
-            self.process.end()
-            self.finish()
+    def stop(self, error: str | None = None) -> None:
+        """The process, or its engine, ends before the start was over; without any request it was over when ready."""
+        if self.over:
+            return
+        while self._stages:
+            self.end(self._stages.pop(), error)
+        waited = self.ready_at is not None and self._first_request is None
+        self.end(self.process, None if waited else error, time=self.ready_at if waited else None)
+        self.line("exit", t=now(), pid=self.pid, error=error)
+        self.finish()
+        if self.watcher is not None:
+            self.watcher.join(10)  # it may have to export
 
     def finish(self) -> None:
         """Record nothing more; twice is the same as once."""
         if self.over:
             return
         self.over = True
-        self._restore()
+        os.environ.pop(VARIABLE, None)
         atexit.unregister(self._exit)
-        watcher = imports.observer
-        if watcher is not None:
-            watcher.watching, watcher.sink, watcher.owner = False, None, None
-            watcher.intervals.clear()
-        logger.debug("%d lines recorded of this start in %.1f ms", self.told, self.spent / 1e6)
+        finder.finder.stop_timing()
         with self._lock:
-            self._lines = None
-            if self.log is not None:
-                self.log.close()
-
-    def _restore(self) -> None:
-        """What is started from now on is not of this start, and vLLM's traces of requests are their own."""
-        for name, value in self._environ.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    def loaded(self, since: int) -> None:
-        """The plugin is loaded."""
-        self._after("load plugin", since, clock.now(), "plugin")
+            self._pending = None
+            if self.file is not None:
+                self.file.close()
+        self.changed.set()
+        if self.watcher is not None:
+            atexit.register(self.watcher.join, 10)  # it may have to export
 
     def _exit(self) -> None:
-        if self.over or os.getpid() != self.pid:
-            return
-        self.stop(harmless.error(getattr(sys, "last_value", None)) or None)
-
-    def stop(self, error: str | None = None) -> None:
-        """The process, or its engine, ends before the start was over; one that got no request was over when ready."""
-        for stage in reversed(self._stages):
-            stage.end(error=error)
-        if self.ready_at is not None and self._starting is None:
-            self.process.end(self.ready_at)
-        else:
-            self.process.end(error=error)
-        self.line("exit", t=clock.now(), pid=self.pid, error=error)
-        self.finish()
+        if os.getpid() == self.pid:
+            self.stop(harmless.error(getattr(sys, "last_value", None)) or None)
 
 
 current: Recorder | None = None
@@ -366,61 +333,72 @@ def active() -> Recorder | None:
     return current if current is not None and not current.over else None
 
 
-def meet(tracing: ModuleType | None) -> None:
-    """Begin to record, in memory; tracing: vLLM's module ``vllm.tracing.otel``, where it is imported."""
+def begin() -> Recorder | None:
+    """Begin to record this process, unless it does already; None where its start is over."""
     global current
-    if active() is not None:
-        return
-    child = inherited()
-    if child is None and kind()[0] != FRONT:
-        return  # a process of an engine whose start is over
-    from vllm_compile_ext.record import backend
-
-    begin = clock.process_start() or imports.STARTED
-    now = clock.now()
-    if child is None and (current is not None or (not vllm_command() and now - begin > RECENT)):
-        begin = now
-    current = Recorder(backend.of(tracing), begin)
+    child = inherited() is not None
+    if active() is not None or (not child and identify().kind != FRONT):
+        return active()
+    began, time = process_start() or finder.STARTED, now()
+    if not child and (current is not None or (not vllm_command() and time - began > RECENT)):
+        began = time
+    current = Recorder(began)
+    return current
 
 
 def forget() -> None:
-    """Stop, without a trace of it: the plugin is not wanted after all."""
+    """Record nothing after all: the plugin is not wanted."""
     global current
     if current is not None:
         current.finish()
         current = None
 
 
-def inherited() -> str | None:
-    """The file of the start that this process was started in, "" where it has none; None where it is the first."""
-    pid, _, path = os.environ.get(VARIABLE, "").partition(" ")
-    return None if pid in ("", str(os.getpid())) else path
+class Inherited(NamedTuple):
+    """What the process that started this one says of the start.  span: the one that this process is part of."""
+
+    trace: str
+    span: str
+    path: str
 
 
-def parent() -> tuple[str, str, int] | None:
-    """Trace, span and flags that the environment names as what started this process."""
-    for name in (CONTEXT, CONTEXT.upper()):
+def inherited() -> Inherited | None:
+    """What `VARIABLE` says; None where this process is the first of a start."""
+    pid, *parts = os.environ.get(VARIABLE, "").split(" ", 3)
+    return Inherited(*parts) if len(parts) == 3 and pid != str(os.getpid()) else None
+
+
+def traceparent() -> tuple[str, str, int] | None:
+    """Trace, span and flags of what started this program, by W3C's TRACEPARENT; vLLM reads it in small letters too."""
+    for name in ("traceparent", "TRACEPARENT"):
         found = _TRACEPARENT.fullmatch(os.environ.get(name, "").strip())
         if found and int(found[1], 16) and int(found[2], 16):
             return found[1], found[2], int(found[3], 16)
     return None
 
 
-def kind(*, forked: bool = False) -> tuple[str, str, int | None]:
-    """What this process is to vLLM 0.32.0: kind, name, rank.  vLLM names the processes that it starts."""
+class Identity(NamedTuple):
+    """kind: `FRONT`, `ENGINE`, `WORKER` or `HELPER`.  rank: of a worker."""
+
+    kind: str
+    name: str
+    rank: int | None = None
+
+
+def identify(*, forked: bool = False) -> Identity:
+    """What this process is, by the names that vLLM 0.32.0 gives to the processes that it starts."""
     multiprocessing = sys.modules.get("multiprocessing.process")
-    name = multiprocessing.current_process().name if multiprocessing is not None else "MainProcess"
+    name = multiprocessing.current_process().name if multiprocessing is not None else ""
     if name.startswith("EngineCore"):
-        return ENGINE, name, None
+        return Identity(ENGINE, name)
     if name.startswith("VllmWorker"):
         rank = name.rpartition("-")[2]
-        return WORKER, name, int(rank) if rank.isdecimal() else None
+        return Identity(WORKER, name, int(rank) if rank.isdecimal() else None)
     if name.startswith("ApiServer"):
-        return FRONT, name, None
+        return Identity(FRONT, name)
     if forked or inherited() is not None:
-        helper = "model inspection" if any("registry" in arg for arg in sys.orig_argv) else "helper"
-        return HELPER, helper, None
-    return FRONT, "front end", None
+        return Identity(HELPER, "model inspection" if any("registry" in arg for arg in sys.orig_argv) else "helper")
+    return Identity(FRONT, "front end")
 
 
 def vllm_command() -> bool:
@@ -436,7 +414,19 @@ def vllm_command() -> bool:
     return False
 
 
-def with_phase(name: str, attrs: dict[str, Any]) -> dict[str, Any]:
-    """`attrs` with the phase of one of vLLM's spans."""
-    phase = names.PHASES.get(name)
-    return attrs if phase is None or "phase" in attrs else {"phase": phase, **attrs}
+def process_start() -> int | None:
+    """Unix ns at which the operating system started this process; None where it does not say (not Linux)."""
+    return _process_start(os.getpid())
+
+
+@functools.cache
+def _process_start(pid: int) -> int | None:
+    # Field 22 of /proc/self/stat counts ticks since the machine booted, sleep included (`man 5 proc`): exact to a tick,
+    # 10 ms.  /proc/stat, which psutil reads, has the time of the boot in whole seconds only: two clocks are exact.
+    try:
+        # The second field is a name in parentheses that may hold anything.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - int(fields[19]) * 10**9 // os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+    return time.time_ns() - age if age >= 0 else None

@@ -1,1 +1,1 @@
-"""A recorded start for people: on a terminal, as a page, as a Chrome trace; all made from `facts`."""
+"""A recorded start for people: on a terminal, as a page, as a Chrome trace; all made from `facts.facts`."""

@@ -1,79 +1,75 @@
-"""What every form of the report shows of a start, as plain tables that JSON can hold.
+"""What the report shows of a start, as plain tables that JSON can hold; times are seconds after the start's beginning.
 
-Times are seconds after the start's beginning.  The terminal, the page and ``--json`` are made from this, so that they
-cannot disagree.
+The terminal, the page, the Chrome trace and ``--json`` are made from this alone, so they cannot disagree.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import math
+import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import psutil
 
 from vllm_compile_ext.record import phases
 from vllm_compile_ext.record.phases import Breakdown, Tree
-from vllm_compile_ext.record.read import Process, Span, Start
-from vllm_compile_ext.report import alive, words
+from vllm_compile_ext.record.read import Note, Process, Start
+from vllm_compile_ext.report.formats import date, duration
 
 FORMAT = 1
+COMPARED = ("versions", "options", "machine")
 
 
 def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
-    """All that is known of `start`; with `other`, an earlier one, each phase has its seconds there too."""
-    tree = Tree(start)
-    whole = phases.breakdown(start)
-    base = start.begin
-    named = titles(start)
-    models = len({str(note.attrs["model"]) for note in start.notes if "model" in note.attrs}) > 1
-    alone = phases.by_process(start)
-    found: dict[str, Any] = {
+    """Everything known of `start`; with `other`, an earlier one, also each phase's seconds there and what differs."""
+    tree, whole = Tree(start), phases.breakdown(start)
+    before = phases.breakdown(other) if other else None
+    rows = phases.by_process(start)
+    names = titles(start)
+    exits = {end.pid: end.error or "" for end in start.exits}
+
+    def at(moment: int) -> float:
+        return round((moment - whole.begin) / 1e9, 6)
+
+    def process_facts(process: Process) -> dict[str, Any]:
+        title = names[process.pid]
+        return {
+            **{name: getattr(process, name) for name in ("pid", "ppid", "kind", "rank", "host", "argv")},
+            "title": title,
+            "name": "" if process.name in (process.kind, title) else process.name,
+            "phases": [dataclasses.asdict(row) for row in rows[process.pid]],
+            "spans": _spans(tree, process.pid, at),
+            "exit": exits.get(process.pid),
+        }
+
+    return {
         "format": FORMAT,
         **summary(start),
         "file": str(start.path) if start.path else None,
         "trace": start.trace,
-        "wall": seconds(whole.end - whole.begin),
-        "coverage": round(whole.coverage, 4),
+        "wall": whole.seconds,
+        "coverage": whole.coverage,
         "skipped": start.skipped,
-        "options": clean(start.options),
-        "versions": clean(start.versions),
-        "machine": clean(start.machine),
-        "phases": _rows(whole, phases.breakdown(other) if other else None),
-        "other": summary(other) if other else None,
-        "path": _path(whole, base),
-        "processes": [],
+        **{name: getattr(start, name) for name in COMPARED},
+        "phases": _phases(whole, before),
+        "other": summary(other) | {"wall": before.seconds} if other and before else None,
+        "different": {name: _different(getattr(other or start, name), getattr(start, name)) for name in COMPARED},
+        "path": _path(whole, at),
+        "processes": [process_facts(process) for process in start.processes],
         "notes": [
-            {"at": seconds(note.time - base), "process": named.get(note.pid, ""), "pid": note.pid, "name": note.name}
-            | {"text": words.note(note, models=models), "attrs": clean(note.attrs)}
+            {"at": at(note.time), "process": names.get(note.pid, ""), "pid": note.pid, "name": note.name, **_note(note)}
             for note in start.notes
         ],
         "marks": [
-            {"at": seconds(time - base), "name": name}
-            for name, time in (("ready", start.ready), ("first token", start.first_token))
-            if time is not None
+            {"at": at(moment), "name": name}
+            for name, moment in (("ready", start.ready), ("first token", start.first_token))
+            if moment is not None
         ],
     }
-    for process in start.processes:
-        rows = [
-            {"phase": r.phase, "seconds": round(r.seconds, 6), "share": round(r.share, 6)} for r in alone[process.pid]
-        ]
-        found["processes"].append(
-            {
-                "pid": process.pid,
-                "ppid": process.ppid,
-                "kind": process.kind,
-                "title": named[process.pid],
-                "name": "" if process.name in (process.kind, named[process.pid]) else process.name,
-                "rank": process.rank,
-                "host": process.host,
-                "argv": list(process.argv),
-                "phases": rows,
-                "spans": _spans(tree, process),
-                "exit": next((gone.error or "" for gone in start.exits if gone.pid == process.pid), None),
-            }
-        )
-    return found
 
 
 def summary(start: Start) -> dict[str, Any]:
@@ -81,119 +77,176 @@ def summary(start: Start) -> dict[str, Any]:
 
     died: what a start that is not ready did last, or does now; `since`: for how many seconds.
     """
-    gone = phases.death(start)
-    runs = start.ready is None and not start.failed and alive.running(start)
-    died = None
-    if gone is not None and (gone.span is not None or gone.error is not None):
+    if start.ready is not None:
+        outcome = "ready"
+    else:
+        outcome = "failed" if start.failed else "running" if _is_running(start) else "unfinished"
+    end, died = phases.death(start), None
+    if end is not None and (end.span is not None or end.error is not None):
         died = {
-            "phase": gone.phase,
-            "span": gone.span.name if gone.span else None,
-            "process": titles(start).get(gone.process.pid) if gone.process else None,
-            "error": gone.error,
-            "since": round(time.time() - gone.span.start / 1e9, 3) if runs and gone.span else None,
+            "phase": end.phase,
+            "span": end.span.name if end.span else None,
+            "process": titles(start).get(end.process.pid) if end.process else None,
+            "error": end.error,
+            "since": time.time() - end.span.start / 1e9 if end.span and outcome == "running" else None,
         }
     return {
         "id": start.id,
         "model": start.model,
-        "time": round(start.begin / 1e9, 3),
-        "outcome": "ready"
-        if start.ready is not None
-        else "failed"
-        if start.failed
-        else "running"
-        if runs
-        else "unfinished",
+        "time": start.begin / 1e9,
+        "outcome": outcome,
         "temperature": start.temperature,
-        "seconds": None if start.seconds is None else round(start.seconds, 6),
+        "seconds": start.seconds,
         "died": died,
     }
 
 
-def seconds(ns: int) -> float:
-    return round(ns / 1e9, 6)
+def outcome(line: dict[str, Any]) -> str:
+    """How a start went: "ready", "failed in weights", "still running", "killed in compile"."""
+    word = {"running": "still", "unfinished": "killed"}.get(line["outcome"], line["outcome"])
+    if line["died"]:
+        return f"{word} in {line['died']['phase']}"
+    return "still running" if word == "still" else word
 
 
-def clean(value: Any) -> Any:
-    """`value` as JSON has it: a number that is none (a damaged file may hold one) becomes text."""
-    if isinstance(value, dict):
-        return {str(name): clean(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+def death(died: dict[str, Any]) -> str:
+    """Where a start that did not get ready ended, or where it is, in a sentence without the error."""
+    where = f"in the phase {died['phase']}" + (f" ({died['span']})" if died["span"] else "")
+    where += f" of {died['process']}" if died["process"] else ""
+    if died["since"] is not None:
+        return f"It is {where}, for {duration(died['since'])} now"
+    return f"It ended {where}" + ("" if died["error"] else ", and said nothing of an error: it was killed")
 
 
-def _rows(whole: Breakdown, other: Breakdown | None) -> list[dict[str, Any]]:
-    first: dict[str, int] = {}
-    for segment in whole.segments:
-        first.setdefault(segment.phase, segment.begin)
-    shares = {row.phase: row.share for row in whole.rows}
-    differences = phases.compare(other or whole, whole)
-    return [
-        {
-            "phase": row.phase,
-            "seconds": None if row.new is None else round(row.new, 6),
-            "share": round(shares.get(row.phase, 0.0), 6),
-            "other": None if other is None or row.old is None else round(row.old, 6),
-            "change": None if other is None else round(row.seconds, 6),
-        }
-        for row in differences
-    ]
+def comparison(facts: dict[str, Any]) -> str:
+    """Such as "17.4 s faster than the cold start of 2026-11-18 11:06"; "" where there is nothing to compare."""
+    other = facts["other"]
+    if other is None or other["seconds"] is None or facts["seconds"] is None:
+        return ""
+    change = facts["seconds"] - other["seconds"]
+    how = "as fast as" if abs(change) < 0.05 else f"{duration(abs(change))} {'faster' if change < 0 else 'slower'} than"
+    return f"{how} the {other['temperature'] or 'earlier'} start of {date(other['time'])}"
 
 
-def _path(whole: Breakdown, base: int) -> list[list[Any]]:
-    """What the start waited for: from when, how long, which phase; neighbours of one phase are one."""
-    found = []
-    for phase, segments in itertools.groupby(whole.segments, key=lambda segment: segment.phase):
-        run = list(segments)
-        begin, end = seconds(run[0].begin - base), seconds(run[-1].end - base)
-        found.append([begin, round(end - begin, 6), phase])
-    return found
+def longest(facts: dict[str, Any]) -> float:
+    """The seconds of the longest phase of either start, for the scale of bars; never 0."""
+    return max((row[name] or 0.0 for row in facts["phases"] for name in ("seconds", "other")), default=0.0) or 1.0
+
+
+def grouped(notes: Iterable[dict[str, Any]], attribute: str | None = None) -> list[tuple[dict[str, Any], str]]:
+    """Notes without repetition, each with the titles of all processes that made it.
+
+    Equal are notes with the same value of `attribute`, or without it those with the same text.
+    """
+    groups: dict[str, tuple[dict[str, Any], dict[str, None]]] = {}
+    for note in notes:
+        value = note["attrs"].get(attribute) if attribute else (note["text"], note["attrs"].get("changes"))
+        groups.setdefault(str(value), (note, {}))[1][note["process"]] = None
+    return [(note, ", ".join(filter(None, titles))) for note, titles in groups.values()]
 
 
 def titles(start: Start) -> dict[int, str]:
-    """What each process is called, by its pid; of processes that would be called alike the name or pid is added."""
-    alike = Counter(process.title for process in start.processes)
+    """The titles of processes by pid; a title that several have is followed by the name or pid."""
+    counts = Counter(process.title for process in start.processes)
     return {
-        process.pid: process.title if alike[process.title] == 1 else f"{process.title} {process.name or process.pid}"
+        process.pid: process.title if counts[process.title] == 1 else f"{process.title} {process.name or process.pid}"
         for process in start.processes
     }
 
 
-def _spans(tree: Tree, process: Process) -> list[dict[str, Any]]:
-    """The spans of a process and the line of its lane that each is drawn in: below the one it is part of.
+def _is_running(start: Start) -> bool:
+    """Whether a process that recorded it is there, on this machine, and has not said that it ends."""
+    ended = {end.pid for end in start.exits}
+    return any(_exists(process) for process in start.processes if process.pid not in ended)
 
-    Those of threads that run at the same time are put below each other.
-    """
+
+def _exists(process: Process) -> bool:
+    if process.host != os.uname().nodename:
+        return False
+    try:
+        found = psutil.Process(process.pid)
+        # Numbers are used again, so the time of its beginning has to agree: within 2 s, since two clocks say it.
+        return bool(found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process.start / 1e9) < 2)
+    except (psutil.Error, ValueError):
+        return False
+
+
+def _phases(whole: Breakdown, before: Breakdown | None) -> list[dict[str, Any]]:
+    shares = {row.phase: row.share for row in whole.rows}
+    return [
+        {
+            "phase": row.phase,
+            "seconds": row.new,
+            "share": shares.get(row.phase, 0.0),
+            "other": row.old if before else None,
+            "change": row.seconds if before else None,
+        }
+        for row in phases.compare(before or whole, whole)
+    ]
+
+
+def _path(whole: Breakdown, at: Callable[[int], float]) -> list[list[Any]]:
+    """What the start waited for, in order: from when, how many seconds, which phase."""
     found = []
-    free: dict[int, int] = defaultdict(int)  # line -> until when it is taken
-    line_of: dict[str, int] = {}
-    base = tree.start.begin
-    for span in sorted((s for s in tree.start.spans if s.pid == process.pid), key=lambda s: (s.start, tree.depth(s))):
-        outer = tree.around(span)
-        line = line_of[outer.id] + 1 if outer is not None and outer.id in line_of else 0
-        while free[line] > span.start:
-            line += 1
-        free[line] = tree.end(span)
-        line_of[span.id] = line
-        found.append(_span(tree, span, line, base))
+    for phase, segments in itertools.groupby(whole.segments, key=lambda segment: segment.phase):
+        run = list(segments)
+        begin, end = at(run[0].begin), at(run[-1].end)
+        found.append([begin, round(end - begin, 6), phase])
     return found
 
 
-def _span(tree: Tree, span: Span, line: int, base: int) -> dict[str, Any]:
-    # Both ends are rounded, so that what nests does so in microseconds too.
-    begin, end = seconds(span.start - base), seconds(tree.end(span) - base)
-    return {
-        "id": span.id,
-        "parent": span.parent,
-        "name": span.name,
-        "phase": tree.phase(span),
-        "at": begin,
-        "seconds": round(end - begin, 6),
-        "line": line,
-        "waits": tree.waits(span),
-        "open": span.end is None,
-        "error": span.error,
-        "attrs": clean({name: value for name, value in span.attrs.items() if name not in ("phase", "wait")}),
-    }
+def _spans(tree: Tree, pid: int, at: Callable[[int], float]) -> list[dict[str, Any]]:
+    """The spans of a process, each with its line in the timeline: below its parent, and below what overlaps it."""
+    found = []
+    taken: dict[int, int] = defaultdict(int)  # line -> the end of its last span
+    lines: dict[str, int] = {}
+    for span in sorted((s for s in tree.start.spans if s.pid == pid), key=lambda s: (s.start, tree.depth(s))):
+        outer = tree.around(span)
+        line = lines[outer.id] + 1 if outer is not None and outer.id in lines else 0
+        while taken[line] > span.start:
+            line += 1
+        taken[line] = tree.end(span)
+        lines[span.id] = line
+        # Both ends are rounded, so that what nests does so in microseconds too.
+        begin, end = at(span.start), at(tree.end(span))
+        found.append(
+            {
+                "id": span.id,
+                "parent": span.parent,
+                "name": span.name,
+                "phase": tree.phase(span),
+                "at": begin,
+                "seconds": round(end - begin, 6),
+                "line": line,
+                "waits": tree.waits(span),
+                "open": span.end is None,
+                "error": span.error,
+                "attrs": {name: value for name, value in span.attrs.items() if name not in ("phase", "wait")},
+            }
+        )
+    return found
+
+
+def _note(note: Note) -> dict[str, Any]:
+    """The text of a note, which is the line that was logged (in older records name and attributes), and its attributes.
+
+    A miss always has `changes`, the differences from the closest entry as rows: name, stored, now.
+    """
+    attrs = {name: value for name, value in note.attrs.items() if name != "line"}
+    line = note.attrs.get("line")
+    text = line if isinstance(line, str) and line else ""
+    text = text or f"{note.name}: " + ", ".join(f"{name} {value}" for name, value in attrs.items())
+    if note.name == "miss":
+        changes = attrs.get("changes")
+        attrs["changes"] = [
+            ["unset" if value is None else str(value) for value in row]
+            for row in (changes if isinstance(changes, list) else [])
+            if isinstance(row, list | tuple) and len(row) == 3
+        ]
+    return {"text": text, "attrs": attrs}
+
+
+def _different(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
+    """The differences between two flat tables as rows: name, old, new."""
+    rows = ([name, str(old.get(name, "unset")), str(new.get(name, "unset"))] for name in sorted({*old, *new}))
+    return [row for row in rows if row[1] != row[2]]

@@ -24,15 +24,14 @@
   for (const process of data.processes) {
     for (const span of process.spans) {
       span.process = process.title;
-      span.text = [span.name, span.phase, span.error || "", JSON.stringify(span.attrs), process.title].join("\n").toLowerCase();
+      const texts = [span.name, span.phase, span.error || "", JSON.stringify(span.attrs), process.title];
+      span.text = texts.join("\n").toLowerCase();
       spans.push(span);
     }
   }
   const inOrder = [...spans].sort((a, b) => a.at - b.at || a.line - b.line);
-  const path = data.path.map(([at, seconds, phase], n) => {
-    const about = { id: `path ${n}`, at, seconds, phase, name: phase, line: 0, path: true };
-    return { ...about, process: "what the start waited for", attrs: {} };
-  });
+  const about = { line: 0, path: true, process: "what the start waited for", attrs: {} };
+  const path = data.path.map(([at, seconds, phase], n) => ({ ...about, id: `path ${n}`, at, seconds, phase, name: phase }));
   const byId = new Map([...spans, ...path].map((span) => [span.id, span]));
 
   // What is shown at first: until ready, and on to the first token if that came soon.
@@ -130,14 +129,10 @@
     $("view").dataset.b = view.b;
   };
 
-  let waiting = false;
+  let frame = 0;
   const redraw = () => {
-    if (waiting) return;
-    waiting = true;
-    requestAnimationFrame(() => {
-      waiting = false;
-      draw();
-    });
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(draw);
   };
   const show = (a, b) => {
     const size = Math.min(limit, Math.max(FINEST, b - a));
@@ -159,9 +154,9 @@
     if (!span) {
       box.replaceChildren(make("span", "muted", "Choose a span to see what it was."));
     } else {
-      const about = [`${time(span.seconds)}${span.open ? ", never ended" : ""}`, span.phase, span.process];
-      if (span.path) about.splice(1, 1);
-      const lines = [make("strong", "", span.name), about.join(" · ") + ` · from ${time(span.at)}`];
+      const took = time(span.seconds) + (span.open ? ", never ended" : "");
+      const phase = span.path ? [] : [span.phase]; // it is the name
+      const lines = [make("strong", "", span.name), [took, ...phase, span.process, `from ${time(span.at)}`].join(" · ")];
       if (span.waits) lines.push(" · waits for another process");
       if (span.error) lines.push(make("div", "bad", span.error));
       const attrs = Object.entries(span.attrs);
@@ -221,16 +216,14 @@
       $("h-timeline").scrollIntoView({ block: "start" });
     });
   }
-  $("in").addEventListener("click", () => zoom(0.5));
-  $("out").addEventListener("click", () => zoom(2));
-  $("left").addEventListener("click", () => move(-0.3));
-  $("right").addEventListener("click", () => move(0.3));
-  $("reset").addEventListener("click", () => show(home.a, home.b));
+  const all = () => show(home.a, home.b);
+  const buttons = { in: () => zoom(0.5), out: () => zoom(2), left: () => move(-0.3), right: () => move(0.3), reset: all };
+  for (const [id, act] of Object.entries(buttons)) $(id).addEventListener("click", act);
 
   const box = $("view");
   const at = (event) => {
-    const frame = $("lanes").getBoundingClientRect();
-    return view.a + ((event.clientX - frame.left) / frame.width) * (view.b - view.a);
+    const { left, width } = $("lanes").getBoundingClientRect();
+    return view.a + ((event.clientX - left) / width) * (view.b - view.a);
   };
   const keys = {
     ArrowLeft: () => move(-0.15),
@@ -240,8 +233,8 @@
     "+": () => zoom(0.5),
     "=": () => zoom(0.5),
     "-": () => zoom(2),
-    0: () => show(home.a, home.b),
-    Home: () => show(home.a, home.b),
+    0: all,
+    Home: all,
     Enter: () => chosen && zoomTo(byId.get(chosen)),
     Escape: () => (chosen ? choose(null) : box.blur()),
   };

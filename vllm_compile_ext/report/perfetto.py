@@ -9,43 +9,50 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_compile_ext.record.read import Start
-
-_MAIN = 1  # thread id of the outermost spans; others follow
+MAIN = 1  # thread id of the outermost spans; others follow
 
 
-def trace(start: Start, facts: dict[str, Any]) -> dict[str, Any]:
-    """The file's content, from what `facts.facts` made of `start`; events are sorted by time, outer ones first."""
-    head: list[dict[str, Any]] = []
+def trace(facts: dict[str, Any]) -> dict[str, Any]:
+    """The file's content, from `facts.facts`; events are sorted by time, outer ones first."""
+    heads: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
-    threads: dict[str, tuple[int, int]] = {}
+    threads: dict[str, dict[str, int]] = {}  # by span: its pid and tid
     for order, process in enumerate(facts["processes"]):
         pid = process["pid"]
-        head.append(_about("process_name", pid, 0, {"name": f"{process['title']} ({pid})"}))
-        head.append(_about("process_sort_index", pid, 0, {"sort_index": order}))
+        heads.append(_head("process_name", pid, 0, {"name": f"{process['title']} ({pid})"}))
+        heads.append(_head("process_sort_index", pid, 0, {"sort_index": order}))
         tracks: list[list[int]] = []
-        for span in sorted(process["spans"], key=lambda s: (s["at"], s["line"])):
-            track = _track(tracks, _micro(span["at"]), _micro(span["at"] + span["seconds"]))
-            threads[span["id"]] = pid, _MAIN + track
-            events.append(_span(span, pid, _MAIN + track))
+        for span in sorted(process["spans"], key=lambda span: (span["at"], span["line"])):
+            begin, end = _micro(span["at"]), _micro(span["at"] + span["seconds"])
+            threads[span["id"]] = {"pid": pid, "tid": MAIN + _track(tracks, begin, end)}
+            args = span["attrs"] | ({"error": span["error"]} if span["error"] else {})
+            args |= {"unfinished": True} if span["open"] else {}
+            event = {"ph": "X", "name": span["name"], "cat": span["phase"], "ts": begin, "dur": end - begin}
+            events.append(event | threads[span["id"]] | {"args": args})
         for track in range(len(tracks)):
-            name = "spans" if track == 0 else f"at the same time {track}"
-            head.append(_about("thread_name", pid, _MAIN + track, {"name": name}))
-    spans = {span["id"]: span for process in facts["processes"] for span in process["spans"]}
-    for number, (key, span) in enumerate(spans.items(), start=1):
-        outer = spans.get(span["parent"])
-        if outer is not None and threads[outer["id"]][0] != threads[key][0]:
-            events += _arrow(number, span, threads[outer["id"]], threads[key])
+            name = f"at the same time {track}" if track else "spans"
+            heads.append(_head("thread_name", pid, MAIN + track, {"name": name}))
+
+    spans = [span for process in facts["processes"] for span in process["spans"]]
+    for number, span in enumerate(spans, start=1):
+        source, target = threads.get(span["parent"]), threads[span["id"]]
+        if source is not None and source["pid"] != target["pid"]:
+            arrow = {"name": "started", "cat": "process", "id": number, "ts": _micro(span["at"])}
+            events += [arrow | source | {"ph": "s"}, arrow | target | {"ph": "f", "bp": "e"}]
     first = facts["processes"][0]["pid"] if facts["processes"] else 0
     for mark in facts["marks"]:
-        event = {"ph": "i", "s": "g", "name": mark["name"], "ts": _micro(mark["at"]), "pid": first, "tid": _MAIN}
-        events.append(event | {"cat": "mark"})
+        events.append(_instant("mark", mark["name"], mark["at"], first) | {"s": "g"})
     for note in facts["notes"]:
-        event = {"ph": "i", "s": "p", "name": note["text"], "ts": _micro(note["at"]), "pid": note["pid"], "tid": _MAIN}
-        events.append(event | {"cat": "note", "args": note["attrs"]})
+        events.append(_instant("note", note["text"], note["at"], note["pid"]) | {"s": "p", "args": note["attrs"]})
+
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
-    about = {"start": start.id, "model": start.model, "trace": start.trace, "begin_unix_ns": start.begin}
-    return {"traceEvents": head + events, "displayTimeUnit": "ms", "otherData": {k: str(v) for k, v in about.items()}}
+    about = {
+        "start": facts["id"],
+        "model": facts["model"],
+        "trace": facts["trace"],
+        "begin_unix_ns": str(facts["time"]),
+    }
+    return {"traceEvents": heads + events, "displayTimeUnit": "ms", "otherData": about}
 
 
 def _track(tracks: list[list[int]], begin: int, end: int) -> int:
@@ -64,23 +71,9 @@ def _micro(seconds: float) -> int:
     return round(seconds * 1e6)
 
 
-def _about(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any]:
+def _head(name: str, pid: int, tid: int, args: dict[str, Any]) -> dict[str, Any]:
     return {"ph": "M", "name": name, "pid": pid, "tid": tid, "args": args}
 
 
-def _span(span: dict[str, Any], pid: int, tid: int) -> dict[str, Any]:
-    args = dict(span["attrs"])
-    args |= {"error": span["error"]} if span["error"] else {}
-    args |= {"unfinished": True} if span["open"] else {}
-    begin = _micro(span["at"])
-    event = {"ph": "X", "name": span["name"], "cat": span["phase"], "ts": begin}
-    return event | {"dur": _micro(span["at"] + span["seconds"]) - begin, "pid": pid, "tid": tid, "args": args}
-
-
-def _arrow(number: int, span: dict[str, Any], source: tuple[int, int], to: tuple[int, int]) -> list[dict[str, Any]]:
-    """From the span in the process that started another to what this one did first."""
-    arrow = {"name": "started", "cat": "process", "id": number, "ts": _micro(span["at"])}
-    return [
-        arrow | {"ph": "s", "pid": source[0], "tid": source[1]},
-        arrow | {"ph": "f", "bp": "e", "pid": to[0], "tid": to[1]},
-    ]
+def _instant(kind: str, name: str, at: float, pid: int) -> dict[str, Any]:
+    return {"ph": "i", "cat": kind, "name": name, "ts": _micro(at), "pid": pid, "tid": MAIN}

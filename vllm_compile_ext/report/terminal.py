@@ -10,211 +10,121 @@ from rich.style import Style
 from rich.table import Column, Table
 from rich.text import Text
 
-from vllm_compile_ext.report.words import ago, changes, count, date, death, different, duration, outcome, plain
+from vllm_compile_ext.harmless import plain
+from vllm_compile_ext.report.facts import comparison, death, grouped, longest, outcome
+from vllm_compile_ext.report.formats import PHASE_COLOURS, ago, cell, change, count, date, duration, percent, verdict
 
 LINES = 4  # of a process's lane
-_BAR = 24  # characters of a share of 100 %
-_NARROWEST = 40
-
-# By their family: Python, processes, the model, compiling, memory, graphs, serving.
-COLOURS = {
-    "interpreter": "#79a7e8",
-    "imports": "#4d8ae0",
-    "config": "#8fb8d8",
-    "plugin": "#5aa7c8",
-    "spawn": "#9aa4b2",
-    "distributed": "#7d93c9",
-    "model construction": "#6fbf8b",
-    "weights": "#3fa66a",
-    "compile": "#f0a33c",
-    "load compiled code": "#f2c35a",
-    "memory profiling": "#b58be0",
-    "kv cache": "#9a74d0",
-    "warm-up": "#d08bd0",
-    "graph capture": "#e8718d",
-    "api server": "#45b8ac",
-    "first request": "#7cc9c0",
-}
-_ELSE = "#b0b0b0"
-_BEFORE = "#808080"
+BAR = 18  # characters of the longest phase: the table fits into 80
+VERDICTS = {"better": "green", "worse": "red", "": ""}
 
 
-def show(out: Console, facts: dict[str, Any], other: dict[str, Any] | None = None) -> None:
-    """Print the whole report; `other`: the facts of the start that it is compared with."""
+def show(out: Console, facts: dict[str, Any]) -> None:
+    """Print the whole report."""
     headline(out, facts)
     out.print()
-    out.print(phases(facts))
+    out.print(phase_table(facts))
     out.print()
     lanes(out, facts)
-    _notes(out, facts)
-    if other is not None:
-        differences(out, other, facts)
-    hints = []
-    if facts["skipped"]:
-        hints.append(f"{count(facts['skipped'], 'line')} of the file could not be read")
-    if facts["wall"]:
-        hints.append(f"{facts['coverage']:.1%} of the time is inside named phases")
+    notes(out, facts)
+    differences(out, facts)
     out.print()
-    out.print("; ".join(hints), style="dim", soft_wrap=True)
+    unread = f"{count(facts['skipped'], 'line')} of the file could not be read; " if facts["skipped"] else ""
+    out.print(f"{unread}{percent(facts['coverage'])} of the time is inside named phases", style="dim", soft_wrap=True)
+
+
+def show_two(out: Console, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Print two starts side by side; `new` was made with `old` as the other one."""
+    for name, facts in (("A", old), ("B", new)):
+        out.print(f"{name} ", end="", style="bold")
+        headline(out, facts)
+    out.print()
+    out.print(phase_table(new, before="A", now="B"))
+    differences(out, new)
 
 
 def headline(out: Console, facts: dict[str, Any]) -> None:
-    words = [duration(facts["seconds"]) + " to ready" if facts["seconds"] is not None else outcome(facts)]
+    words = [f"{duration(facts['seconds'])} to ready" if facts["seconds"] is not None else outcome(facts)]
     words += [f"{facts['temperature']} start"] if facts["temperature"] else []
+    words += filter(None, [comparison(facts)])
+    style = "red" if facts["outcome"] == "failed" else ""
     title = Text(plain(facts["model"]) or "unknown model", style="bold")
-    out.print(
-        title + Text("  " + ", ".join(words), style="red" if facts["outcome"] == "failed" else ""), soft_wrap=True
-    )
+    out.print(title + Text(plain("  " + ", ".join(words)), style=style), soft_wrap=True)
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items())
     out.print(plain(f"{facts['id']}  {date(facts['time'])}  {versions}"), style="dim", soft_wrap=True)
-    if facts["died"]:
-        style = "bold" if facts["outcome"] == "running" else "bold red"
-        out.print(plain(death(facts["died"])), style=style, soft_wrap=True)
+    if died := facts["died"]:
+        text = death(died) + (f": {died['error']}" if died["error"] else "")
+        out.print(plain(text), style="bold" if facts["outcome"] == "running" else "bold red", soft_wrap=True)
 
 
-def phases(facts: dict[str, Any]) -> Table:
-    """Seconds and share by phase; with another start, its seconds and the difference."""
+def phase_table(facts: dict[str, Any], before: str = "before", now: str = "now") -> Table:
+    """Seconds, share and bar of each phase; with another start its seconds too, called `before`, and its bar."""
     other = facts["other"]
-    columns = [Column("phase", no_wrap=True), Column("seconds", justify="right"), Column("share", justify="right")]
-    if other:
-        columns += [Column(_short(other["id"]), justify="right"), Column("change", justify="right")]
-    table = Table(*columns, "", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _table(Column("phase", no_wrap=True), *([before, now] if other else ["seconds"]), "share")
+    for name in ("change", "ratio") if other else ():
+        table.add_column(name, justify="right")
+    table.add_column(no_wrap=True, overflow="crop")
+
+    def numbers(a: float | None, b: float | None, share: float) -> list[Text | str]:
+        cells: list[Text | str] = [cell(b), "-" if b is None else percent(share)]
+        if not other:
+            return cells
+        difference = (b or 0.0) - (a or 0.0)
+        ratio = f"{b / a:.2f}x" if a and b is not None and a >= 0.005 else "-"
+        return [cell(a), *cells, Text(change(difference), style=VERDICTS[verdict(difference)]), ratio]
+
+    scale = BAR / longest(facts)
     for row in facts["phases"]:
-        taken = row["seconds"]
-        cells: list[Text | str] = [_name(row["phase"])]
-        cells += [_number(taken), "-" if taken is None else f"{row['share']:.1%}"]
-        cells += [_number(row["other"]), _change(row["change"])] if other else []
-        width = round(row["share"] * _BAR * 8)
-        table.add_row(*cells, Text(_blocks(width), style=_colour(row["phase"])))
-    total: list[Text | str] = [Text("total", style="bold"), Text(_number(facts["wall"]), style="bold"), ""]
+        a, b, colour = row["other"], row["seconds"], _colour(row["phase"])
+        bars = _bars(a if other else b, b, scale, colour)
+        table.add_row(Text("■ ", style=colour) + plain(row["phase"]), *numbers(a, b, row["share"]), bars)
+    table.add_row("total", *numbers(other and other["wall"], facts["wall"], 1.0), style="bold")
     if other:
-        before = sum(row["other"] or 0.0 for row in facts["phases"])
-        total += [_number(before), _change(facts["wall"] - before)]
-    table.add_row(*total, "")
+        table.caption = f"Bars: {before} is the upper half, {now} the lower."
+        table.caption_justify = "left"
     return table
 
 
-def comparison(out: Console, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Two starts side by side; `new` was made with `old` as the other one."""
-    for mark, facts in (("A", old), ("B", new)):
-        out.print(f"{mark} ", end="", style="bold")
-        headline(out, facts)
-    out.print()
-    widest = max((max(row["seconds"] or 0, row["other"] or 0) for row in new["phases"]), default=0) or 1.0
-    table = Table(
-        Column("phase", no_wrap=True),
-        *(Column(name, justify="right") for name in ("A", "B", "B - A", "B / A")),
-        "",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
-    for row in new["phases"]:
-        a, b = row["other"], row["seconds"]
-        bars = _pair((a or 0.0) / widest, (b or 0.0) / widest, _colour(row["phase"]))
-        table.add_row(_name(row["phase"]), _number(a), _number(b), _change(row["change"]), _ratio(a, b), bars)
-    before, after = sum(row["other"] or 0.0 for row in new["phases"]), new["wall"]
-    cells = (_number(before), _number(after), _change(after - before).plain, _ratio(before, after))
-    table.add_row("total", *cells, "", style="bold")
-    out.print(table)
-    out.print("Bars: A is the upper half, B the lower.", style="dim")
-    differences(out, old, new)
-
-
-def differences(out: Console, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Print in what versions, options and machines two starts do not agree."""
-    for title in ("versions", "options", "machine"):
-        differ = different(old[title], new[title])
-        if differ:
-            out.print()
-            out.print(f"{title} that differ from {old['id']}", style="bold")
-            for key, one, two in differ:
-                out.print(plain(f"  {key}: {one} -> {two}"), soft_wrap=True)
-
-
 def lanes(out: Console, facts: dict[str, Any]) -> None:
-    """One lane for each process, all under one clock: its spans, below each what it consists of."""
-    width = max(_NARROWEST, min(out.width, 160))
-    wall = facts["wall"]
+    """Print one lane for each process, all under one clock: its spans, and below each its parts."""
+    wall, width = facts["wall"], max(40, min(out.width, 160))
     if not wall:
         return
     out.print(_clock(wall, width), style="dim")
     for process in facts["processes"]:
         spans = [span for span in process["spans"] if span["at"] < wall]
-        if not spans:
-            continue
-        out.print(Text(plain(f"{process['title']} ({process['pid']})"), style="bold"))
-        for line in range(min(LINES, 1 + max(span["line"] for span in spans))):
-            out.print(_lane([span for span in spans if span["line"] == line], wall, width), no_wrap=True, crop=True)
+        if spans:
+            out.print(Text(plain(f"{process['title']} ({process['pid']})"), style="bold"))
+        for line in range(min(LINES, 1 + max((span["line"] for span in spans), default=-1))):
+            bars = _lane((span for span in spans if span["line"] == line), wall, width)
+            out.print(bars, no_wrap=True, crop=True)
 
 
-def _lane(spans: Iterable[dict[str, Any]], wall: float, width: int) -> Text:
-    """A line of bars with their names in them, where there is room."""
-    text = Text()
-    for span in sorted(spans, key=lambda span: span["at"]):
-        left = round(span["at"] / wall * width)
-        right = min(width, round((span["at"] + span["seconds"]) / wall * width))
-        left = max(left, len(text))
-        if right <= left:
-            continue
-        text.append(" " * (left - len(text)))
-        room = right - left - 1
-        name = plain(span["name"])
-        label = name if len(name) <= room else name[: room - 1] + "…" if room > 3 else ""
-        mark = "!" if span["error"] or span["open"] else "▏"
-        if span["waits"]:
-            text.append(mark + label.ljust(room, "╌"), style=_colour(span["phase"]))
-        else:
-            text.append(mark + label.ljust(room), style=Style(color="#101010", bgcolor=_colour(span["phase"])))
-    return text
-
-
-def _clock(wall: float, width: int) -> Text:
-    """Seconds above the lanes."""
-    step = next(
-        (s for s in (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600) if wall / s * 9 < width), wall
-    )
-    text = Text()
-    number = 0
-    while number * step <= wall:
-        at = round(number * step / wall * width)
-        label = f"{number * step:g} s"
-        if at >= len(text) and at + len(label) < width:
-            text.append(" " * (at - len(text)) + label)
-        number += 1
-    return text
-
-
-def _notes(out: Console, facts: dict[str, Any]) -> None:
-    """What was compiled, loaded and captured; what several ranks say is said once."""
-    seen: dict[str, list[str]] = {}
-    for note in facts["notes"]:
-        seen.setdefault(note["text"], []).append(note["process"])
-    if seen:
+def notes(out: Console, facts: dict[str, Any]) -> None:
+    """Print what was compiled, loaded and captured, once where several processes say the same."""
+    if facts["notes"]:
         out.print()
-    for text, processes in seen.items():
-        who = ", ".join(dict.fromkeys(name for name in processes if name))
-        out.print(Text.assemble(plain(text), (f"  {plain(who)}", "dim")), soft_wrap=True)
-    for note in facts["notes"]:
-        rows = changes(note["attrs"]) if note["name"] == "miss" else []
-        if len(rows) > 3:
-            out.print("All that differs: --html or --json, or vllm-compile-ext explain miss", style="dim")
-            return
+    for note, processes in grouped(facts["notes"]):
+        out.print(Text.assemble(plain(note["text"]), (f"  {plain(processes)}", "dim")), soft_wrap=True)
+    if any(note["attrs"].get("changes") for note in facts["notes"] if note["name"] == "miss"):
+        out.print("All that differs: --html or --json, or vllm-compile-ext explain miss", style="dim")
+
+
+def differences(out: Console, facts: dict[str, Any]) -> None:
+    for title, rows in facts["different"].items():
+        if rows:
+            out.print()
+            out.print(f"{title} that differ from {facts['other']['id']}", style="bold")
+        for name, old, new in rows:
+            out.print(plain(f"  {name}: {old} -> {new}"), soft_wrap=True)
 
 
 def listing(lines: Iterable[dict[str, Any]]) -> Table:
     """Recorded starts, one a line."""
-    table = Table(
-        Column("start", no_wrap=True),
-        Column("when", no_wrap=True),
-        Column("model", overflow="fold"),
-        Column("", no_wrap=True),
-        Column("to ready", justify="right", no_wrap=True),
-        Column("outcome", overflow="fold"),
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = _table(Column("start", no_wrap=True), Column("when", no_wrap=True), Column("model", overflow="fold"))
+    table.add_column(no_wrap=True)
+    table.add_column("to ready", justify="right", no_wrap=True)
+    table.add_column("outcome", overflow="fold")
     for line in lines:
         taken = "-" if line["seconds"] is None else duration(line["seconds"])
         how = Text(plain(outcome(line)), style="red" if line["outcome"] == "failed" else "")
@@ -224,48 +134,49 @@ def listing(lines: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
-def _short(name: str) -> str:
-    """An id's date and time, without its random part: "1118-110640"."""
-    parts = name.split("-")
-    return f"{parts[0][4:]}-{parts[1]}" if len(parts) == 3 and len(parts[0]) == 8 else name[:16]
-
-
-def _name(phase: str) -> Text:
-    return Text.assemble(("■ ", _colour(phase)), plain(phase))
+def _table(*columns: Column | str) -> Table:
+    """Without lines; a column that is only named holds numbers."""
+    made = (column if isinstance(column, Column) else Column(column, justify="right") for column in columns)
+    return Table(*made, box=None, pad_edge=False, padding=(0, 2, 0, 0))
 
 
 def _colour(phase: str) -> str:
-    return COLOURS.get(phase, _ELSE)
+    return PHASE_COLOURS.get(phase, PHASE_COLOURS["other"])[1]
 
 
-def _number(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.2f}"
+def _bars(a: float | None, b: float | None, scale: float, colour: str) -> Text:
+    """Two bars in one line of half blocks, which can be told apart without colours."""
+    one, two = round((a or 0.0) * scale), round((b or 0.0) * scale)
+    text = Text("█" * min(one, two) + "▄" * (two - one), style=colour)
+    text.append("▀" * (one - two), style="#808080")
+    return text or Text("▏" if a or b else "", style=colour)
 
 
-def _change(seconds: float | None) -> Text:
-    if seconds is None:
-        return Text("-")
-    if abs(seconds) < 0.005:  # as much as is shown
-        return Text("0.00")
-    return Text(f"{seconds:+.2f}", style="green" if seconds < 0 else "red")
+def _lane(spans: Iterable[dict[str, Any]], wall: float, width: int) -> Text:
+    """A line of bars with their names in them, where there is room."""
+    text = Text()
+    for span in sorted(spans, key=lambda span: span["at"]):
+        left = max(len(text), round(span["at"] / wall * width))
+        right = min(width, round((span["at"] + span["seconds"]) / wall * width))
+        if right <= left:
+            continue
+        room = right - left - 1
+        name = plain(span["name"])
+        label = name if len(name) <= room else name[: room - 1] + "…" if room > 3 else ""
+        bar = ("!" if span["error"] or span["open"] else "▏") + label.ljust(room, "╌" if span["waits"] else " ")
+        colour = _colour(span["phase"])
+        text.append(" " * (left - len(text)))
+        text.append(bar, style=Style(color=colour) if span["waits"] else Style(color="#101010", bgcolor=colour))
+    return text
 
 
-def _ratio(a: float | None, b: float | None) -> str:
-    return f"{b / a:.2f}x" if a and b is not None and a >= 0.005 else "-"
-
-
-def _pair(a: float, b: float, colour: str) -> Text:
-    """Two bars in one line, of shares of the widest: half blocks, which can be told apart without colours."""
-    one, two = round(a * _BAR), round(b * _BAR)
-    parts = (
-        ("█" * min(one, two), Style(color=colour)),
-        ("▀" * (one - two), Style(color=_BEFORE)),
-        ("▄" * (two - one), Style(color=colour)),
-    )
-    return Text.assemble(*(part for part in parts if part[0]))
-
-
-def _blocks(eighths: int) -> str:
-    """A bar of so many eighths of a character."""
-    full, rest = divmod(eighths, 8)
-    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+def _clock(wall: float, width: int) -> Text:
+    """Seconds above the lanes."""
+    steps = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+    step = next((step for step in steps if wall / step * 9 < width), wall)
+    text = Text()
+    for number in range(int(wall / step) + 1):
+        at, label = round(number * step / wall * width), f"{number * step:g} s"
+        if at >= len(text) and at + len(label) < width:
+            text.append(" " * (at - len(text)) + label)
+    return text

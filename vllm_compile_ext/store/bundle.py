@@ -8,18 +8,18 @@ private folder and read as what it is, a store, with a store's own checks.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import re
 import stat
-import sys
 import tarfile
 import time
 import zlib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -95,8 +95,8 @@ def pack(
         )
     if out.exists() and not out.is_file():
         raise BundleError(f"{out} is not a regular file")
-    written = out.with_name(f".{out.name}.{uuid4().hex}")
     paths = list(kernels.paths(store.jit)) if jit else []
+    written = out.with_name(f".{out.name}.{uuid4().hex}")
     try:
         with written.open("x+b") as file:
             with (
@@ -108,11 +108,14 @@ def pack(
                 for _, blob in sorted(_blobs(entries).items()):
                     _add(tar, blob.names, store.get(blob))
                 for path in paths:
-                    data = kernels.placed(path, (store.jit / path).read_bytes(), None)
+                    data = kernels.relocated(path, (store.jit / path).read_bytes(), None)
                     when = (store.jit / path).stat().st_mtime if path.startswith("flashinfer/") else 0
                     _add(tar, ("jit", path), data, when)
             file.seek(0)
-            file.write(_footer(_hash(file), key))
+            algorithm: Any = blake3
+            digest = hashlib.file_digest(file, algorithm).digest()
+            public = bytes(32) if key is None else key.public_key().public_bytes_raw()
+            file.write(MAGIC + public + (bytes(64) if key is None else key.sign(_SIGNED + digest)))
             file.flush()
             os.fsync(file.fileno())
         written.replace(out)
@@ -120,7 +123,7 @@ def pack(
         raise BundleError(f"{out} was not written: {error} (vllm-compile-ext cache verify says what to do)") from error
     finally:
         written.unlink(missing_ok=True)
-    return _told(entries, len(paths), None if key is None else key_name(key.public_key()))
+    return _summary(entries, len(paths), None if key is None else key_name(key.public_key()))
 
 
 def _add(tar: tarfile.TarFile, names: Sequence[str], data: bytes, when: float = 0) -> None:
@@ -129,29 +132,13 @@ def _add(tar: tarfile.TarFile, names: Sequence[str], data: bytes, when: float = 
     tar.addfile(info, io.BytesIO(data))
 
 
-def _hash(file: BinaryIO, size: int | None = None, to: BinaryIO | None = None) -> blake3:
-    """Of the next `size` bytes, or of all that follow; they are written `to` another file on the way."""
-    seen = blake3()
-    left = sys.maxsize if size is None else size
-    while left and (part := file.read(min(_PART, left))):
-        seen.update(part)
-        left -= len(part)
-        if to is not None:
-            to.write(part)
-    return seen
-
-
-def _footer(seen: blake3, key: Ed25519PrivateKey | None) -> bytes:
-    if key is None:
-        return MAGIC + bytes(FOOTER - len(MAGIC))
-    return MAGIC + key.public_key().public_bytes_raw() + key.sign(_SIGNED + seen.digest())
-
-
 def _blobs(entries: Sequence[Manifest]) -> dict[str, Blob]:
     return {blob.digest: blob for entry in entries for blob in entry.members.values()}
 
 
-def _told(entries: Sequence[Manifest], jit_files: int, signed_by: str | None, kept: Sequence[Manifest] = ()) -> Bundle:
+def _summary(
+    entries: Sequence[Manifest], jit_files: int, signed_by: str | None, kept: Sequence[Manifest] = ()
+) -> Bundle:
     blobs = _blobs(entries)
     return Bundle(
         platform=entries[0].platform,
@@ -199,7 +186,7 @@ def unpack(
         raise BundleError(f"{file} {error}; nothing of it was unpacked") from error
     finally:
         store.tree.remove_folder("tmp", name, full=True)
-    return _told(entries, len(paths), signed_by, kept)
+    return _summary(entries, len(paths), signed_by, kept)
 
 
 class _RefusedError(Exception):
@@ -214,24 +201,28 @@ def _copy(file: Path, to: Path, trust: Sequence[Ed25519PublicKey], *, allow_unsi
         if not stat.S_ISREG(found.st_mode) or size < 0:
             raise _RefusedError("is no bundle: it is too short, or not a regular file")
         if size > limit:
-            raise _RefusedError(_too_much(limit))
-        seen = _hash(opened, size, copy)
+            raise _RefusedError(_say_limit(limit))
+        seen, left = blake3(), size
+        while left and (part := opened.read(min(_PART, left))):
+            seen.update(part)
+            left -= copy.write(part)
         footer = opened.read(FOOTER)
     if footer[: len(MAGIC)] != MAGIC:
         raise _RefusedError("is no bundle, is truncated, or was made by another version: pack it again with this one")
-    key, signature = footer[len(MAGIC) : -64], footer[-64:]
-    if not any(key + signature):
+    public, signature = footer[len(MAGIC) : -64], footer[-64:]
+    if not any(public + signature):
         if allow_unsigned:
             return None
         raise _RefusedError(
-            "is not signed, and what is in it would be run: get a signed one, or use --allow-unsigned if you know who "
-            "made it"
+            "is not signed, and what is in it would be run: get a signed one, or use --allow-unsigned if you know who"
+            " made it"
         )
     try:
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, _SIGNED + seen.digest())
+        key = Ed25519PublicKey.from_public_bytes(public)
+        key.verify(signature, _SIGNED + seen.digest())
     except (InvalidSignature, ValueError) as error:
         raise _RefusedError("was changed after it was signed: its signature does not match") from error
-    if not (allow_unsigned or any(key == trusted.public_bytes_raw() for trusted in trust)):
+    if not (allow_unsigned or any(public == trusted.public_bytes_raw() for trusted in trust)):
         trusted = ", ".join(map(key_name, trust)) or "none"
         raise _RefusedError(
             f"is signed by key {key_name(key)}, which is not trusted (trusted: {trusted}), and what is in it would be "
@@ -249,7 +240,7 @@ class _Bounded:
 
     def read(self, size: int) -> bytes:
         if size > _PART or self.tell() > self._limit:
-            raise _RefusedError(_too_much(self._limit))
+            raise _RefusedError(_say_limit(self._limit))
         return self._file.read(size)
 
     def seek(self, place: int) -> None:
@@ -276,7 +267,7 @@ def _extract(folder: Path, limit: int) -> None:
                         raise _RefusedError(f"has a member {member.name[:300]!r} that belongs into no store")
                     kernels.check_path(member.name)
                     if left < 0 or member.size < 0 or count > FILES_MAX:
-                        raise _RefusedError(_too_much(limit))
+                        raise _RefusedError(_say_limit(limit))
                     tar.extract(member, folder, filter="data")
             while bounded.read(_PART):  # gzip's own checksum comes last
                 pass
@@ -286,7 +277,7 @@ def _extract(folder: Path, limit: int) -> None:
         os.umask(umask)
 
 
-def _too_much(limit: int) -> str:
+def _say_limit(limit: int) -> str:
     return f"holds more than the store may take: {limit} bytes (VLLM_COMPILE_STORE_MAX_GB) in {FILES_MAX} files"
 
 
@@ -317,7 +308,7 @@ def _fill(
         found, place = source.tree.path / "jit" / path, store.jit / path
         when = found.stat().st_mtime
         if replace or not place.exists() or place.stat().st_mtime < when:
-            data = kernels.placed(path, found.read_bytes(), place.parent)
+            data = kernels.relocated(path, found.read_bytes(), place.parent)
             store.tree.write(store.jit.name, *path.split("/"), data=data)
             if when:
                 os.utime(place, (time.time(), when))
@@ -364,6 +355,6 @@ def public_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def key_name(key: Ed25519PublicKey | bytes) -> str:
+def key_name(key: Ed25519PublicKey) -> str:
     """What people call a public key: its first hexadecimal digits."""
-    return (key if isinstance(key, bytes) else key.public_bytes_raw()).hex()[:16]
+    return key.public_bytes_raw().hex()[:16]

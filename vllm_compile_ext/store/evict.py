@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -35,18 +35,13 @@ class Removed(msgspec.Struct, frozen=True):
     freed: int
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A manifest's file: its size in bytes, seconds since its last use, digests of its blobs."""
 
     names: tuple[str, ...]
     size: int
     age: float
     digests: frozenset[str]
-
-    @property
-    def name(self) -> str:
-        return f"{self.names[1]}/{self.names[2].removesuffix('.json')}"
 
 
 def remove(store: Store, prefix: str) -> Removed:
@@ -76,14 +71,17 @@ def trim(store: Store, max_bytes: int | None = None, max_age: float | None = Non
     """
     limit = store.max_bytes if max_bytes is None else max_bytes
 
-    def wanted(entry: _Entry, total: int) -> bool:
+    def is_due(entry: _Entry, total: int) -> bool:
         return (limit is not None and total > limit) or (max_age is not None and entry.age > max_age)
 
-    return _evict(store, wanted)
+    return _evict(store, is_due)
 
 
-def _evict(store: Store, wanted: Callable[[_Entry, int], bool]) -> Removed:
-    """wanted: called with each entry, the least recently used one first, and the bytes that all remaining ones take."""
+def _evict(store: Store, is_due: Callable[[_Entry, int], bool]) -> Removed:
+    """Remove entries, and then blobs.
+
+    is_due: called with each entry, the least recently used one first, and the bytes that all remaining ones take.
+    """
     tree = store.tree
     with tree.lock("store", exclusive=True, timeout=0) as alone:
         now = time.time()
@@ -92,43 +90,26 @@ def _evict(store: Store, wanted: Callable[[_Entry, int], bool]) -> Removed:
         sizes = {name: status.st_size for name, status in blobs.items()}
         users = Counter(name for entry in entries for name in entry.digests)
         total = sum(entry.size for entry in entries) + sum(sizes.get(name, 0) for name in users)
-        gone, in_use, unneeded, freed = [], [], set(), 0
+        gone: list[str] = []
+        in_use: list[str] = []
+        unneeded, freed = set(), 0
         for entry in entries:
-            if not wanted(entry, total):
+            if not is_due(entry, total):
                 continue
-            if not tree.remove(*entry.names):
-                in_use.append(entry.name)
-                continue
-            gone.append(entry.name)
-            users.subtract(entry.digests)
-            last = {name for name in entry.digests if not users[name]}
-            unneeded |= last
-            freed += entry.size
-            total -= entry.size + sum(sizes.get(name, 0) for name in last)
+            removed = tree.remove(*entry.names)
+            (gone if removed else in_use).append(f"{entry.names[1]}/{entry.names[2].removesuffix('.json')}")
+            if removed:
+                users.subtract(entry.digests)
+                last = {name for name in entry.digests if not users[name]}
+                unneeded |= last
+                freed += entry.size
+                total -= entry.size + sum(sizes.get(name, 0) for name in last)
         if alone:
             stale = {name for name, status in blobs.items() if not users[name] and _age(status, now) > GRACE}
             going = (unneeded | stale) & blobs.keys()
             freed += sum(sizes[name] for name in going if tree.remove("blobs", name[:2], name))
             _sweep(store, now)
     return Removed(gone, in_use, freed)
-
-
-def _sweep(store: Store, now: float) -> None:
-    """Remove what killed writers left, empty folders and the locks of entries that are gone."""
-    tree = store.tree
-    for key in tree.names("manifests"):
-        tree.remove_folder("manifests", key)
-    keys = set(tree.names("manifests"))
-    stale = [("tmp", name) for name in tree.names("tmp")]
-    stale += [
-        ("locks", name)
-        for name in tree.names("locks")
-        if name != "store.lock" and name.removesuffix(".lock") not in keys
-    ]
-    for names in stale:
-        with suppress(OSError):
-            if _age(tree.stat(*names), now) > GRACE and not tree.remove(*names):
-                tree.remove_folder(*names, full=True)
 
 
 def _entries(store: Store, now: float) -> list[_Entry]:
@@ -143,6 +124,20 @@ def _entries(store: Store, now: float) -> list[_Entry]:
             digests = frozenset(match.decode() for match in _DIGEST.findall(data))
             found.append(_Entry(names, status.st_size, _age(status, now), digests))
     return found
+
+
+def _sweep(store: Store, now: float) -> None:
+    """Remove what killed writers left, empty folders and the locks of entries that are gone."""
+    tree = store.tree
+    for key in tree.names("manifests"):
+        tree.remove_folder("manifests", key)
+    needed = {"store.lock", *(f"{key}.lock" for key in tree.names("manifests"))}
+    stale = [("tmp", name) for name in tree.names("tmp")]
+    stale += [("locks", name) for name in tree.names("locks") if name not in needed]
+    for names in stale:
+        with suppress(OSError):
+            if _age(tree.stat(*names), now) > GRACE and not tree.remove(*names):
+                tree.remove_folder(*names, full=True)
 
 
 def _age(status: os.stat_result, now: float) -> float:

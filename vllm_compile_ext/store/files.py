@@ -26,9 +26,10 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 from uuid import uuid4
 
 from vllm_compile_ext import settings
@@ -41,6 +42,7 @@ _POLL = 0.05  # seconds between two attempts to get a lock
 _SHARING = 1.0  # seconds in which something new has got its mode
 _LOOK = 0.2  # seconds that `hold` waits for one that only looks whether the file is held
 
+_T = TypeVar("_T")
 _held: set[tuple[int, int]] = set()  # device and inode of what `hold` locked in this process
 
 
@@ -64,16 +66,18 @@ class Tree:
     """The folder ``v1`` of the store `root`, and the files below it by the names that lead to them.
 
     It is opened when it is first needed and stays open, wherever it is moved; one that was deleted is opened anew.
-    All methods but `read` and `names` raise `OSError` as it comes, and `UnsafeStoreError`.
+    All methods but `read`, `names`, `in_use` and `remove` raise `OSError` as it comes, and `UnsafeStoreError`.
+
+    jit: the folder of kernel compilers' caches, which do not share with other users.  group: who shares the store, by
+    VLLM_COMPILE_STORE_GROUP.  movable: a folder above in which others can put another store in its place.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.path = root / "v1"
-        # Of kernel compilers' caches, which do not share with other users.
         self.jit = self.path / (f"jit-{os.geteuid()}" if settings.store_group() else "jit")
-        self.group: int | None = None  # who shares it, by VLLM_COMPILE_STORE_GROUP
-        self.movable: Path | None = None  # a folder above, in which others can put another store in its place
+        self.group: int | None = None
+        self.movable: Path | None = None
         self._handle: int | None = None
         self._opening = threading.Lock()
 
@@ -88,7 +92,10 @@ class Tree:
         private: check those below `jit`, too.  Libraries make folders there by the umask; nobody else gets as far.
         """
         with ExitStack() as opened:
-            handle, path = self._base(make), self.path
+            with self._opening:
+                if self._handle is None or os.fstat(self._handle).st_nlink == 0:
+                    self._handle, self.group, self.movable = _open_v1(self.root, make)
+                handle, path = self._handle, self.path
             for number, name in enumerate(names):
                 path /= name
                 handle = _enter(handle, name, path, self.group, make)
@@ -96,12 +103,6 @@ class Tree:
                 if private or number == 0 or names[0] != self.jit.name:
                     _check(path, os.fstat(handle), self.group, self.root)
             yield handle
-
-    def _base(self, make: bool) -> int:
-        with self._opening:
-            if self._handle is None or os.fstat(self._handle).st_nlink == 0:
-                self._handle, self.group, self.movable = _open_root(self.root, make)
-            return self._handle
 
     def names(self, *names: str) -> list[str]:
         """What is in a folder, sorted; nothing when it cannot be read."""
@@ -112,7 +113,7 @@ class Tree:
             return []
 
     def stat(self, *names: str) -> os.stat_result:
-        """Of a file or a link."""
+        """The status of a file or a link."""
         with self.folder(*names[:-1]) as handle:
             return os.stat(names[-1], dir_fd=handle, follow_symlinks=False)
 
@@ -127,7 +128,7 @@ class Tree:
                 found = os.fstat(handle)
                 if not stat.S_ISREG(found.st_mode):
                     raise DamagedError(path, "is not a regular file")
-                if why := _others(found, self.group):
+                if why := _unsafe(found, self.group):
                     raise DamagedError(path, why)
                 if size is not None and found.st_size != size:
                     raise DamagedError(path, f"has {found.st_size} bytes where {size} were written")
@@ -173,51 +174,35 @@ class Tree:
 
         Raises `OSError` also while the file is being removed.
         """
-        with self.folder(*names[:-1]) as folder:
+        with self.folder(*names[:-1]) as folder, ExitStack() as opened:
             handle = os.open(names[-1], os.O_RDONLY | _FILE, dir_fd=folder)
-        kept = False
-        try:
+            opened.callback(os.close, handle)
             found = os.fstat(handle)
             if (found.st_dev, found.st_ino) not in _held:
                 if not _lock(handle, fcntl.LOCK_SH, _LOOK):
                     raise BlockingIOError(f"{self.path.joinpath(*names)} is being removed")
                 _held.add((found.st_dev, found.st_ino))
-                kept = True
+                opened.pop_all()  # the lock lasts as long as the file is open
             os.utime(handle)
-        finally:
-            if not kept:
-                os.close(handle)
 
     def in_use(self, *names: str) -> bool:
         """Whether a process holds a file; False also where that cannot be found out."""
-        try:
-            with self.folder(*names[:-1]) as folder, _opened(names[-1], os.O_RDONLY, folder) as handle:
-                return not _lock(handle, fcntl.LOCK_EX, 0)
-        except (OSError, UnsafeStoreError):
-            return False
+        with (
+            suppress(OSError, UnsafeStoreError),
+            self.folder(*names[:-1]) as folder,
+            _unheld(names[-1], folder) as free,
+        ):
+            return not free
+        return False
 
     def remove(self, *names: str) -> bool:
-        """Remove a file unless someone holds it, and say whether it is gone."""
-        try:
-            with ExitStack() as opened:
-                folder = opened.enter_context(self.folder(*names[:-1]))
-                for flags in (os.O_RDWR, os.O_RDONLY):  # NFS locks alone only what is open for writing
-                    try:
-                        handle = opened.enter_context(_opened(names[-1], flags, folder))
-                    except PermissionError:
-                        continue
-                    except OSError as error:
-                        if error.errno not in (errno.ELOOP, errno.ENOENT):  # a link, or gone: nobody can hold it
-                            raise
-                    else:
-                        if not _lock(handle, fcntl.LOCK_EX, 0):
-                            return False
-                    with suppress(FileNotFoundError):
-                        os.unlink(names[-1], dir_fd=folder)
-                    return True
-                return False
-        except OSError:
-            return False
+        """Remove a file unless someone holds it; returns whether it is gone."""
+        with suppress(OSError), self.folder(*names[:-1]) as folder, _unheld(names[-1], folder) as free:
+            if free:
+                with suppress(FileNotFoundError):
+                    os.unlink(names[-1], dir_fd=folder)
+            return free
+        return False
 
     def remove_folder(self, *names: str, full: bool = False) -> None:
         """Remove a folder when nothing is in it, or with what is in it."""
@@ -235,8 +220,7 @@ class Tree:
         system knows no locks.
         """
         with self.folder("locks", make=True) as folder:
-            flags = os.O_RDWR | os.O_CREAT | _FILE
-            handle = _patiently(lambda: os.open(f"{name}.lock", flags, 0o600, dir_fd=folder), self.group)
+            handle = _open_shared(f"{name}.lock", os.O_RDWR | os.O_CREAT | _FILE, folder, self.group)
         try:
             with suppress(PermissionError):  # another member of the group made it, and has shared it
                 _share(handle, 0o600, self.group)
@@ -252,6 +236,9 @@ def is_writable(folder: int) -> bool:
     return os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True)
 
 
+# --- opening and locking
+
+
 @contextmanager
 def _opened(name: str, flags: int, folder: int) -> Iterator[int]:
     handle = os.open(name, flags | _FILE, dir_fd=folder)
@@ -261,93 +248,49 @@ def _opened(name: str, flags: int, folder: int) -> Iterator[int]:
         os.close(handle)
 
 
-def _lock(handle: int, operation: int, timeout: float) -> bool:
-    deadline = time.monotonic() + timeout
-    while True:
+@contextmanager
+def _unheld(name: str, folder: int) -> Iterator[bool]:
+    """Whether nobody holds a file; then nobody can hold it before the end of the block."""
+    with ExitStack() as opened:
         try:
-            fcntl.flock(handle, operation | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-        time.sleep(_POLL)
+            try:  # NFS locks alone only what is open for writing
+                handle = opened.enter_context(_opened(name, os.O_RDWR, folder))
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                handle = opened.enter_context(_opened(name, os.O_RDONLY, folder))
+            free = _lock(handle, fcntl.LOCK_EX, 0)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOENT):
+                raise
+            free = True  # a link, or gone: nobody can hold it
+        yield free
 
 
-def _patiently(attempt: Callable[[], int], group: int | None) -> int:
-    """What `attempt` opens.  In a shared store another member may have made it, and be about to share it."""
-    deadline = time.monotonic() + _SHARING
+def _retry(attempt: Callable[[], _T], error: type[OSError], seconds: float) -> _T:
+    """What `attempt` returns once it does not raise `error`, or that error after so many seconds."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return attempt()
-        except PermissionError:
-            if group is None or time.monotonic() >= deadline:
+        except error:
+            if time.monotonic() >= deadline:
                 raise
         time.sleep(_POLL)
 
 
-def _open_root(root: Path, make: bool) -> tuple[int, int | None, Path | None]:
-    """The folder ``v1`` of the store `root`, open; the group that shares it or None; see `Tree.movable`."""
-    share = settings.store_group()
-    real = Path(os.path.realpath(root))
-    above, opened = Path("/"), os.open("/", os.O_PATH | _FOLDER)
-    found, mounts = [(above, os.fstat(opened))], [_mount(opened)]
+def _lock(handle: int, operation: int, timeout: float) -> bool:
     try:
-        for name in real.parts[1:]:
-            try:
-                inner = os.open(name, os.O_PATH | _FOLDER, dir_fd=opened)
-            except FileNotFoundError:
-                break
-            os.close(opened)
-            opened, above = inner, above / name
-            found.append((above, os.fstat(opened)))
-            mounts.append(_mount(opened))
-        volume = max(i for i, mount in enumerate(mounts) if i == 0 or mount not in (mounts[i - 1], None))
-        last = len(real.parts) - 1  # the number of the store itself
-        for (_, outer), (path, status) in itertools.pairwise(found[volume:last]):
-            _check_above(path, status, root, share, owned=_is_everyones(outer))
-        movable: Path | None
-        movable, top = found[volume]
-        if volume == last or top.st_mode & stat.S_ISVTX or not _others_write(top, _above(top, share)):
-            movable = None
-        outer = found[min(last, len(found)) - 1][1]
-        for name in real.parts[len(found) :]:
-            above /= name
-            if not make:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(above))
-            outer = os.fstat(opened)
-            group = outer.st_gid if share and above == real and _is_mine(outer.st_gid) else None
-            inner = _enter(opened, name, above, group, make, 0o700 if above == real else 0o755)
-            os.close(opened)
-            opened = inner
-        status = os.fstat(opened)
-        shared = status.st_gid if share and status.st_mode & stat.S_IWGRP and _is_mine(status.st_gid) else None
-        # A volume's root may be everyone's, as Kubernetes makes an emptyDir: then what is in it has to be ours.
-        if not (share and volume == last == len(found) - 1 and status.st_uid == 0):
-            _check(root, status, shared, root, owned=_is_everyones(outer))
-        elif _is_everyones(status):
-            movable = root
-        handle = _enter(opened, "v1", root / "v1", shared, make)
-    finally:
-        os.close(opened)
-    try:
-        _check(root / "v1", os.fstat(handle), shared, root, owned=_is_everyones(status))
-    except UnsafeStoreError:
-        os.close(handle)
-        raise
-    return handle, shared, movable
+        _retry(lambda: fcntl.flock(handle, operation | fcntl.LOCK_NB), BlockingIOError, timeout)
+    except BlockingIOError:
+        return False
+    return True
 
 
-def _is_everyones(found: os.stat_result) -> bool:
-    return bool(found.st_mode & stat.S_IWOTH)
-
-
-def _mount(handle: int) -> str | None:
-    """The mount that an open folder is in (proc_pid_fdinfo(5), since Linux 3.15)."""
-    try:
-        found = re.search(r"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{handle}").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return found and found[1]
+def _open_shared(name: str, flags: int, folder: int, group: int | None) -> int:
+    """In a shared store another member may have made it, and be about to share it."""
+    patience = 0 if group is None else _SHARING
+    return _retry(lambda: os.open(name, flags, 0o600, dir_fd=folder), PermissionError, patience)
 
 
 def _enter(folder: int, name: str, path: Path, group: int | None, make: bool, mode: int = 0o700) -> int:
@@ -358,7 +301,7 @@ def _enter(folder: int, name: str, path: Path, group: int | None, make: bool, mo
             with suppress(FileExistsError):
                 os.mkdir(name, mode, dir_fd=folder)
                 made = True
-        handle = _patiently(lambda: os.open(name, os.O_RDONLY | _FOLDER, dir_fd=folder), group)
+        handle = _open_shared(name, os.O_RDONLY | _FOLDER, folder, group)
     except NotADirectoryError:
         raise UnsafeStoreError(f"{path} is not a folder: move it away") from None
     except OSError as error:
@@ -377,6 +320,87 @@ def _share(handle: int, mode: int, group: int | None) -> None:
             os.fchown(handle, -1, group)
     if stat.S_IMODE(os.fstat(handle).st_mode) & mode != mode:  # file systems without modes refuse to change one
         os.fchmod(handle, mode)
+
+
+# --- the way to the store
+
+
+class _Place(NamedTuple):
+    """An open folder on the way to the store."""
+
+    path: Path
+    handle: int
+    status: os.stat_result
+    mount: str | None
+
+
+def _open_v1(root: Path, make: bool) -> tuple[int, int | None, Path | None]:
+    """Open the folder ``v1`` of the store `root`; returns it, the group that shares it or None, and `Tree.movable`."""
+    share = settings.store_group()
+    real = Path(os.path.realpath(root))
+    with ExitStack() as opened:
+        way = _walk(real, opened)
+        volume = max(i for i, place in enumerate(way) if i == 0 or place.mount not in (way[i - 1].mount, None))
+        above = way[volume : len(real.parts) - 1]  # from the volume's root to the folder that the store is in
+        _check_above(above, root, share)
+        movable = above[0].path if above and _is_movable(above[0].status, share) else None
+        was_there = len(way) == len(real.parts)
+        if not was_there:
+            _make_way(way, real, share, make, opened)
+        store, outer = way[-1], way[-2:][0]
+        is_mine = share and store.status.st_mode & stat.S_IWGRP and _is_mine(store.status.st_gid)
+        group = store.status.st_gid if is_mine else None
+        # A volume's root may be everyone's, as Kubernetes makes an emptyDir: then what is in it has to be ours.
+        if share and was_there and not above and store.status.st_uid == 0:
+            movable = root if _is_everyones(store.status) else None
+        else:
+            _check(root, store.status, group, root, owned=_is_everyones(outer.status))
+        with ExitStack() as failed:
+            handle = _enter(store.handle, "v1", root / "v1", group, make)
+            failed.callback(os.close, handle)
+            _check(root / "v1", os.fstat(handle), group, root, owned=_is_everyones(store.status))
+            failed.pop_all()
+        return handle, group, movable
+
+
+def _walk(real: Path, opened: ExitStack) -> list[_Place]:
+    """The folders from / to `real`, as far as they are there, each opened inside of the one before it."""
+    way = [_place(Path("/"), os.open("/", os.O_PATH | _FOLDER), opened)]
+    for name in real.parts[1:]:
+        try:
+            handle = os.open(name, os.O_PATH | _FOLDER, dir_fd=way[-1].handle)
+        except FileNotFoundError:
+            break
+        way.append(_place(way[-1].path / name, handle, opened))
+    return way
+
+
+def _make_way(way: list[_Place], real: Path, share: bool, make: bool, opened: ExitStack) -> None:
+    """Make what is missing of the folders to `real`, and put it at the end of `way`."""
+    for name in real.parts[len(way) :]:
+        outer = way[-1]
+        path = outer.path / name
+        if not make:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        group = outer.status.st_gid if share and path == real and _is_mine(outer.status.st_gid) else None
+        handle = _enter(outer.handle, name, path, group, make, 0o700 if path == real else 0o755)
+        way.append(_place(path, handle, opened))
+
+
+def _place(path: Path, handle: int, opened: ExitStack) -> _Place:
+    opened.callback(os.close, handle)
+    try:  # proc_pid_fdinfo(5), since Linux 3.15
+        mount = re.search(r"^mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{handle}").read_text(), re.MULTILINE)
+    except OSError:
+        mount = None
+    return _Place(path, handle, os.fstat(handle), mount and mount[1])
+
+
+# --- who may write
+
+
+def _is_everyones(found: os.stat_result) -> bool:
+    return bool(found.st_mode & stat.S_IWOTH)
 
 
 def _is_mine(group: int) -> bool:
@@ -399,7 +423,7 @@ def _others_write(found: os.stat_result, group: int | None) -> bool:
     return bool(found.st_mode & (stat.S_IWOTH if found.st_gid == group else stat.S_IWOTH | stat.S_IWGRP))
 
 
-def _others(found: os.stat_result, group: int | None, *, owned: bool = False) -> str | None:
+def _unsafe(found: os.stat_result, group: int | None, *, owned: bool = False) -> str | None:
     """How others than `group` can have written something: it continues a sentence that begins with its name.
 
     owned: that it has the group does not say who made it.
@@ -415,42 +439,49 @@ def _others(found: os.stat_result, group: int | None, *, owned: bool = False) ->
 
 def _check(path: Path, found: os.stat_result, group: int | None, root: Path, *, owned: bool = False) -> None:
     """Raises `UnsafeStoreError` where others can write the folder `path` of the store `root`."""
-    why = _others(found, group, owned=owned)
+    why = _unsafe(found, group, owned=owned)
     if why is None:
         return
-    me, quoted, mine = os.geteuid(), shlex.quote(str(root)), _is_mine(found.st_gid)
+    me, quoted = os.geteuid(), shlex.quote(str(root))
     ways = []
-    if found.st_mode & stat.S_IWOTH == 0 and found.st_mode & stat.S_IWGRP and group is None:
-        ways += [f"To trust everyone in group {found.st_gid}, set VLLM_COMPILE_STORE_GROUP=1."] if mine else []
+    if not _is_everyones(found) and found.st_mode & stat.S_IWGRP and group is None:
+        if _is_mine(found.st_gid):
+            ways.append(f"To trust everyone in group {found.st_gid}, set VLLM_COMPILE_STORE_GROUP=1.")
     elif path == root:
         ways.append(f"A folder in it may do: VLLM_COMPILE_STORE={shlex.quote(str(root / 'store'))}.")
-    who = "" if me in (0, found.st_uid) else f" as user {found.st_uid}"
     if _others_write(found, group):
+        who = "" if me in (0, found.st_uid) else f" as user {found.st_uid}"
         ways.append(f"Run{who}: chmod -R {'go' if group is None else 'o'}-w {quoted}")
     else:
         ways.append(f"Name another folder in VLLM_COMPILE_STORE. Run as root: chown -R {me} {quoted}")
     raise UnsafeStoreError(f"{path} {why}, and what is in it would be run. {' Or: '.join(ways)}")
 
 
-def _above(found: os.stat_result, share: bool) -> int | None:
+def _check_above(above: Sequence[_Place], root: Path, share: bool) -> None:
+    """Raises `UnsafeStoreError` where others can put another store in the place of `root`, in one of the folders
+    `above` it but the first, which is the root of a volume.
+    """
+    me = os.geteuid()
+    for outer, (path, _, found, _) in itertools.pairwise(above):
+        group = _group_above(found, share)
+        why = _unsafe(found, group, owned=_is_everyones(outer.status))
+        if why is None or (found.st_mode & stat.S_ISVTX and found.st_uid in (me, 0)):
+            continue
+        can_mend = _others_write(found, group) and me in (0, found.st_uid)
+        mend = f"run chmod go-w {shlex.quote(str(path))}, or " if can_mend else ""
+        raise UnsafeStoreError(
+            f"{path} {why}: another store could be put in the place of {root}. To mend it, {mend}name a folder "
+            "elsewhere in VLLM_COMPILE_STORE"
+        )
+
+
+def _is_movable(found: os.stat_result, share: bool) -> bool:
+    """Whether others can move what is in a volume's root."""
+    return not found.st_mode & stat.S_ISVTX and _others_write(found, _group_above(found, share))
+
+
+def _group_above(found: os.stat_result, share: bool) -> int | None:
     """The group that may write a folder above the store."""
     # A group of one: many systems give a user a group of the same number, and let it write.
     alone = found.st_gid == os.getegid() == os.geteuid()
     return found.st_gid if alone or (share and _is_mine(found.st_gid)) else None
-
-
-def _check_above(path: Path, found: os.stat_result, root: Path, share: bool, *, owned: bool) -> None:
-    """Raises `UnsafeStoreError` where others can put something else in the place of the store `root` below `path`."""
-    me, group = os.geteuid(), _above(found, share)
-    why = _others(found, group, owned=owned)
-    if why is None or (found.st_mode & stat.S_ISVTX and found.st_uid in (me, 0)):
-        return
-    mend = (
-        f"run chmod go-w {shlex.quote(str(path))}, or "
-        if _others_write(found, group) and me in (0, found.st_uid)
-        else ""
-    )
-    raise UnsafeStoreError(
-        f"{path} {why}: another store could be put in the place of {root}. To mend it, {mend}name a folder elsewhere "
-        "in VLLM_COMPILE_STORE"
-    )

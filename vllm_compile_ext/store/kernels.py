@@ -1,35 +1,214 @@
-"""Kernels that other libraries' JIT compilers keep below one folder: their size, eviction, and how they travel.
+"""Kernels that Triton and other libraries compile while serving starts: where they lie, what goes, how they travel.
 
-The folder has one folder for each library.  A library writes and reads there on its own and names what it makes by a
-digest of what it was made from; here, whole kernels are only counted, removed, and carried to another store.  What is
-missing is compiled again.
+Each library keeps its kernels in a folder that an environment variable names.  Left alone, these folders lie in the
+home folder, which a container loses, and Triton's is a moving one: the first kernel that Inductor compiles in a process
+sets ``TRITON_CACHE_DIR``, where it is unset, to a folder of that model, and whatever Triton compiles later in that
+process, the sampler's kernels too, goes there (torch 2.13.0, `CachingAutotuner.__init__` in
+`_inductor/runtime/triton_heuristics.py`).  A warm start unpickles Inductor's kernels, sets nothing, and looks in the
+home folder.  A variable that is set is respected by Inductor, by vLLM and by Triton, which reads it for each kernel.
+Inductor's own kernels lie there as well then; its artifacts carry them, and put back what is missing.
 
-Triton lists a kernel's files in a file ``__grp__<name>.json``, by absolute paths though they lie beside it, and takes a
-kernel whose listed files do not exist for one that is not there (3.7.1, `runtime/cache.py`, `get_group`): the list is
-written anew where it is unpacked.  FlashInfer asks ninja whether a kernel is up to date, which goes by the times of its
-files: they are kept, and have it found where the store is at the same place in the same image.
+So `use` names ``<store>/v1/jit/<name>/...``.  What lies there is run, so it is made owner-only, and left alone where
+others can write.  A library writes and reads there on its own and names what it makes by a digest of what it was made
+from; here, whole kernels are only counted, removed, and carried to another store.  What is missing is compiled again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import logging
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-# Where one kernel's folder lies below its library's: Triton 3.7.1, FlashInfer 0.7.0, DeepGEMM as vLLM 0.32.0 has it,
-# TileLang 0.1.12, Humming 0.1.17.  The first `*` of most is `vllm_compile_ext.jit_caches`' own.
-LAYOUT = {
-    "triton": "*/*",
-    "flashinfer": "*/.cache/flashinfer/*/*/cached_ops/*",
-    "deep_gemm": "cache/*",
-    "tilelang": "*/*/*/kernels/*",
-    "humming": "*/*",
-}
+from vllm_compile_ext import settings
+from vllm_compile_ext.store.files import Tree, UnsafeStoreError, is_writable
+
+logger = logging.getLogger(__name__)
+
+# Says to child processes, which inherit the variables, that they were not set by the user: lines "NAME=value".
+MARK = "_VLLM_COMPILE_EXT_JIT_CACHES"
+# Bytes that have to be free: a library whose cache runs full raises where the kernel was to run.
+FREE = 256 * 2**20
+
+
+def _host() -> tuple[str, ...]:
+    """What host code depends on that is compiled here: processor, Python, C library."""
+    try:
+        libc = os.confstr("CS_GNU_LIBC_VERSION") or "libc"  # "glibc 2.36"
+    except ValueError:
+        libc = "libc"
+    return (os.uname().machine, sys.implementation.cache_tag or "python", libc.replace(" ", "-"))
+
+
+def _toolkit() -> tuple[str, ...]:
+    """`_host`, and the CUDA toolkit that compiles and is linked: its folder's real name, such as "cuda-13.0"."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return (*_host(), Path(named).resolve().name)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One library's cache.
+
+    name: its folder below ``v1/jit``.  kernels: pattern of the paths below it that are one kernel's folder each.
+    variable: names its folder; a user who sets it, or one of `also`, has chosen.
+    apart: what makes entries incompatible and is not in the library's own key; the parts of a folder's name.
+    filled: patterns of paths that exist where the cache has been used at its usual place.  It stays there then: these
+        take minutes to fill, may have been put into an image on purpose, and need a compiler that may be missing now.
+    """
+
+    name: str
+    kernels: str
+    variable: str
+    also: tuple[str, ...] = ()
+    apart: Callable[[], tuple[str, ...]] = _host
+    filled: tuple[str, ...] = ()
+
+
+# The caches on disk that the warm-up of vLLM 0.32.0 fills, laid out as by Triton 3.7.1, FlashInfer 0.7.0, DeepGEMM as
+# vLLM has it, TileLang 0.1.12 and Humming 0.1.17.  The first `*` of most is `apart`.  Not here: CuTe DSL (vLLM's
+# `cute.compile` keeps kernels in memory), QuACK (vLLM takes helpers from it, no kernels), the driver's CUDA_CACHE_PATH
+# (PTX of wheels older than the GPU; the driver bounds it), and what vLLM keeps in its cache root itself: FlashInfer's
+# autotuning, as JSON.
+CACHES = (
+    # Sampler, attention, LoRA, MoE, input preparation.  Kernels are keyed by all that they are made from; the launchers
+    # around them are C, keyed by their source and the processor (3.7.1, `runtime/build.py`).
+    Cache("triton", "*/*", "TRITON_CACHE_DIR", also=("TRITON_HOME",)),
+    # Top-k and top-p sampling and attention, where the package flashinfer-jit-cache does not have them.  Keyed by
+    # FlashInfer's version and the GPU; read when flashinfer is imported (0.7.0, `jit/env.py`).
+    Cache(
+        "flashinfer",
+        "*/.cache/flashinfer/*/*/cached_ops/*",
+        "FLASHINFER_WORKSPACE_BASE",
+        apart=_toolkit,
+        filled=("~/.cache/flashinfer/*/*/cached_ops/*", "~/.cache/flashinfer/cubins/*"),
+    ),
+    # FP8 matrix products, `model_executor/warmup/deep_gemm_warmup.py`; vLLM sets the variable to a folder in its cache
+    # root where it is unset (`utils/deep_gemm.py`).  Device code only, keyed by compiler, flags and source.
+    Cache("deep_gemm", "cache/*", "DG_JIT_CACHE_DIR", apart=tuple, filled=("{cache_root}/deep_gemm/cache/*",)),
+    # `model_executor/warmup/jit_warmup_tilelang_helper.py`.  Host libraries, keyed by TileLang's version, processor,
+    # target and source.
+    Cache(
+        "tilelang",
+        "*/*/*/kernels/*",
+        "TILELANG_CACHE_DIR",
+        apart=_toolkit,
+        filled=("~/.tilelang/cache/*/*/kernels/*",),
+    ),
+    # Weight-only quantized matrix products, compiled in the first forward pass.
+    Cache("humming", "*/*", "HUMMING_CACHE_DIR", filled=("~/.humming/cache/*",)),
+)
+
+
+# --- where they lie
+
+
+def folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder below which the caches lie; `find`, `size` and `trim` take it."""
+    return Tree(settings.store(environ)).jit
+
+
+def use() -> Callable[[], None]:
+    """Set the variables that the user did not set; returns the undo."""
+    return _set(_wanted)
+
+
+def leave() -> Callable[[], None]:
+    """Take away what a parent process set of the variables; returns the undo."""
+    return _set(lambda environ: {})
+
+
+def _set(choose: Callable[[Mapping[str, str]], dict[str, str]]) -> Callable[[], None]:
+    """Set what `choose` returns for the environment without what a parent process set.
+
+    The undo restores the environment, except for variables that somebody else has changed since.
+    """
+    before = {name: os.environ[name] for name in (*_inherited(), MARK) if name in os.environ}
+    wanted = choose({k: v for k, v in os.environ.items() if k not in before})
+    for name in before.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update(wanted)
+
+    def undo() -> None:
+        for name in before.keys() | wanted.keys():
+            if os.environ.get(name) != wanted.get(name):
+                continue
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+
+    return undo
+
+
+def _inherited() -> dict[str, str]:
+    """The variables that a parent process set and that nobody has changed since."""
+    pairs = [line.partition("=") for line in os.environ.get(MARK, "").splitlines()]
+    return {name: value for name, _, value in pairs if os.environ.get(name) == value}
+
+
+def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables to set, with the mark; nothing when the user wants no store or its folder cannot be used."""
+    if settings.store_off(environ):
+        return {}
+    try:
+        tree = Tree(settings.store(environ))
+        places = _places(environ, tree.jit)
+        for place in places.values():
+            with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
+                if not is_writable(handle):
+                    raise UnsafeStoreError(f"{place} cannot be written; name another folder in VLLM_COMPILE_STORE")
+            if tree.movable is not None:  # the libraries look for their kernels by name
+                raise UnsafeStoreError(
+                    f"{tree.movable} can be written by other users, who could put others in their place; to keep them, "
+                    "name a folder elsewhere in VLLM_COMPILE_STORE"
+                )
+        if places:
+            with tree.folder(tree.jit.name) as handle:
+                if tree.group is None:
+                    os.fchmod(handle, 0o700)  # below it libraries make folders by the umask
+            if (free := shutil.disk_usage(tree.jit).free) < FREE:
+                raise UnsafeStoreError(
+                    f"{tree.jit} has {free >> 20} MiB free, and kernels may need {FREE >> 20}; free space, or name "
+                    "another folder in VLLM_COMPILE_STORE"
+                )
+            (tree.jit / STAMP).touch(mode=0o600)
+    except (UnsafeStoreError, OSError) as error:
+        why = str(error)
+        if isinstance(error, OSError):
+            why = f"{error.filename}: {error.strerror}; name another folder in VLLM_COMPILE_STORE"
+        logger.warning("compiled kernels of Triton and others are kept where stock vLLM keeps them: %s", why)
+        return {}
+    found = {variable: str(place) for variable, place in places.items()}
+    return found | {MARK: "\n".join(f"{name}={value}" for name, value in found.items())} if found else {}
+
+
+def _places(environ: Mapping[str, str], jit: Path) -> dict[str, Path]:
+    """The variables that are ours to set, and the folders to name in them."""
+    places = {}
+    for cache in CACHES:
+        place = jit.joinpath(cache.name, "-".join(cache.apart()))
+        chosen = any(name in environ for name in (cache.variable, *cache.also))
+        if not chosen and (place.exists() or not _filled(cache, environ)):
+            places[cache.variable] = place
+    return places
+
+
+def _filled(cache: Cache, environ: Mapping[str, str]) -> bool:
+    root = glob.escape(str(settings.cache_root(environ)))
+    patterns = [os.path.expanduser(pattern.format(cache_root=root)) for pattern in cache.filled]  # noqa: PTH111
+    return any(next(glob.iglob(pattern), None) for pattern in patterns)  # noqa: PTH207
+
+
+# --- what goes
+
 # Seconds since its last use for which a kernel stays, whatever the limits: an hour, and the day by which the time of
 # access lags on a file system mounted with relatime, Linux's default.
 SPARED = 25 * 3600.0
@@ -38,8 +217,6 @@ SPARED = 25 * 3600.0
 STAMP = ".started"
 _STARTING = 3600.0
 _LEAVING = ".leaving-"
-_DEEPEST = 16  # steps of a kernel file's path in a bundle
-_TRITON_WRITES = "tmp.pid_"  # how the folders begin in which Triton writes
 
 
 @dataclass(frozen=True)
@@ -53,9 +230,10 @@ class Kernel:
 
 def find(folder: Path) -> list[Kernel]:
     """The kernels below `folder`, the longest unused first."""
-    paths = [path for name, pattern in LAYOUT.items() for path in (folder / name).glob(pattern)]
-    left = folder.glob(f"{_LEAVING}*")  # by a removal that was interrupted
-    return sorted((_kernel(path) for path in (*left, *paths) if _is_folder(path)), key=lambda kernel: kernel.used)
+    paths = [path for cache in CACHES for path in (folder / cache.name).glob(cache.kernels)]
+    paths += folder.glob(f"{_LEAVING}*")  # left by a removal that was interrupted
+    found = [_kernel(path) for path in paths if path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=lambda kernel: kernel.used)
 
 
 def size(folder: Path) -> int:
@@ -95,10 +273,6 @@ def _may_be_starting(folder: Path) -> bool:
         return False
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
 def _files(folder: Path) -> Iterator[os.stat_result]:
     """Status of each file below `folder`; what vanishes meanwhile is left out, links are not followed."""
     for at, _, names in os.walk(folder):
@@ -126,22 +300,20 @@ def _remove(path: Path, folder: Path) -> bool:
     return True
 
 
-class PathError(ValueError):
-    """A path that leads out of its folder, or that no file can have."""
+# --- how they travel
+
+_DEEPEST = 16  # steps of a kernel file's path in a bundle
+_TRITON_WRITES = "tmp.pid_"  # how the folders begin in which Triton writes
 
 
 def check_path(path: str) -> None:
-    """Raises `PathError` unless `path` is relative, no deeper than a kernel's, and stays below its folder."""
+    """Raises `ValueError` unless `path` is relative, no deeper than a kernel's, and stays below its folder."""
     steps = path.split("/")
     plain = path.isprintable() and "\\" not in path and not {"", ".", ".."}.intersection(steps)
     # Steps of over 255 bytes, and paths of over 4095, are none to Linux.
-    if (
-        not plain
-        or len(steps) > _DEEPEST
-        or len(path.encode()) > 1000
-        or max(len(step.encode()) for step in steps) > 255
-    ):
-        raise PathError(f"{path[:300]!r} is not allowed: a printable relative path of up to 1000 bytes is")
+    fits = len(steps) <= _DEEPEST and plain and len(path.encode()) <= 1000
+    if not fits or max(len(step.encode()) for step in steps) > 255:
+        raise ValueError(f"{path[:300]!r} is not allowed: a printable relative path of up to 1000 bytes is")
 
 
 def paths(folder: Path) -> Iterator[str]:
@@ -151,14 +323,20 @@ def paths(folder: Path) -> Iterator[str]:
         below[:] = sorted(n for n in below if not (n.startswith(_TRITON_WRITES) or (top and n.startswith("."))))
         for found in sorted(Path(place, name) for name in names):
             path = found.relative_to(folder).as_posix()
-            with contextlib.suppress(PathError):
+            with contextlib.suppress(ValueError):
                 check_path(f"v1/jit/{path}")
                 if not top and found.is_file() and not found.is_symlink():
                     yield path
 
 
-def placed(path: str, data: bytes, folder: Path | None) -> bytes:
-    """The content of the file `path` as it has to be in `folder`, or in none yet."""
+def relocated(path: str, data: bytes, folder: Path | None) -> bytes:
+    """The content `data` of the file `path` as it has to be in `folder`, or in none yet.
+
+    Triton lists a kernel's files in a file ``__grp__<name>.json``, by absolute paths though they lie beside it, and
+    takes a kernel whose listed files do not exist for one that is not there (3.7.1, `runtime/cache.py`, `get_group`).
+    FlashInfer asks ninja whether a kernel is up to date, which goes by the times of its files: a bundle keeps them, and
+    they have it found where the store is at the same place in the same image.
+    """
     file = PurePosixPath(path).name
     if not (file.startswith("__grp__") and file.endswith(".json")):
         return data

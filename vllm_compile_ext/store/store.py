@@ -295,23 +295,23 @@ class Store:
         True: this process is the one writer; look again whether there still is something to write.  False: the wait was
         over the bound, or the store cannot be written.  No blobs are removed meanwhile.
         """
-        names = manifest_names(key, "any")
+        manifest_names(key, "any")
+        end = time.monotonic() + timeout
         with ExitStack() as held:
-            yield self.writable and self._lock(held, names[1], timeout)
-
-    def _lock(self, held: ExitStack, key: str, timeout: float) -> bool:
-        timeout = max(0.0, timeout)
-        begin = time.monotonic()
-        try:
-            mine = held.enter_context(self.tree.lock(key, exclusive=True, timeout=timeout))
-            if not mine and timeout > 0:  # else it was only asked
-                logger.warning("another process has been writing %s for over %g s: not waiting for it", key, timeout)
-            # Afterwards: who waits for a key must not keep unneeded blobs from being removed.
-            left = max(0.0, timeout - (time.monotonic() - begin))
-            return held.enter_context(self.tree.lock("store", exclusive=False, timeout=left)) and mine
-        except (OSError, UnsafeStoreError) as error:
-            logger.warning("the store %s cannot be locked: %s", self.root, error)
-        return False
+            mine = False
+            if self.writable:
+                try:
+                    mine = held.enter_context(self.tree.lock(key, exclusive=True, timeout=timeout))
+                    if not mine and timeout > 0:  # else it was only asked
+                        line = "another process has been writing %s for over %g s: not waiting for it"
+                        logger.warning(line, key, timeout)
+                    # Afterwards: who waits for a key must not keep unneeded blobs from being removed.
+                    left = end - time.monotonic()
+                    mine &= held.enter_context(self.tree.lock("store", exclusive=False, timeout=left))
+                except (OSError, UnsafeStoreError) as error:
+                    mine = False
+                    logger.warning("the store %s cannot be locked: %s", self.root, error)
+            yield mine
 
     def use(self, manifest: Manifest) -> None:
         """Mark the entry as used now, and as in use until this process ends: meanwhile nothing evicts it."""

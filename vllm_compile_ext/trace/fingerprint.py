@@ -9,7 +9,6 @@ nor on the data of tensors, on the name that a layer-name object holds, or on wh
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,8 +19,8 @@ from blake3 import blake3
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_compile_ext.trace import names
-from vllm_compile_ext.trace.signature import storage
-from vllm_compile_ext.trace.split import Piece, attribute, value_of
+from vllm_compile_ext.trace.call import storage, value_of
+from vllm_compile_ext.trace.split import Piece, attribute
 from vllm_compile_ext.trace.stitch import STORAGE
 
 _READABLE = ("cpu", torch.strided)
@@ -37,17 +36,13 @@ def fingerprint(piece: Piece, owner: torch.nn.Module, extra: Iterable[str] = ())
 
     Raises `Unfingerprintable`.
     """
-    return blake3("\n".join(text(piece, owner, extra)).encode()).hexdigest()
-
-
-def text(piece: Piece, owner: torch.nn.Module, extra: Iterable[str] = ()) -> list[str]:
-    """The lines that are digested, for people who ask why two pieces are not equal."""
-    writer = _Writer(owner)
+    writer = _Writer(owner, _Symbols())
     lines = [f"extra {e!r}" for e in extra]
     lines += [writer.input(node) for node in piece.inputs]
     lines += [writer.node(node) for node in piece.nodes]
-    lines += [f"out {writer.ref(node)} {writer.value(value_of(node))}" for node in piece.outputs]
-    return lines + writer.symbols.facts()
+    lines += [f"out {writer.argument(node)} {writer.value(value_of(node))}" for node in piece.outputs]
+    lines += writer.symbols.facts()
+    return blake3("\n".join(lines).encode()).hexdigest()
 
 
 class _Symbols:
@@ -84,50 +79,52 @@ class _Symbols:
 
 
 class _Writer:
-    def __init__(self, owner: torch.nn.Module) -> None:
+    def __init__(self, owner: torch.nn.Module, symbols: _Symbols) -> None:
         self.owner = owner
-        self.symbols = _Symbols()
+        self.symbols = symbols
         self.numbers: dict[fx.Node, str] = {}
         self.storages: dict[Any, int] = {}
 
     def input(self, node: fx.Node) -> str:
-        self.numbers[node] = f"%{len(self.numbers)}"
-        return f"in {self.value(value_of(node))} storage {self._storage(node)}"
-
-    def _storage(self, node: fx.Node) -> int | None:
-        """Number of a tensor's storage within the piece: inputs that may overlap have the same."""
-        fake = storage(node)
-        if fake is None:
-            return None
-        number = node.meta.get(STORAGE)
-        return self.storages.setdefault(("fake", fake) if number is None else ("real", number), len(self.storages))
+        self._number(node)
+        fake, number = storage(node), None
+        if fake is not None:  # inputs that may overlap have the same number
+            real = node.meta.get(STORAGE)
+            number = self.storages.setdefault(("fake", fake) if real is None else ("real", real), len(self.storages))
+        return f"in {self.value(value_of(node))} storage {number}"
 
     def node(self, node: fx.Node) -> str:
         if node.op == "get_attr":
-            line = f"attribute {self.attribute(attribute(self.owner, str(node.target)), str(node.target))}"
+            line = f"attribute {self._attribute(attribute(self.owner, str(node.target)), str(node.target))}"
         elif node.op in ("call_function", "call_method"):
-            kwargs = ", ".join(f"{k}={self.ref(v)}" for k, v in sorted(node.kwargs.items()))
-            line = f"{node.op} {self.target(node)} {self.ref(node.args)} {kwargs}"
+            kwargs = ", ".join(f"{k}={self.argument(v)}" for k, v in sorted(node.kwargs.items()))
+            line = f"{node.op} {self._target(node)} {self.argument(node.args)} {kwargs}"
         else:
             raise Unfingerprintable(f"a {node.op} node, {node.name}")
         if custom := node.meta.get("custom"):  # torch.fx.traceback.annotate: streams, regions compiled in another way
             line += f" custom {custom!r}"
-        self.numbers[node] = f"%{len(self.numbers)}"
+        self._number(node)
         return line
 
-    def target(self, node: fx.Node) -> str:
-        if isinstance(node.target, str):
-            return f"method:{node.target}"
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and "triton_kernel" in node.target.name():
+    def _number(self, node: fx.Node) -> None:
+        self.numbers[node] = f"%{len(self.numbers)}"
+
+    def _target(self, node: fx.Node) -> str:
+        target = node.target
+        if isinstance(target, str):
+            return f"method:{target}"
+        if isinstance(target, torch._ops.HigherOrderOperator) and "triton_kernel" in target.name():
             # Kernel and constants are numbers of a table of this process (torch 2.13.0, `triton_kernel_wrap.py`).
             raise Unfingerprintable(f"a Triton kernel of the model's own, {node.name}")
+        name = self._name(target, "target")
+        # What an operator mutates is in its schema.
+        return f"{name} {target._schema}" if isinstance(target, torch._ops.OpOverload) else name
+
+    def _name(self, value: Any, what: str) -> str:
         try:
-            found = names.name(node.target)
+            return names.name(value)
         except names.Unnameable as why:
-            raise Unfingerprintable(f"target {why}") from None
-        if isinstance(node.target, torch._ops.OpOverload):  # what it mutates is in its schema
-            return f"{found} {node.target._schema}"
-        return found
+            raise Unfingerprintable(f"{what} {why}") from None
 
     def value(self, value: Any) -> str:
         """What is known of an input or output."""
@@ -138,11 +135,7 @@ class _Writer:
             strides = " ".join(map(self.symbols.expression, value.stride()))
             offset = self.symbols.expression(value.storage_offset())
             flags = f"{value.requires_grad} {value.is_conj()} {value.is_neg()}"
-            kind = type(value)
-            return (
-                f"tensor {kind.__module__}.{kind.__qualname__} {value.dtype} {value.device} "
-                f"[{sizes}] [{strides}] {offset} {flags}"
-            )
+            return f"tensor {_name(type(value))} {value.dtype} {value.device} [{sizes}] [{strides}] {offset} {flags}"
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return f"{type(value).__name__} {self.symbols.expression(value)}"
         if type(value) in (int, float, bool, complex, str, bytes, type(None)):
@@ -150,54 +143,36 @@ class _Writer:
         if isinstance(value, tuple | list):
             return f"{type(value).__name__} ({', '.join(map(self.value, value))})"
         real = type(getattr(value, "real_obj", value))
-        return f"object {real.__module__}.{real.__qualname__} {getattr(value, 'script_class_name', '')}"
+        return f"object {_name(real)} {getattr(value, 'script_class_name', '')}"
 
-    def ref(self, a: Any) -> str:
-        """An argument: a node's number, or a constant with its type."""
-        if isinstance(a, fx.Node):
-            return self.numbers[a]
-        if isinstance(a, tuple) and type(a) in (tuple, torch.Size):
-            return f"{type(a).__name__}({', '.join(map(self.ref, a))})"
-        if isinstance(a, list):
-            return f"[{', '.join(map(self.ref, a))}]"
-        if isinstance(a, dict):
-            return "{" + ", ".join(f"{self.ref(k)}: {self.ref(v)}" for k, v in a.items()) + "}"
-        if isinstance(a, slice):
-            return f"slice({self.ref(a.start)}, {self.ref(a.stop)}, {self.ref(a.step)})"
-        if isinstance(a, range):
-            return repr(a)
-        if isinstance(a, enum.Enum):
-            return f"enum {type(a).__module__}.{type(a).__qualname__}.{a.name}"
-        if type(a) is float and math.isnan(a):
-            return "float nan"
-        if type(a) in (bool, int, float, complex, str, bytes, type(None), type(Ellipsis)):
-            return f"{type(a).__name__} {a!r}"
-        if isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool):
-            return self.value(a)
-        try:
-            return names.name(a)
-        except names.Unnameable as why:
-            raise Unfingerprintable(f"constant {why}") from None
+    def argument(self, argument: Any) -> str:
+        return names.source(argument, self.numbers.__getitem__, self._constant)
 
-    def attribute(self, value: Any, path: str) -> str:
-        if isinstance(value, fx.GraphModule):
-            return self._subgraph(value)
+    def _constant(self, value: Any) -> str:
+        if isinstance(value, enum.Enum):
+            return f"enum {_name(type(value))}.{value.name}"
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return self.value(value)
+        return self._name(value, "constant")
+
+    def _attribute(self, value: Any, path: str) -> str:
+        if isinstance(value, fx.GraphModule):  # what a higher-order op runs; its own attributes are its owner's
+            inner = _Writer(value, self.symbols)
+            lines = []
+            for node in value.graph.nodes:
+                if node.op == "placeholder":
+                    lines.append(inner.input(node))
+                elif node.op == "output":
+                    lines.append(f"out {inner.argument(node.args[0])}")
+                else:
+                    lines.append(inner.node(node))
+            return f"graph {{{'; '.join(lines)}}}"
         if type(value) in (torch.Tensor, torch.nn.Parameter) and (value.device.type, value.layout) == _READABLE:
             data = value.detach().contiguous().flatten()
             if data.nbytes <= _LARGEST_CONSTANT:
                 return f"constant {self.value(value)} {data.view(torch.uint8).numpy().tobytes().hex()}"
         raise Unfingerprintable(f"attribute {path}, a {type(value).__name__}")
 
-    def _subgraph(self, module: fx.GraphModule) -> str:
-        """The graph that a higher-order op runs; its own attributes are its owner's."""
-        inner = _Writer(module)
-        inner.symbols = self.symbols
-        lines = []
-        for node in module.graph.nodes:
-            if node.op == "placeholder":
-                lines.append(inner.input(node))
-            elif node.op == "output":
-                lines.append(f"out {inner.ref(node.args[0])}")
-            else:
-                lines.append(inner.node(node))
-        return f"graph {{{'; '.join(lines)}}}"
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -6,9 +6,10 @@ and methods of the installed torch, so that a new torch fails a test and not a u
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from vllm_compile_ext.trace.bodies import NotOnce
+from vllm_compile_ext.trace.call import NotOnce
 
 # What a source of the kind leads to is compared (values.py): an attribute, an item, a closure's cell, a type, ...
 COMPARED = [
@@ -31,7 +32,7 @@ REFUSED = [
 ]  # fmt: skip
 SOURCES = dict.fromkeys(COMPARED, True) | dict.fromkeys(REFUSED, False)
 
-# The guard's value is compared, or it is about the state of torch (state.py).
+# The guard's value is compared, or it is about the state of torch (call.py).
 VALUE = [
     "AUTOGRAD_SAVED_TENSORS_HOOKS", "BOOL_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "CONSTANT_MATCH",
     "CONSTANT_SUBCLASS_MATCH", "DEFAULT_DEVICE", "DETERMINISTIC_ALGORITHMS", "DICT_CONTAINS", "DICT_KEYS_MATCH",
@@ -53,12 +54,22 @@ def guards(tx: Any) -> set[Any]:
     return set(tx.output.tracing_context.guards_context.dynamo_guards)
 
 
+def bases(source: Any) -> Iterator[Any]:
+    """What a source is read from, one step after the other; the last is a local or a global."""
+    while (source := getattr(source, "base", None)) is not None:
+        yield source
+
+
+def first(source: Any) -> Any:
+    """The local or global that a source starts from."""
+    return [source, *bases(source)][-1]
+
+
 def check_source(source: Any) -> None:
     """Raises `NotOnce` unless every step of a source is of a kind that is compared."""
-    while source is not None:
-        if not SOURCES.get(type(source).__name__, False):
-            raise NotOnce(f"reads {source.name}, a {type(source).__name__}")
-        source = getattr(source, "base", None)
+    for step in (source, *bases(source)):
+        if not SOURCES.get(type(step).__name__, False):
+            raise NotOnce(f"reads {step.name}, a {type(step).__name__}")
 
 
 def is_identity(guard: Any) -> bool:
@@ -71,10 +82,9 @@ def is_identity(guard: Any) -> bool:
 
 def last_step(source: Any) -> tuple[Any, Any]:
     """(base, key) of the last attribute or item access of a source; (None, None) for one that is not such an access."""
-    while hasattr(source, "base"):
+    for step in (source, *bases(source)):
         for name in ("member", "index"):
-            key = getattr(source, name, None)
-            if key is not None:
-                return source.base, key if isinstance(key, str | int | bool | float | tuple) else None
-        source = source.base
+            key = getattr(step, name, None)
+            if key is not None and hasattr(step, "base"):
+                return step.base, key if isinstance(key, str | int | bool | float | tuple) else None
     return None, None

@@ -7,35 +7,15 @@ from __future__ import annotations
 import gc
 import types
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from vllm_compile_ext.trace.values import Accessed, is_atom, look
+from vllm_compile_ext.trace.values import HEAP_TYPE, Accessed, is_atom, look
 
 
 class Different(Exception):  # noqa: N818 - an answer, not an error
     """The two are not of the same kind; the message names the attribute and both values."""
-
-
-@dataclass
-class Same:
-    """What corresponds in two layers of the same kind.
-
-    own: id of each object that only the first one has -> its counterpart.  tensors: id of a tensor among them ->
-    (access path, the counterpart).  names: what the layer is called -> what the other one is called.
-    """
-
-    own: dict[int, Any] = field(default_factory=dict)
-    counterparts: dict[int, Any] = field(default_factory=dict)
-    tensors: dict[int, tuple[str, torch.Tensor]] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    shared: list[Any] = field(default_factory=list)
-
-    def holds(self, value: Any) -> bool:
-        """Whether `value` belongs to one of the two and not to the other."""
-        return id(value) in self.own or id(value) in self.counterparts
 
 
 # Equal ones may or may not be one object, as the interpreter likes; each access makes a method anew.
@@ -48,73 +28,78 @@ def compare(one: Any, other: Any, accessed: Accessed, lifted: Collection[tuple[i
     accessed: what the trace has accessed.  lifted: (id of an object, step) of strings of `one` that the trace used for
     nothing but to make a graph input.
     """
-    walk = _Walk(accessed, frozenset(lifted))
-    walk.value(one, other, "")
-    return walk.same
+    same = Same(accessed, lifted)
+    same.compare(one, other, "")
+    return same
 
 
-class _Walk:
-    def __init__(self, accessed: Accessed, lifted: frozenset[tuple[int, str]]) -> None:
-        self.accessed = accessed
-        self.lifted = lifted
-        self.same = Same()
-        self.keep: list[Any] = []
-        self.storages: dict[int, int] = {}
+class Same:
+    """What corresponds in two layers of the same kind.
 
-    def value(self, x: Any, y: Any, path: str) -> None:
+    own: id of each object that only the first one has -> its counterpart; counterparts: the same for the second one.
+    tensors: id of a tensor among the first one's own -> (access path, the counterpart).  names: what the layer is
+    called -> what the other one is called.  shared: the objects that both have.
+    """
+
+    def __init__(self, accessed: Accessed, lifted: Collection[tuple[int, str]]) -> None:
+        self.own: dict[int, Any] = {}
+        self.counterparts: dict[int, Any] = {}
+        self.tensors: dict[int, tuple[str, torch.Tensor]] = {}
+        self.names: dict[str, str] = {}
+        self.shared: list[Any] = []
+        self._accessed = accessed
+        self._lifted = lifted
+        self._keep: list[Any] = []  # whose ids are known
+        self._storages: dict[int, int] = {}
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value` belongs to one of the two and not to the other."""
+        return id(value) in self.own or id(value) in self.counterparts
+
+    def compare(self, x: Any, y: Any, path: str) -> None:
+        """Note that `x` corresponds to `y`, and their parts to each other; `path` leads to them."""
         if x is y:
             if not is_atom(x):
-                self.same.shared.append(x)
+                self.shared.append(x)
             return
-        if type(x) is not type(y):
+        if type(x) is not type(y) or isinstance(x, type | types.ModuleType):
             raise Different(f"{path}: {_text(x)} / {_text(y)}")
-        if isinstance(x, type | types.ModuleType):
-            raise Different(f"{path}: {_text(x)} / {_text(y)}")
-        left, right = look(x, self.accessed), look(y, self.accessed)
+        left, right = look(x, self._accessed), look(y, self._accessed)
         if left is None or right is None:
             raise Different(f"{path}: two objects of a type that is not known, {type(x).__qualname__}")
         if left.head != right.head:
             raise Different(f"{path}: {_heads(x, y, left.head, right.head)}")
-        if is_atom(x):
-            return
-        if type(x) not in _NO_IDENTITY and self.known(x, y, path):
+        if is_atom(x) or (type(x) not in _NO_IDENTITY and self._known(x, y, path)):
             return
         if isinstance(x, torch.Tensor):
-            self.tensor(x, y, path)
+            here, there = storage_of(x), storage_of(y)
+            if self._storages.setdefault(here, there) != there or self._storages.setdefault(~there, here) != here:
+                raise Different(f"{path}: tensors that share memory in one layer but not in the other")
+            self.tensors[id(x)] = (path, y)
         if type(x) is types.FunctionType and x.__globals__ is not y.__globals__:
             raise Different(f"{path}: functions of two modules")
-        self.parts(x, left.parts, right.parts, path)
-
-    def parts(self, x: Any, left: list[tuple[str, Any]], right: list[tuple[str, Any]], path: str) -> None:
-        if len(left) != len(right) or any(p[0] != q[0] for p, q in zip(left, right, strict=True)):
-            only = {p[0] for p in left} ^ {q[0] for q in right}
+        if [step for step, _ in left.parts] != [step for step, _ in right.parts]:
+            only = {p[0] for p in left.parts} ^ {q[0] for q in right.parts}
             raise Different(f"{path}: only one has {', '.join(sorted(only))}" if only else f"{path}: in another order")
-        for (step, p), (_, q) in zip(left, right, strict=True):
-            if p is not q and type(p) is str is type(q) and (id(x), step) in self.lifted:
-                if self.same.names.setdefault(p, q) != q:
+        for (step, p), (_, q) in zip(left.parts, right.parts, strict=True):
+            if p is not q and type(p) is str is type(q) and (id(x), step) in self._lifted:
+                if self.names.setdefault(p, q) != q:
                     raise Different(f"{path}{step}: one name stands for two")
-                continue
-            self.value(p, q, path + step)
+            else:
+                self.compare(p, q, path + step)
 
-    def known(self, x: Any, y: Any, path: str) -> bool:
+    def _known(self, x: Any, y: Any, path: str) -> bool:
         """Note that `x` corresponds to `y`; True when that was known.
 
         One to one: where one layer has an object twice and the other has two, `is` and changes in place tell.
         """
-        same = self.same
-        if id(x) in same.own or id(y) in same.counterparts:
-            if same.own.get(id(x)) is not y or same.counterparts.get(id(y)) is not x:
+        if id(x) in self.own or id(y) in self.counterparts:
+            if self.own.get(id(x)) is not y or self.counterparts.get(id(y)) is not x:
                 raise Different(f"{path}: an object that is used twice in one layer but not in the other")
             return True
-        same.own[id(x)], same.counterparts[id(y)] = y, x
-        self.keep += (x, y)
+        self.own[id(x)], self.counterparts[id(y)] = y, x
+        self._keep += (x, y)
         return False
-
-    def tensor(self, x: torch.Tensor, y: torch.Tensor, path: str) -> None:
-        left, right = storage_of(x), storage_of(y)
-        if self.storages.setdefault(left, right) != right or self.storages.setdefault(~right, left) != left:
-            raise Different(f"{path}: tensors that share memory in one layer but not in the other")
-        self.same.tensors[id(x)] = (path, y)
 
 
 def storage_of(tensor: torch.Tensor) -> int:
@@ -131,14 +116,11 @@ class Reach:
     tables: dictionaries that are not looked into, since whoever reads them is asked for the names that it used.
     """
 
-    def __init__(self, accessed: Accessed, tables: Iterable[Any] = ()) -> None:
-        self.accessed = accessed
+    def __init__(self, accessed: Accessed, tables: Iterable[Any], values: Iterable[Any]) -> None:
         self.ids: set[int] = {id(t) for t in tables}
         self.tensors: dict[int, torch.Tensor] = {}
         self._keep: list[Any] = []
-
-    def add(self, value: Any) -> None:
-        todo = [value]
+        todo = list(values)
         while todo:
             value = todo.pop()
             if is_atom(value) or id(value) in self.ids or isinstance(value, types.ModuleType):
@@ -147,12 +129,12 @@ class Reach:
             self._keep.append(value)
             if isinstance(value, torch.Tensor):
                 self.tensors[id(value)] = value
-            seen = look(value, self.accessed)
+            seen = look(value, accessed)
             if seen is None:  # what C code holds
                 todo += [v for v in gc.get_referents(value) if not isinstance(v, type | types.ModuleType)]
                 continue
             todo += [part for _, part in seen.parts]
-            if not isinstance(value, type) and type(value).__flags__ & (1 << 9):
+            if not isinstance(value, type) and type(value).__flags__ & HEAP_TYPE:
                 todo.append(type(value))
 
 

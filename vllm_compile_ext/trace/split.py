@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from vllm_compile_ext.trace.bodies import NotOnce
-from vllm_compile_ext.trace.signature import storage
+from vllm_compile_ext.trace.call import NotOnce, storage, value_of
 from vllm_compile_ext.trace.stitch import STORAGE
 
 
@@ -31,60 +30,38 @@ class Piece:
     outputs: list[fx.Node] = field(default_factory=list)
 
 
-def value_of(node: fx.Node) -> Any:
-    """The fake tensor or symbol that a node stands for."""
-    return node.meta.get("example_value")
-
-
 def decompose_sizes(graph: fx.Graph) -> None:
     """`x.size()` gives a torch.Size, which cannot cross pieces: use a node or constant for each dimension, in place."""
     for node in list(graph.find_nodes(op="call_method", target="size")):
         shape = getattr(value_of(node.args[0]), "shape", None) if len(node.args) == 1 else None
         if shape is None or node.kwargs:
             continue
-        dims: list[Any] = []
+        dims: list[Any] = list(shape)
         with graph.inserting_before(node):
             for i, size in enumerate(shape):
                 if isinstance(size, torch.SymInt):
-                    made = graph.call_function(torch.ops.aten.sym_size.int, (node.args[0], i))
-                    made.meta["example_value"] = size
-                    dims.append(made)
-                else:
-                    dims.append(size)
-        _use_instead(graph, node, tuple(dims))
+                    dims[i] = graph.call_function(torch.ops.aten.sym_size.int, (node.args[0], i))
+                    dims[i].meta["example_value"] = size
+        _replace(graph, node, tuple(dims))
         for made in dims:
             if isinstance(made, fx.Node) and not made.users:
                 graph.erase_node(made)
 
 
-def _use_instead(graph: fx.Graph, size: fx.Node, dims: tuple[Any, ...]) -> None:
-    """Let the users of `size` use `dims`; a method of it (`numel`) keeps the node."""
-    for user in list(size.users):
-        if user.op == "call_method" and user.args[0] is size:
-            continue
-        if user.target is operator.getitem and isinstance(user.args[1], int):
-            _replace(user, dims[user.args[1]])
-            graph.erase_node(user)
-        elif user.target is operator.getitem and _plain(user.args[1]):
-            _use_instead(graph, user, dims[user.args[1]])
-        else:
-            _replace_in(user, size, dims)
-    if not size.users:
-        graph.erase_node(size)
-
-
-def _plain(index: Any) -> bool:
-    return isinstance(index, slice) and not any(isinstance(i, fx.Node) for i in (index.start, index.stop, index.step))
-
-
-def _replace(node: fx.Node, value: Any) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Let the users of `node` use `value`, a size or a tuple of sizes; a method of a tuple (`numel`) keeps the node."""
     for user in list(node.users):
-        _replace_in(user, node, value)
-
-
-def _replace_in(user: fx.Node, node: fx.Node, value: Any) -> None:
-    user.args = fx.node.map_arg(user.args, lambda n: value if n is node else n)
-    user.kwargs = fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)
+        if isinstance(value, tuple) and user.op == "call_method" and user.args[0] is node:
+            continue
+        index = user.args[1] if isinstance(value, tuple) and user.target is operator.getitem else None
+        bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else (index,)
+        if index is not None and all(b is None or isinstance(b, int) for b in bounds):
+            _replace(graph, user, value[index])
+        else:
+            user.args = fx.node.map_arg(user.args, lambda n: value if n is node else n)
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda n: value if n is node else n)
+    if not node.users:
+        graph.erase_node(node)
 
 
 _ALLOCATING = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
@@ -178,7 +155,7 @@ def extract(piece: Piece, owner: torch.nn.Module) -> fx.GraphModule:
     stand_ins = _StandIns()
     for i, node in enumerate(piece.inputs):
         env[node] = graph.placeholder(f"arg{i}")
-        env[node].meta["example_value"] = stand_ins.of(node)
+        env[node].meta["example_value"] = stand_ins.fake_for(node)
     for node in piece.nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
     out = graph.output(tuple(env[n] for n in piece.outputs))
@@ -196,42 +173,35 @@ class _StandIns:
     """Fake tensors for the inputs of one piece.  Stitched copies share fake tensors, real tensors may not."""
 
     def __init__(self) -> None:
-        self.fake_of: dict[int, int] = {}  # number of a storage (stitch.STORAGE) -> its fake storage
-        self.number_of: dict[int, int] = {}
-        self.first: dict[int, torch.Tensor] = {}
+        self.first: dict[int, torch.Tensor] = {}  # number of a storage (stitch.STORAGE) -> the first input in it
+        self.taken: set[int] = set()  # fake storages of these
 
-    def of(self, node: fx.Node) -> Any:
-        value = value_of(node)
-        number = node.meta.get(STORAGE)
-        fake = storage(node)
+    def fake_for(self, node: fx.Node) -> Any:
+        value, number, fake = value_of(node), node.meta.get(STORAGE), storage(node)
         if number is None or fake is None:
             return value
-        if number in self.fake_of:  # overlaps an earlier input
-            return value if self.fake_of[number] == fake else _view(self.first[number], value)
-        if fake in self.number_of:
+        if number in self.first:  # overlaps an earlier input
+            first = self.first[number]
+            if first.untyped_storage()._cdata == fake:
+                return value
+            if first.dtype != value.dtype:
+                raise NotOnce("inputs of a piece overlap with different dtypes")
+            with first.fake_mode:
+                return first.as_strided(value.shape, value.stride(), value.storage_offset())
+        if fake in self.taken:  # of a tensor that does not overlap
             value = _like(value)
-            fake = value.untyped_storage()._cdata
-        self.fake_of[number], self.number_of[fake] = fake, number
         self.first[number] = value
+        self.taken.add(value.untyped_storage()._cdata)
         return value
 
 
 def _like(value: Any) -> Any:
-    if value.storage_offset() == 0:
-        with value.fake_mode:
+    """A fake tensor with a storage of its own."""
+    spans = ((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    with value.fake_mode:
+        if value.storage_offset() == 0:
             made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    else:
-        length = value.storage_offset() + sum(
-            ((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)), 1
-        )
-        with value.fake_mode:
-            whole = torch.empty(length, dtype=value.dtype, device=value.device)
+        else:
+            whole = torch.empty(value.storage_offset() + sum(spans, 1), dtype=value.dtype, device=value.device)
             made = whole.as_strided(value.shape, value.stride(), value.storage_offset())
     return made.requires_grad_() if value.requires_grad else made
-
-
-def _view(first: Any, value: Any) -> Any:
-    if first.dtype != value.dtype:
-        raise NotOnce("inputs of a piece overlap with different dtypes")
-    with first.fake_mode:
-        return first.as_strided(value.shape, value.stride(), value.storage_offset())

@@ -39,7 +39,7 @@ class Look(NamedTuple):
 ALL = "*"  # stands for every attribute
 ORDER = "<order of a set>"  # among what was said: the trace may have iterated over a set
 # Who reads one of these may read every attribute of the object; what is read by its `__dict__` is told.
-_WHOLE = frozenset({ALL, "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"})
+WHOLE = frozenset({ALL, "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"})
 
 
 class Accessed:
@@ -83,19 +83,19 @@ class Accessed:
     def never(self, kind: type, name: str) -> bool:
         """Whether no code has said `name`, or read an object of this class as a whole."""
         whole = self.by_kind[kind] | self.by_kind[None]
-        return self.said.isdisjoint({name, name.lstrip("_")}) and whole.isdisjoint(_WHOLE)
+        return self.said.isdisjoint({name, name.lstrip("_")}) and whole.isdisjoint(WHOLE)
 
     def _add(self, known: set[str], names: Set[str]) -> None:
         if not names <= known:
             known |= names
             self.changes += 1
 
-    def of(self, kind: type, own: dict[str, Any]) -> list[tuple[str, Any]]:
+    def select(self, kind: type, own: dict[str, Any]) -> list[tuple[str, Any]]:
         """The attributes among `own`, of an object of class `kind`, that may have been accessed."""
         changes, names = self._names.get(kind, (-1, frozenset()))
         if changes != self.changes:
             names = frozenset({"forward", *self.by_kind[kind], *self.by_kind[None]})
-            names = frozenset({ALL}) if not _WHOLE.isdisjoint(names) else names | self.strings
+            names = frozenset({ALL}) if not WHOLE.isdisjoint(names) else names | self.strings
             self._names[kind] = self.changes, names
         if ALL in names:
             return list(own.items())
@@ -128,21 +128,11 @@ def names_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
 @functools.cache
 def code_digest(code: types.CodeType) -> str:
     """Equal for code that does the same, wherever its file is and in which line it begins."""
-    parts: list[Any] = []
-    for const in code.co_consts:
-        parts.append(code_digest(const) if isinstance(const, types.CodeType) else _constant(const))
-    about = (
-        code.co_name,
-        code.co_qualname,
-        code.co_code.hex(),  # whose repr is quick
-        code.co_names,
-        code.co_varnames,
-        code.co_freevars,
-        code.co_cellvars,
-        code.co_flags,
-    )
-    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_exceptiontable.hex())
-    return blake3(repr((about, counts, parts)).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    constants = [code_digest(c) if isinstance(c, types.CodeType) else _constant(c) for c in code.co_consts]
+    names = code.co_name, code.co_qualname, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    counts = code.co_flags, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
+    text = repr((names, counts, constants, code.co_code.hex(), code.co_exceptiontable.hex()))  # hex: its repr is quick
+    return blake3(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _constant(value: Any) -> Any:
@@ -156,18 +146,19 @@ def _constant(value: Any) -> Any:
 ATOMS = frozenset({type(None), bool, int, str, bytes, float, complex, type(Ellipsis), type(NotImplemented)})
 
 
+def is_atom(value: Any) -> bool:
+    """Whether a value has nothing but its bits: no identity that code may rely on, and no parts."""
+    return type(value) in ATOMS
+
+
 def atom(value: Any) -> tuple[Any, ...]:
+    """The type and the bits of an atom."""
     kind: Any = type(value)
     if kind is float:
         return kind, struct.pack("d", value)
     if kind is complex:
         return kind, struct.pack("dd", value.real, value.imag)
     return kind, value
-
-
-def is_atom(value: Any) -> bool:
-    """Whether a value has nothing but its bits: no identity that code may rely on, and no parts."""
-    return type(value) in ATOMS
 
 
 def look(value: Any, accessed: Accessed) -> Look | None:
@@ -183,9 +174,8 @@ def _looker(kind: Any) -> Callable[[Any, Accessed], Look | None]:
         return lambda v, _: Look(atom(v), [])
     if kind in (set, frozenset):
         return _set
-    known = _KNOWN.get(kind)
-    if known is not None:
-        return functools.partial(_known, known)
+    if kind in _KNOWN:
+        return functools.partial(_known, _KNOWN[kind])
     for base, looker in _LOOKERS:
         if issubclass(kind, base):
             return looker
@@ -196,21 +186,21 @@ def _looker(kind: Any) -> Callable[[Any, Accessed], Look | None]:
     if type(kind).__name__ == "pybind11_type" and hasattr(kind, "__members__"):  # an enum in C++
         return lambda v, _: Look((kind, v.name), [])
     if kind.__module__ == "triton.runtime.jit" and hasattr(kind, "cache_key"):
-        return lambda v, _: Look((kind, *_triton_kernel(v)), [])
+        return _triton_kernel
     if kind.__module__ == "triton.runtime.autotuner":
-        return lambda v, _: Look((kind,), [(f".{k}", x) for k, x in vars(v).items() if k not in _OF_TUNING])
+        return lambda v, _: Look((kind,), [(f".{k}", x) for k, x in vars(v).items() if k not in _TUNING_NOTES])
     return _object
 
 
 # What an autotuner notes while it runs (Triton 3.5, runtime/autotuner.py).
-_OF_TUNING = {"cache", "configs_timings", "best_config", "nargs", "bench_time", "_do_bench"}
+_TUNING_NOTES = {"cache", "configs_timings", "best_config", "nargs", "bench_time", "_do_bench"}
 
 
-def _triton_kernel(kernel: Any) -> tuple[Any, ...]:
-    """Digest of a kernel's source and of the functions that it calls; the globals that they use."""
+def _triton_kernel(kernel: Any, _: Accessed) -> Look:
+    """Digest of the kernel's source and of the functions that it calls; the globals that they use."""
     digest = kernel.cache_key  # which finds the globals
     used = getattr(kernel, "used_global_vals", {})
-    return digest, sorted((name, repr(value)) for (name, _), (value, _) in used.items())
+    return Look((type(kernel), digest, sorted((name, repr(value)) for (name, _), (value, _) in used.items())), [])
 
 
 def _known(known: Callable[[Any], tuple[Any, ...]], value: Any, _: Accessed) -> Look:
@@ -239,28 +229,24 @@ def _object(value: Any, accessed: Accessed) -> Look | None:
     base = _base(kind)
     if base is None:
         return None
-    head: tuple[Any, ...] = (kind,)
+    own: tuple[Any, ...] = ()
     parts: list[tuple[str, Any]] = []
-    if base is not object:
-        if base in ATOMS:
-            head = (kind, *atom(_PLAIN_OF[base](value)))  # a class may have a method of its own for `float(value)`
-        else:
-            own, parts = _KNOWN[base](value)
-            head = (kind, *own)
-    ordinary = base is object and is_ordinary(kind)
+    if base in ATOMS:
+        own = atom(_PLAIN_OF[base](value))  # a class may have a method of its own for `float(value)`
+    elif base is not object:
+        own, parts = _KNOWN[base](value)
     for name, slot in _slots(kind):
-        try:
-            parts.append((f".{name}", slot.__get__(value)))
-        except AttributeError:
-            parts.append((f".{name}", _EMPTY))
-    own_dict = _dict(value)
-    if own_dict is not None:
+        parts.append((f".{name}", _held(functools.partial(slot.__get__, value))))
+    attributes = _dict(value)
+    if attributes is not None:
+        ordinary = base is object and is_ordinary(kind)
+        shown = accessed.select(kind, attributes) if ordinary else list(attributes.items())
         if isinstance(value, torch.nn.Module):
-            parts += _module(kind, own_dict, accessed, ordinary)
+            parts += _structure(attributes)
+            parts += [(f".{k}", v) for k, v in shown if k not in SEEN]
         else:
-            shown = accessed.of(kind, own_dict) if ordinary else own_dict.items()
             parts += [(f".{k}", v) for k, v in shown if k not in _ORIGIN or not accessed.never(kind, k)]
-    return Look(head, parts)
+    return Look((kind, *own), parts)
 
 
 # Always to be seen: code that iterates over a module says no names of what is in it, and hooks run without being named.
@@ -280,19 +266,18 @@ SEEN = {
 }
 
 
-def _module(kind: type, own: dict[str, Any], accessed: Accessed, ordinary: bool) -> list[tuple[str, Any]]:
+def _structure(module: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The parameters, buffers, submodules and hooks of a module, of which `module` is the `__dict__`."""
     parts: list[tuple[str, Any]] = []
     for key in _STRUCTURE:
-        if table := own.get(key):
+        if table := module.get(key):
             parts += [(f".{key}[{name!r}]", part) for name, part in table.items()]
     for key in _HOOKS:
-        if table := own.get(key):
-            with_kwargs = own.get(f"{key}_with_kwargs", ())
+        if table := module.get(key):
+            with_kwargs = module.get(f"{key}_with_kwargs", ())
             parts += [(f".{key}", (hook, number in with_kwargs)) for number, hook in table.items()]
-    if own.get("_non_persistent_buffers_set"):
-        parts.append(("._non_persistent_buffers_set", tuple(sorted(own["_non_persistent_buffers_set"]))))
-    shown = accessed.of(kind, own) if ordinary else own.items()
-    parts += [(f".{key}", value) for key, value in shown if key not in SEEN]
+    if buffers := module.get("_non_persistent_buffers_set"):
+        parts.append(("._non_persistent_buffers_set", tuple(sorted(buffers))))
     return parts
 
 
@@ -311,7 +296,7 @@ def _tensor(value: Any, accessed: Accessed) -> Look | None:
         return None
     own = _dict(value) or {}
     # torch 2.13, _dynamo/variables/builder.py: Dynamo marks the parameters that it has traced.
-    parts = [(f".{k}", v) for k, v in accessed.of(torch.nn.Parameter, own) if k != "_dynamo_static_input_type"]
+    parts = [(f".{k}", v) for k, v in accessed.select(torch.nn.Parameter, own) if k != "_dynamo_static_input_type"]
     return Look((type(value), *tensor_meta(value)), parts)
 
 
@@ -335,24 +320,19 @@ def tensor_meta(t: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
-def _array(value: np.ndarray[Any, Any]) -> Look | None:
-    if value.dtype.hasobject or type(value) is not np.ndarray:
-        return None
-    return Look((np.ndarray, value.dtype.str, value.shape, value.strides, value.flags.writeable, value.tobytes()), [])
-
-
 class _Empty:
-    """Stands for a slot or a cell that holds nothing."""
+    """Stands for what a slot or a cell holds that holds nothing."""
 
 
-_EMPTY = _Empty
+def _held(get: Callable[[], Any]) -> Any:
+    try:
+        return get()
+    except (AttributeError, ValueError):
+        return _Empty
 
 
 def _cell(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _EMPTY
+    return _held(lambda: cell.cell_contents)
 
 
 _DYNAMOS = ("_torchdynamo_wrapper_id", "_torchdynamo_inline")
@@ -391,25 +371,16 @@ def _builtin(f: Any) -> tuple[Any, ...]:
     return (f.__module__, f.__qualname__), [(".__self__", owner)] if bound else []
 
 
-def _descriptor(d: Any) -> tuple[Any, ...]:
-    return (d.__objclass__.__module__, d.__objclass__.__qualname__, d.__name__), []
-
-
-def _fixed(*steps: str) -> Any:
+def _parts(*steps: str) -> Any:
     return lambda value: ((), [(f".{step}", getattr(value, step)) for step in steps])
 
 
-def _text(value: Any) -> tuple[Any, ...]:
-    return (str(value),), []
+def _as(text: Callable[[Any], str]) -> Any:
+    return lambda value: ((text(value),), [])
 
 
-def _repr(value: Any) -> tuple[Any, ...]:
-    return (repr(value),), []
-
-
-def _partial(value: Any) -> tuple[Any, ...]:
-    parts = [(f".{step}", getattr(value, step)) for step in ("func", "args", "keywords", "__dict__")]
-    return (), parts
+def _descriptor(d: Any) -> tuple[Any, ...]:
+    return (d.__objclass__.__module__, d.__objclass__.__qualname__, d.__name__), []
 
 
 def _sequence(base: Any) -> Any:
@@ -424,17 +395,16 @@ def _default(v: Any) -> tuple[Any, ...]:
     return (len(v),), [(".default_factory", v.default_factory), *_pairs(collections.defaultdict.items(v))]
 
 
-def _deque(v: Any) -> tuple[Any, ...]:
-    return (len(v), v.maxlen), _items(collections.deque.__iter__(v))
-
-
 _KNOWN: dict[type, Any] = {
-    torch.dtype: _text,
-    torch.device: _text,
-    torch.layout: _text,
-    torch.memory_format: _text,
+    **dict.fromkeys((torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype), _as(str)),
+    **dict.fromkeys((types.GenericAlias, types.UnionType), _as(str)),
+    **dict.fromkeys((datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal), _as(repr)),
+    **dict.fromkeys(
+        (types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType), _descriptor
+    ),
+    **dict.fromkeys((types.GetSetDescriptorType, types.MemberDescriptorType), _descriptor),
     range: lambda v: ((v.start, v.stop, v.step), []),
-    slice: _fixed("start", "stop", "step"),
+    slice: _parts("start", "stop", "step"),
     list: _sequence(list),
     tuple: _sequence(tuple),
     set: _sequence(set),
@@ -442,40 +412,27 @@ _KNOWN: dict[type, Any] = {
     dict: _mapping(dict),
     collections.OrderedDict: _mapping(collections.OrderedDict),
     collections.defaultdict: _default,
-    collections.deque: _deque,
+    collections.deque: lambda v: ((len(v), v.maxlen), _items(collections.deque.__iter__(v))),
     types.MappingProxyType: _mapping(types.MappingProxyType),
     types.SimpleNamespace: lambda v: ((), [(f".{k}", x) for k, x in v.__dict__.items()]),
-    types.MethodType: _fixed("__func__", "__self__"),
+    types.MethodType: _parts("__func__", "__self__"),
     types.CellType: lambda v: ((), [(".cell_contents", _cell(v))]),
     types.CodeType: lambda v: ((v.co_qualname, code_digest(v)), []),
     types.BuiltinFunctionType: _builtin,
     types.MethodWrapperType: lambda v: ((v.__name__,), [(".__self__", v.__self__)]),
-    types.WrapperDescriptorType: _descriptor,
-    types.MethodDescriptorType: _descriptor,
-    types.ClassMethodDescriptorType: _descriptor,
-    types.GetSetDescriptorType: _descriptor,
-    types.MemberDescriptorType: _descriptor,
-    property: _fixed("fget", "fset", "fdel"),
-    staticmethod: _fixed("__func__"),
-    classmethod: _fixed("__func__"),
-    functools.partial: _partial,
-    functools.partialmethod: _fixed("func", "args", "keywords"),
-    functools.cached_property: _fixed("func", "attrname"),
+    property: _parts("fget", "fset", "fdel"),
+    staticmethod: _parts("__func__"),
+    classmethod: _parts("__func__"),
+    functools.partial: _parts("func", "args", "keywords", "__dict__"),
+    functools.partialmethod: _parts("func", "args", "keywords"),
+    functools.cached_property: _parts("func", "attrname"),
     np.ufunc: lambda v: ((v.__name__,), []),
     torch._library.custom_ops.CustomOpDef: lambda v: ((v._qualname,), [("", v._init_fn), ("", v._abstract_fn)]),
-    type(functools.lru_cache(lambda: None)): _fixed("__wrapped__"),
-    datetime.date: _repr,
-    datetime.datetime: _repr,
-    datetime.time: _repr,
-    datetime.timedelta: _repr,
-    decimal.Decimal: _repr,
+    type(functools.lru_cache(lambda: None)): _parts("__wrapped__"),
     re.Pattern: lambda v: ((v.pattern, v.flags), []),
     type(collections.namedtuple("_", ["a"]).__dict__["a"]): lambda v: ((v.__reduce__()[1][0],), []),
     weakref.ref: lambda v: ((), [("()", v())]),
     torch.Size: _sequence(tuple),
-    np.dtype: _text,
-    types.GenericAlias: _text,
-    types.UnionType: _text,
 }
 _BASES = (int, float, str, bytes, complex, list, tuple, set, frozenset, dict, collections.OrderedDict)
 _BASES += (collections.defaultdict, collections.deque, types.SimpleNamespace)  # type: ignore[assignment]
@@ -488,7 +445,11 @@ _PLAIN_OF: dict[type, Any] = {
 }
 PLAIN_METACLASSES = {type, abc.ABCMeta, enum.EnumType, type(torch.Tensor), type(torch.nn.Parameter)}
 _METACLASSES = PLAIN_METACLASSES | {type(typing.Protocol)}
-_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
+
+
+def _is_one_of(kind: Any, kinds: tuple[Any, ...]) -> bool:
+    return any(kind is one for one in kinds)  # `in` would ask a metaclass
 
 
 @functools.cache
@@ -497,22 +458,20 @@ def _base(kind: Any) -> type | None:
     meta: Any = type(kind)
     if meta not in _METACLASSES and not _python(meta):
         return None
-    base: type = object
     for one in kind.__mro__:
-        if one is object or one is typing.Generic or one is typing.Protocol:
+        if _is_one_of(one, (object, typing.Generic, typing.Protocol)):
             continue
-        if one in _BASES:
-            base = one if base is object or issubclass(base, one) is False else base
-            break
+        if _is_one_of(one, _BASES):
+            return one  # type: ignore[no-any-return]
         if not _python(one):
             return None
-    return base
+    return object
 
 
 @functools.cache
 def _python(kind: Any) -> bool:
     """Whether a class statement made `kind`: what it holds is in its slots and its `__dict__`."""
-    if not kind.__flags__ & _HEAP:
+    if not kind.__flags__ & HEAP_TYPE:
         return kind in (object, type, abc.ABC)
     native = types.MethodDescriptorType | types.WrapperDescriptorType | types.ClassMethodDescriptorType
     slots = vars(kind).get("__slots__", ())
@@ -532,13 +491,8 @@ def _python(kind: Any) -> bool:
 
 @functools.cache
 def _slots(kind: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (name, value)
-        for one in kind.__mro__
-        if one.__flags__ & _HEAP
-        for name, value in vars(one).items()
-        if isinstance(value, types.MemberDescriptorType)
-    )
+    own = [item for one in kind.__mro__ if one.__flags__ & HEAP_TYPE for item in vars(one).items()]
+    return tuple((name, value) for name, value in own if isinstance(value, types.MemberDescriptorType))
 
 
 # What a class may define without its attributes being read by anything but code that names them.
@@ -579,9 +533,8 @@ def is_ordinary(kind: Any) -> bool:
     by itself, or a descriptor other than functions and properties of functions.
     """
     for one in kind.__mro__:
-        if one is object or one is torch.nn.Module or one in (typing.Generic, typing.Protocol, abc.ABC):
-            continue
-        if one.__module__.startswith("torch.nn.modules."):
+        bare = _is_one_of(one, (object, torch.nn.Module, typing.Generic, typing.Protocol, abc.ABC))
+        if bare or one.__module__.startswith("torch.nn.modules."):
             continue
         harmless = _HARMLESS | _GENERATED if _is_plain_dataclass(one) else _HARMLESS
         for name, value in vars(one).items():
@@ -614,7 +567,7 @@ def _class(kind: Any, accessed: Accessed) -> Look:
     """
     ours = not is_torchs(kind.__module__)
     parts: list[tuple[str, Any]] = []
-    if kind.__flags__ & _HEAP:
+    if kind.__flags__ & HEAP_TYPE:
         for name, value in vars(kind).items():
             special = name[:2] == "__" == name[-2:] and name not in _HARMLESS - {"__call__", "__class_getitem__"}
             special = special and isinstance(value, types.FunctionType | classmethod | staticmethod | property)
@@ -642,7 +595,14 @@ _LOOKERS: list[tuple[Any, Callable[[Any, Accessed], Look | None]]] = [
     (type, _class),
     (types.ModuleType, lambda v, _: Look((type(v), v.__name__), [])),
     (enum.Enum, lambda v, _: Look((type(v), v._name_), [(".value", v._value_)])),
-    (np.ndarray, lambda v, _: _array(v)),
+    (
+        np.ndarray,
+        lambda v, _: (
+            None
+            if v.dtype.hasobject or type(v) is not np.ndarray
+            else Look((np.ndarray, v.dtype.str, v.shape, v.strides, v.flags.writeable, v.tobytes()), [])
+        ),
+    ),
     (np.generic, lambda v, _: Look((type(v), v.dtype.str, v.tobytes()), [])),
     (
         (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator),

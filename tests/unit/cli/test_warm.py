@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_compile_ext.cli import app, warm, warm_start
-from vllm_compile_ext.compilation import outcomes
-from vllm_compile_ext.compilation.outcomes import Outcome
+from vllm_compile_ext.cli.program import Line
+from vllm_compile_ext.cli.warm import Run
+from vllm_compile_ext.record import read
+from vllm_compile_ext.record.read import Note
 from vllm_compile_ext.store.store import Manifest, Store
 
 KEY = "ab" * 32
-Run = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +33,21 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return made
 
 
+def note(name: str, shard: str = "rank0", model: str = "m", key: str = KEY, **attrs: str) -> Note:
+    return Note(time=1, pid=1, name=name, attrs={"key": key, "shard": shard, "model": model, **attrs})
+
+
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch) -> Run:
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the command with a start that is made up; `seen` are the arguments that the start got."""
     seen: list[str] = []
 
-    def call(*arguments: str, start: warm.Start | None = None) -> Any:
-        def run(given: list[str], listen: Callable[[str], None]) -> warm.Start:
-            seen.extend(given)
-            for line in (start or warm.Start()).lines:
-                listen(line)
-            return start or warm.Start(0, [Outcome("kept", KEY, "rank0", "m")])
+    def call(*arguments: str, status: int = 0, notes: list[Note] | None = None, lines: tuple[str, ...] = ()) -> Any:
+        def run(given: list[str], listen: Callable[[Line], None]) -> Run:
+            seen[:] = given
+            for line in lines:
+                listen(Line(0.0, line))
+            return Run(status, notes, list(lines))
 
         monkeypatch.setattr(warm, "run", run)
         return CliRunner().invoke(app, ["warm", *arguments])
@@ -65,12 +67,12 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Run:
     ],
 )
 def test_options_of_serve_pass_through_unchanged(invoke: Any, arguments: list[str]) -> None:
-    assert invoke(*arguments).exit_code == 0
+    assert invoke(*arguments, notes=[note("kept")]).exit_code == 0
     assert invoke.seen == arguments
 
 
 def test_own_options_are_taken_out_wherever_they_stand(invoke: Any) -> None:
-    result = invoke("m", "--json", "-tp", "2", "--verbose", "--port", "80")
+    result = invoke("m", "--json", "-tp", "2", "--verbose", "--port", "80", notes=[note("kept")])
     assert invoke.seen == ["m", "-tp", "2", "--port", "80"]
     report = json.loads(result.stdout)
     assert (report["status"], report["bytes"]) == ("kept", 5)
@@ -84,14 +86,14 @@ def test_no_model(invoke: Any) -> None:
 
 
 def test_what_was_kept_is_said(invoke: Any, store: Store) -> None:
-    result = invoke("m")
+    result = invoke("m", notes=[note("kept")])
     assert f"m, rank0: kept as {KEY[:12]}, 0.00 MB" in result.stdout
     assert f"kept: {store.root}" in result.stdout
-    assert "importing vLLM" not in result.stdout, "progress is not part of the result"
+    assert "importing vLLM" in result.stderr, "progress is not part of the result"
 
 
 def test_everything_already_there(invoke: Any) -> None:
-    result = invoke("m", start=warm.Start(0, [Outcome("found", KEY, "rank0", "m")]))
+    result = invoke("m", notes=[note("loaded")])
     assert result.exit_code == 0
     assert f"already there as {KEY[:12]}" in result.stdout
     assert "everything was already there" in result.stdout
@@ -102,8 +104,7 @@ def test_entries_of_ranks_share_blobs(invoke: Any, store: Store) -> None:
     assert first is not None
     common = dict(kind="program", model="m", created=1.0, platform="p", factors={})
     store.commit(Manifest(key=KEY, shard="rank1.0", members={**first.members, "head": store.put(b"123")}, **common))
-    told = [Outcome("kept", KEY, "rank1", "m"), Outcome("found", KEY, "rank0", "m")]
-    report = json.loads(invoke("m", "--json", start=warm.Start(0, told)).stdout)
+    report = json.loads(invoke("m", "--json", notes=[note("kept", "rank1"), note("loaded")]).stdout)
     assert [(e["shard"], e["state"], e["bytes"]) for e in report["entries"]] == [
         ("rank0", "already there", 5),
         ("rank1", "kept", 8),
@@ -112,94 +113,78 @@ def test_entries_of_ranks_share_blobs(invoke: Any, store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "why"),
+    ("run", "why"),
     [
-        (warm.Start(0), "nothing was kept: no part of this model is compiled"),
-        (warm.Start(1, [Outcome("refused", why="the plugin is off")]), "the plugin is off"),
-        (warm.Start(-9), "the engine did not start (exit status -9)"),
+        (dict(notes=[]), "nothing was kept: no part of this model is compiled"),
+        (dict(notes=[Note(time=1, pid=1, name="fallback", attrs={})]), "no part of this model is compiled"),
+        (dict(), "what was kept is not known: the start could not be recorded in"),
+        (dict(status=3, lines=("INFO", "refused: the plugin is off")), "the plugin is off"),
+        (dict(status=-9), "the engine did not start (exit status -9)"),
+        (dict(status=1, notes=[note("kept")]), "the engine did not start (exit status 1)"),
+        (dict(notes=[note("kept"), note("not kept", "rank1", why="no space")]), "m (rank1) was not kept: no space"),
         (
-            warm.Start(0, [Outcome("kept"), Outcome("failed", KEY, "rank1", "m", "no space")]),
-            "m (rank1) was not kept: no",
+            dict(notes=[note("kept"), note("fallback", model="draft", why="theirs")]),
+            "draft (rank0) was not kept: their",
         ),
-        (warm.Start(1, [Outcome("kept", KEY, "rank0", "m")]), "the engine did not start (exit status 1)"),
     ],
 )
-def test_failures_say_why(invoke: Any, start: warm.Start, why: str) -> None:
-    result = invoke("m", start=start)
+def test_failures_say_why(invoke: Any, run: dict[str, Any], why: str) -> None:
+    result = invoke("m", **run)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"error: {why}" in result.stderr
-    result = invoke("m", "--json", start=start)
+    assert "error: " in result.stderr
+    assert why in result.stderr
+    result = invoke("m", "--json", **run)
     assert result.exit_code == 1
     assert why in json.loads(result.stdout)["why"]
 
 
+def test_a_damaged_entry_that_was_replaced_is_kept(invoke: Any) -> None:
+    result = invoke("m", notes=[note("fallback", why="compiling again: damaged"), note("kept")])
+    assert (result.exit_code, "m, rank0: kept as" in result.stdout) == (0, True)
+
+
 def test_a_bad_option_gives_what_vllm_says(invoke: Any) -> None:
-    result = invoke("m", "--nonsense", start=warm.Start(2, [], ["usage: vllm serve", "vllm serve: error: --nonsense"]))
+    result = invoke("m", "--nonsense", status=2, lines=("usage: vllm serve", "vllm serve: error: --nonsense"))
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.endswith("usage: vllm serve\nvllm serve: error: --nonsense\n")
 
 
-def test_the_log_is_shown_from_the_process_that_failed_first(invoke: Any) -> None:
-    worker = [f"(Worker pid=7) ERROR 11-24 [x.py] line {n}" for n in range(30)]
-    log = ["(EngineCore pid=6) INFO hello", *worker, "(EngineCore pid=6) ERROR a worker failed", "Traceback"]
-    assert warm.excerpt(log) == worker[-warm.TAIL :]
-    assert warm.excerpt(log[:1]) == log[:1]
-    shown = invoke("m", start=warm.Start(1, [], log))
-    assert "line 29" in shown.stderr
+def test_the_log_of_a_failure_is_shown_once(invoke: Any) -> None:
+    log = ("(EngineCore pid=6) INFO hello", "(Worker pid=7) ERROR no such kernel")
+    shown = invoke("m", status=1, lines=log)
+    assert "ERROR no such kernel" in shown.stderr
     assert "--verbose" in shown.stderr
-    verbose = invoke("m", "--verbose", start=warm.Start(1, [], log))
-    assert verbose.stderr.count("line 29") == 1, "the log, and not its end once more"
+    verbose = invoke("m", "--verbose", status=1, lines=log)
+    assert verbose.stderr.count("ERROR no such kernel") == 1
 
 
-def test_the_start_gets_the_arguments_and_its_children_end_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = """if True:
-        import os, subprocess, sys
-        from vllm_compile_ext.compilation.outcomes import Outcome, tell
-        tell(Outcome("kept", "k", "rank0", " ".join(sys.argv[1:])))
-        child = subprocess.Popen(["sleep", "1000"])
-        print("child", child.pid, flush=True)
-        sys.exit(3)
-    """
-    monkeypatch.setattr(warm, "PROGRAM", [sys.executable, "-c", code])
-    heard: list[str] = []
-    start = warm.run(["m", "-tp", "2"], heard.append)
-    assert start.status == 3
-    assert start.told == [Outcome("kept", "k", "rank0", "m -tp 2")]
-    assert start.lines == heard
-    stat = Path(f"/proc/{heard[0].split()[1]}/stat")
-
-    def ended() -> bool:
-        with suppress(FileNotFoundError, ProcessLookupError):
-            return stat.read_text().rpartition(")")[2].split()[0] == "Z"
-        return True
-
-    while not ended():  # killed, and about to end; for ever would be the test's timeout
-        time.sleep(0.01)
+# Stands for `warm_start`: records a start as the plugin does, where its environment says.
+RECORDER = """if True:
+    import json, os, pathlib, sys
+    sent = sorted(name for name in os.environ if name.startswith("OTEL_"))
+    model = " ".join([*sys.argv[1:], os.environ["VLLM_COMPILE_STARTS"], *sent])
+    lines = [dict(k="start", t=1, trace="a"), dict(k="note", t=2, pid=1, name="kept", attrs=dict(
+        key="k", shard="rank0", model=model))]
+    where = pathlib.Path(os.environ["_VLLM_COMPILE_EXT_STARTS"])
+    (where / "20260101-000000-1.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
 
 
-def test_outcomes_of_many_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "told"
-    path.touch()
-    monkeypatch.setenv(outcomes.VARIABLE, str(path))
-    told = [Outcome("kept", KEY, f"rank{n}", "m" * 1000) for n in range(50)]
-    threads = [threading.Thread(target=outcomes.tell, args=(one,)) for one in told]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    with path.open("ab") as file:
-        file.write(b'{"what": "ke')  # a process was killed
-    assert sorted(outcomes.read(path), key=lambda each: int(each.shard[4:])) == told
+@pytest.mark.parametrize(("recorded", "sent", "left"), [("1", " OTEL_EXPORTER_OTLP_ENDPOINT", 1), ("0", "", 0)])
+def test_a_start_is_recorded_apart(monkeypatch: pytest.MonkeyPatch, recorded: str, sent: str, left: int) -> None:
+    """Also where the user wants no records: then it is sent nowhere, and nothing is left."""
+    monkeypatch.setattr(warm, "PROGRAM", [sys.executable, "-c", RECORDER])
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:1")
+    monkeypatch.setenv("VLLM_COMPILE_STARTS", recorded)
+    run = warm.run(["m", "-tp", "2"], lambda line: None)
+    assert run.status == 0, run.lines
+    assert [found.attrs["model"] for found in run.notes or ()] == [f"m -tp 2 1{sent}"]
+    assert len(read.recorded()) == left
 
 
-def test_nobody_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(outcomes.VARIABLE, raising=False)
-    outcomes.tell(Outcome("kept"))
-    monkeypatch.setenv(outcomes.VARIABLE, str(tmp_path / "gone"))
-    outcomes.tell(Outcome("kept"))
-    assert not (tmp_path / "gone").exists()
+def test_a_start_that_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "PROGRAM", [sys.executable, "-c", "print('hello'); raise SystemExit(3)"])
+    assert warm.run([], lambda line: None) == Run(3, None, ["hello"])
 
 
 MIB = 2**20
@@ -226,36 +211,34 @@ def engine(max_model_len: int = 256, max_num_seqs: int = 8) -> Any:
     )
 
 
-@pytest.mark.parametrize(("needed", "blocks"), [(1, 16), (17, 32), (100, 128)])
-def test_on_cpu_the_kv_cache_holds_one_request(needed: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm_start, "on_cpu", lambda: True)
-    found = warm_start.small_kv_cache(Caches(needed))(engine(), [{}, {}], [MIB, MIB])
-    assert [each.num_blocks for each in found] == [blocks, blocks]
-
-
 @pytest.mark.parametrize(
-    ("needed", "sequences", "available", "blocks"),
+    ("cpu", "needed", "sequences", "available", "blocks"),
     [
-        (17, 1, 10_000, 64),  # two requests
-        (17, 100, 10_000, 256),  # two blocks a sequence
-        (17, 100, 200, 200),  # what there is
-        (17, 1, 20, 20),
+        (True, 1, 8, 1, 16),  # one request, whatever there is
+        (True, 17, 8, 1, 32),
+        (True, 100, 8, 1, 128),
+        (False, 17, 1, 10_000, 64),  # two requests
+        (False, 17, 100, 10_000, 256),  # two blocks a sequence
+        (False, 17, 100, 200, 200),  # what there is
+        (False, 17, 1, 20, 20),
     ],
 )
-def test_on_gpus_it_has_room_for_the_warm_up(
-    needed: int, sequences: int, available: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+def test_the_kv_cache_is_as_small_as_the_engine_can_do_with(
+    cpu: bool, needed: int, sequences: int, available: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(warm_start, "on_cpu", lambda: False)
+    monkeypatch.setattr(warm_start, "on_cpu", lambda: cpu)
     config = engine(max_num_seqs=sequences)
     found = warm_start.small_kv_cache(Caches(needed))(config, [{}, {}], [available * MIB, (available + 5) * MIB])
     assert min(each.num_blocks for each in found) == blocks
 
 
-def test_a_kv_cache_that_does_not_fit_is_the_error_that_it_is_in_a_real_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cpu in (True, False):
-        monkeypatch.setattr(warm_start, "on_cpu", lambda cpu=cpu: cpu)
-        with pytest.raises(ValueError, match="too small"):
-            warm_start.small_kv_cache(Caches(2**40))(engine(), [{}], [100 * MIB])
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_kv_cache_that_does_not_fit_is_the_error_that_it_is_in_a_real_start(
+    cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_start, "on_cpu", lambda: cpu)
+    with pytest.raises(ValueError, match="too small"):
+        warm_start.small_kv_cache(Caches(2**40))(engine(), [{}], [100 * MIB])
 
 
 def test_the_kv_cache_is_left_alone_where_it_decides_over_the_longest_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,77 +9,100 @@ import pytest
 import torch
 
 from tests import process
-from tests.unit.store import program
-from vllm_compile_ext.compilation import entry
+from tests.unit.store import program as programs
+from vllm_compile_ext.compilation import once, start
+from vllm_compile_ext.compilation.entry import Entry, label
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.program import NotKept, program
 from vllm_compile_ext.store.store import Blob, Store
 
 SEEN = {"seen": Blob("0" * 64, 0)}
 
 
 @pytest.fixture
-def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(factors, "factors", lambda config, model: {"torch": "2.13.0"})
-    store = Store.open(tmp_path / "store")
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "store")
 
-    def of(*, rank: int = 0, data: int = 0, experts: bool = False, device: int | None = None) -> tuple[str, str]:
+
+@pytest.fixture
+def make(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Entry]:
+    """The entry of a model with such a factor, on a rank."""
+
+    def made(
+        factor: str = "2.13.0", *, rank: int = 0, data: int = 0, experts: bool = False, device: int | None = None
+    ) -> Entry:
+        monkeypatch.setattr(factors, "factors", lambda config, model: {"config.model.hf_config.x": factor})
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: device)
         parallel = SimpleNamespace(rank=rank, data_parallel_index=data, enable_expert_parallel=experts)
         config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="/models/m"))
-        made = entry.Entry(store, SimpleNamespace(vllm_config=config))
-        return made.key, made.shard
+        return Entry(store, SimpleNamespace(vllm_config=config))
 
-    return of
-
-
-def test_ranks_have_one_key_and_shards_of_their_own(shard: Any) -> None:
-    assert shard(rank=0)[0] == shard(rank=1)[0]
-    assert (shard(rank=0)[1], shard(rank=1)[1]) == ("rank0", "rank1")
+    return made
 
 
-def test_data_parallel_ranks_share_a_shard_unless_they_hold_other_experts(shard: Any) -> None:
-    assert shard(data=0) == shard(data=1)
-    assert shard(data=0, experts=True) != shard(data=1, experts=True)
+@pytest.mark.parametrize(
+    ("one", "other", "shards"),
+    [
+        ({"rank": 0}, {"rank": 1}, ("rank0", "rank1")),
+        ({"data": 0}, {"data": 1}, ("rank0", "rank0")),
+        ({"data": 0, "experts": True}, {"data": 1, "experts": True}, ("rank0_dp0", "rank0_dp1")),
+        ({"device": 0}, {"data": 1, "device": 1}, ("rank0_cuda0", "rank0_cuda1")),  # Inductor writes the number down
+    ],
+    ids=["ranks", "data parallel", "experts", "devices"],
+)
+def test_ranks_have_one_key_and_a_shard_for_all_that_run_the_same_code(
+    make: Callable[..., Entry], one: dict[str, Any], other: dict[str, Any], shards: tuple[str, str]
+) -> None:
+    first, second = make(**one), make(**other)
+    assert first.key == second.key
+    assert (first.shard, second.shard) == shards
 
 
-def test_devices_have_shards_of_their_own(shard: Any) -> None:
-    """Inductor writes the device's number into the code: data parallel ranks are on other devices."""
-    assert shard(data=0, device=0)[1] == "rank0_cuda0"
-    assert shard(data=0, device=0) != shard(data=1, device=1)
-
-
-def test_the_name_of_a_model_is_safe_to_print() -> None:
+def test_names_and_misses_are_safe_to_print(make: Callable[..., Entry]) -> None:
     config = SimpleNamespace(model_config=SimpleNamespace(model="/models/\x1b[31mred\nINFO \u202em"))
-    assert entry.name_of(SimpleNamespace(vllm_config=config)) == "*** SimpleNamespace"
+    assert label(SimpleNamespace(vllm_config=config)) == "*** SimpleNamespace"
+    make("a").commit(SEEN)
+    assert make("\x1b[31m\nred").explain_miss() == r"cache miss: config.model.hf_config.x a -> \x1b[31m\nred"
 
 
-def test_the_line_of_a_miss_is_safe_to_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(value: str) -> entry.Entry:
-        monkeypatch.setattr(factors, "factors", lambda config, model: {"config.model.hf_config.x": value})
-        parallel = SimpleNamespace(rank=0, data_parallel_index=0, enable_expert_parallel=False)
-        config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
-        return entry.Entry(Store.open(tmp_path / "store"), SimpleNamespace(vllm_config=config))
-
-    made("a").commit(SEEN)
-    assert made("\x1b[31m\nred").miss() == r"cache miss: config.model.hf_config.x a -> \x1b[31m\nred"
+def test_one_process_writes_an_entry(make: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_WAIT", "0")
+    first, second = make(), make()
+    assert not first.claim()
+    assert second.claim(), "it has waited"
+    first.release()
+    assert not make().claim()
 
 
-def test_who_has_written_an_entry_keeps_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Store.open(tmp_path / "store", max_bytes=0)
-    old = program.leave(store, "old")
-    monkeypatch.setattr(factors, "factors", lambda config, model: {"model": "new"})
-    parallel = SimpleNamespace(rank=0, data_parallel_index=0, enable_expert_parallel=False)
-    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
-    made = entry.Entry(store, SimpleNamespace(vllm_config=config))
-    assert not made.claim()
-    made.release()
-    assert list(store.manifests()) == [old], "nothing was written"
-    assert not made.claim()
-    made.commit(SEEN)
-    made.release()
-    assert [m.factors for m in store.manifests()] == [{"model": "new"}]
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_compiled_is_kept_within_the_limit_and_others_may_write(
+    make: Callable[..., Entry],
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails: bool,
+) -> None:
+    def keep(store: Store, compiled: Any) -> dict[str, Blob]:
+        if fails:
+            raise NotKept("its trace has read too much")
+        return SEEN
+
+    artifacts = SimpleNamespace(runtime_env=SimpleNamespace(bytecode=None))
+    monkeypatch.setattr(once, "trace_once", lambda *args: SimpleNamespace(_artifacts=artifacts))
+    monkeypatch.setattr(program, "is_program", lambda compiled: True)
+    monkeypatch.setattr(program, "keep", keep)
+    monkeypatch.setattr(start, "inspect_bytecode", lambda *args: None)
+    old = programs.leave(store, "old")
+    entry = make()
+    assert not entry.claim()
+    store.max_bytes = 1 << 30 if fails else 0
+    start.compile_and_keep(SimpleNamespace(**{start.ENTRY: entry}), lambda: None, (), {})
+    kept = list(store.manifests())
+    assert kept == [old] if fails else [m.factors for m in kept] == [entry.factors]
+    assert ("not kept, the next start compiles again: its trace has read too much" in caplog.text) == fails
+    assert not make().claim(), "it was released"
 
 
 def test_under_O_there_is_no_store(tmp_path: Path) -> None:  # noqa: N802 - the option

@@ -1,51 +1,56 @@
-"""What a session needs of the rest: a memory that forgets and a device that only counts."""
+"""The shapes of a small model, as upstream would list them, and a device that only counts."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 
-from tests.unit.cuda_graphs.shapes import ALL
-from vllm_compile_ext.cuda_graphs.budget import MIB, Budget
-from vllm_compile_ext.cuda_graphs.memory import Need
-from vllm_compile_ext.cuda_graphs.policy import Policy, Shape
-from vllm_compile_ext.cuda_graphs.session import Device
+from vllm_compile_ext.cuda_graphs.memory import FULL, MIB, PIECEWISE, History, Need
+from vllm_compile_ext.cuda_graphs.ranks import RanksDifferError
+from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape
 
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GRAPH = 4 * MIB
+MUCH = 1 << 40
 
 
-class Remembered:
-    """In the place of `Memory`.  each: what a graph took in an earlier start.  kept: how often there was something to
-    remember."""
+def decode(tokens: int) -> Shape:
+    return Shape(FULL, tokens, f"decode {tokens}")
 
-    def __init__(
-        self, limit: int, before: dict[Shape, int] | None = None, kept: bool = True, each: dict[str, int] | None = None
-    ) -> None:
-        self.shapes = ALL
-        self.before = Counter(before or {})
-        self.need = Need(limit, limit, "an estimate", kept)
-        self.each = each or {}
-        self.kept = 0
 
-    def keep(self, policy: Policy, budget: Budget) -> None:
-        self.kept += 1
+def mixed(tokens: int) -> Shape:
+    return Shape(PIECEWISE, tokens, f"mixed {tokens}")
+
+
+DECODE = [decode(size) for size in SIZES]
+MIXED = [mixed(size) for size in SIZES]
+# Largest first, as upstream captures them.
+ALL = MIXED[::-1] + DECODE[::-1]
+
+
+def fits(best: Shape, captured: Iterable[Shape]) -> list[Shape]:
+    """The captured shapes that a batch fits in for which stock has `best`: a prompt fits in no decode graph."""
+    return [s for s in captured if s.tokens >= best.tokens and (best.kind == FULL or s.kind == PIECEWISE)]
+
+
+def past(used: dict[Shape, int] | None = None, each: dict[str, int] | None = None) -> History:
+    """What an earlier start left: how often shapes were used, and what a graph took."""
+    known = {ALL.index(shape): count for shape, count in (used or {}).items()}
+    return History(key="key", base=0, held=0, graphs=0, each=each or {}, needed=0, used=known)
 
 
 class Gpu:
-    """Memory that graphs take, and the shapes that fail, with what they raise.
+    """Memory that graphs take, and the shapes that fail.
 
     unused: what this process has taken of the device and does not use.  others: what other processes take during each
-    capture.
+    capture.  kept: what the next start would be told.
     """
 
-    def __init__(self, free: int = 1 << 40, failing: Iterable[Shape] = (), unused: int = 0, others: int = 0) -> None:
-        self.memory = free
-        self.unused = unused
-        self.others = others
-        self.reserved = unused
-        self.given_back = 0
+    def __init__(self, free: int = MUCH, failing: Iterable[Shape] = (), unused: int = 0, others: int = 0) -> None:
+        self.memory, self.unused, self.others, self.reserved = free, unused, others, unused
         self.failing = set(failing)
+        self.given_back = 0
         self.tried: list[Shape] = []
+        self.kept: list[History] = []
 
     def capture(self, shape: Shape) -> Exception | None:
         self.tried.append(shape)
@@ -61,9 +66,27 @@ class Gpu:
         self.reserved -= self.unused
         self.unused = 0
 
-    def device(
+    def session(
         self,
-        agree: Callable[[bool], bool] = lambda ok: ok,
-        from_first: Callable[[int], int] = lambda number: number,
-    ) -> Device:
-        return Device(self.capture, lambda: self.memory, lambda: self.reserved, self.give_back, agree, from_first)
+        limit: int = MUCH,
+        history: History | None = None,
+        kept: bool = True,
+        base: int = 0,
+        agree: Callable[[bool], bool] = bool,
+        from_first: Callable[[int], int] = int,
+    ) -> Session:
+        """A session of a model with one layer on this device, which captures where every rank agrees that it could."""
+
+        def capture(shape: Shape) -> Exception | None:
+            error = self.capture(shape)
+            return None if agree(error is None) else error or RanksDifferError("it failed on another rank")
+
+        device = Device(
+            capture, lambda: self.memory, lambda: self.reserved, self.give_back, agree, from_first, self.kept.append
+        )
+        return Session(ALL, Need("key", 1, 0, limit, "an estimate", kept, history), device, base)
+
+
+def ask(made: Session, best: Shape) -> Shape | None:
+    """What a batch runs on for which stock has `best`."""
+    return made.choose_graph(best, fits(best, made.policy.captured))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import abc
 import keyword
 import os
-import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -18,19 +17,22 @@ from torch import nn
 
 from tests.unit.trace.capture import stitched
 from tests.unit.trace.models import stack
+from vllm_compile_ext.key import seen as seen_module
 from vllm_compile_ext.key.seen import NotDescribed, Seen, changes, collect
 from vllm_compile_ext.trace.values import ORDER, Accessed, look
 
 NUMBER = 2.0
 
 
-@pytest.fixture
-def module() -> Iterator[types.ModuleType]:
-    made = types.ModuleType("module_of_a_test")
-    exec("import os, torch\nK = 2.0\ndef helper(x, k=3.0):\n    return x * K * k\n", vars(made))
-    sys.modules[made.__name__] = made
-    yield made
-    del sys.modules[made.__name__]
+VARIABLE, UNREAD = "VARIABLE_OF_A_TEST", "UNREAD_VARIABLE_OF_A_TEST"
+MODULE: Any = types.ModuleType("module_of_a_test")
+exec("K = 2.0\ndef helper(x, k=3.0):\n    return x * K * k\n", vars(MODULE))
+
+
+@pytest.fixture(autouse=True)
+def module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, MODULE.__name__, MODULE)
+    monkeypatch.delenv(VARIABLE, raising=False)
 
 
 def read(model: nn.Module) -> Seen:
@@ -39,13 +41,96 @@ def read(model: nn.Module) -> Seen:
     return msgspec.msgpack.decode(msgspec.msgpack.encode(seen), type=Seen)
 
 
+class Base:
+    pass
+
+
+class Child(Base):
+    pass
+
+
+class Abstract(abc.ABC):  # noqa: B024 - classes are registered with it
+    pass
+
+
 def uses_global(self: Any, x: Any) -> Any:
     return self.lin(x) * NUMBER
 
 
-def test_nothing_has_changed() -> None:
-    model = stack(scale=float)
-    assert changes(read(model), model) == []
+def reads_variable(self: Any, x: Any) -> Any:
+    return self.lin(x) * float(os.environ.get(VARIABLE, "1"))
+
+
+def lists_classes(self: Any, x: Any) -> Any:
+    return self.lin(x) * len(Base.__subclasses__())
+
+
+def asks_for_abstract(self: Any, x: Any) -> Any:
+    return self.lin(x) * (2.0 if isinstance(self.some, Abstract) else 3.0)
+
+
+def patched(self: Any, x: Any) -> Any:
+    return self.lin(x)
+
+
+def scaled(self: Any, x: Any) -> Any:
+    return self.lin(x) * self.scale
+
+
+def calls_helper(self: Any, x: Any) -> Any:
+    return self.helper(self.lin(x))
+
+
+KEPT: list[Any] = []
+# What layers do, what is changed after the trace, and what is said of it.
+CHANGES: dict[str, tuple[Any, Callable[[Any, pytest.MonkeyPatch], object], str | None]] = {
+    "nothing": (scaled, lambda model, patch: None, None),
+    "a copied layer's attribute": (
+        *(scaled, lambda model, patch: setattr(model.layers[3], "scale", 2.0)),
+        "layers.3.scale: 1.0 -> 2.0",
+    ),
+    "a global": (
+        *(uses_global, lambda model, patch: patch.setitem(globals(), "NUMBER", -2.0)),
+        f"{__name__}.NUMBER: 2.0 -> -2.0",
+    ),
+    "a global of another module": (
+        *(calls_helper, lambda model, patch: patch.setattr(MODULE, "K", 3.0)),
+        "module_of_a_test.K: 2.0 -> 3.0",
+    ),
+    "a default": (
+        *(calls_helper, lambda model, patch: patch.setattr(MODULE.helper, "__defaults__", (4.0,))),
+        "helper.__defaults__[0]: 3.0 -> 4.0",
+    ),
+    "a function that another plugin replaced": (
+        *(scaled, lambda model, patch: setattr(type(model.layers[0]), "forward", patched)),
+        "forward is another function (replaced by tests.unit.key.test_seen.patched)",
+    ),
+    "a variable": (
+        *(reads_variable, lambda model, patch: patch.setenv(VARIABLE, "2")),
+        f"os.environ['{VARIABLE}']: None -> ***",
+    ),
+    "a variable that was not asked for": (reads_variable, lambda model, patch: patch.setenv(UNREAD, "2"), None),
+    "which classes there are": (
+        *(lists_classes, lambda model, patch: KEPT.append(type("Late", (Base,), {}))),
+        "Base.__subclasses__()",
+    ),
+    "a class that was registered with an ABC": (
+        *(asks_for_abstract, lambda model, patch: Abstract.register(Child)),
+        ": False -> True",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, change, said = CHANGES[name]
+    child = Child()
+    model = stack(forward, scale=lambda i: 1.0, helper=lambda i: MODULE.helper, some=lambda i: child)
+    seen = read(model)
+    assert changes(seen, model) == []
+    change(model, monkeypatch)
+    found = [str(each) for each in changes(seen, model)]
+    assert (found == []) if said is None else any(said in line for line in found), found
 
 
 def test_weights_and_unread_attributes_are_not_read() -> None:
@@ -60,65 +145,42 @@ def test_weights_and_unread_attributes_are_not_read() -> None:
     assert changes(seen, other) == []
 
 
-def test_a_copied_layers_attribute_is_named_with_both_values() -> None:
-    model = stack(lambda s, x: s.lin(x) * s.scale, scale=lambda i: 1.0)
-    seen = read(model)
-    model.layers[3].scale = 2.0  # it was copied
-    (change,) = changes(seen, model)
-    assert str(change) == "layers.3.scale: 1.0 -> 2.0"
+def shares_memory(self: Any, x: Any) -> Any:
+    return self.lin(x) * self.some.handle if dict(group_name=1) else x
 
 
-def test_a_global(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = stack(uses_global)
-    seen = read(model)
-    monkeypatch.setitem(globals(), "NUMBER", -2.0)
-    (change,) = changes(seen, model)
-    assert str(change) == f"{__name__}.NUMBER: 2.0 -> -2.0"
+def reads_the_name(self: Any, x: Any) -> Any:
+    return self.lin(x) * len(self.some.group_name)
 
 
-def test_a_constant_and_a_default_of_another_module(module: Any) -> None:
-    model = stack(lambda s, x: s.helper(s.lin(x)), helper=lambda i: module.helper)
-    seen = read(model)
-    module.K = 3.0
-    assert [str(c) for c in changes(seen, model)] == ["module_of_a_test.K: 2.0 -> 3.0"]
-    module.K = 2.0
-    assert changes(seen, model) == []
-    module.helper.__defaults__ = (4.0,)
-    assert any("__defaults__" in c.name for c in changes(seen, model))
+@pytest.mark.parametrize(("forward", "same"), [(shares_memory, True), (reads_the_name, False)])
+def test_the_name_of_memory_that_ranks_share_counts_only_where_it_is_read(
+    forward: Any, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's CPU ranks name it by a port, which is another one in each start."""
+    place, name = seen_module._NAME_OF_RUN[0].rsplit(".", 1)
+    kind = type(name, (), {"__module__": place})
 
+    def memory(port: int) -> Any:
+        made = kind()
+        made.group_name, made.handle = f"{port}-tp:0", 3
+        return made
 
-def test_a_function_that_another_plugin_replaced() -> None:
-    model = stack()
-    seen = read(model)
-
-    def patched(self: Any, x: Any) -> Any:
-        return self.lin(x)
-
-    type(model.layers[0]).forward = patched
-    found = [str(c) for c in changes(seen, model)]
-    assert any("forward is another function (replaced by tests.unit.key.test_seen." in c for c in found), found
-
-
-def reads_variable(self: Any, x: Any) -> Any:
-    return self.lin(x) * float(os.environ.get("VARIABLE_OF_A_TEST", "1"))
-
-
-def test_only_variables_that_were_asked_for_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VARIABLE_OF_A_TEST", raising=False)
-    model = stack(reads_variable)
-    seen = read(model)
-    monkeypatch.setenv("UNREAD_VARIABLE_OF_A_TEST", "1")
-    assert changes(seen, model) == []
-    monkeypatch.setenv("VARIABLE_OF_A_TEST", "2")
-    (change,) = changes(seen, model)
-    assert str(change) == "os.environ['VARIABLE_OF_A_TEST']: None -> ***"
-    seen = read(model)
-    monkeypatch.setenv("VARIABLE_OF_A_TEST", "3")
-    (change,) = changes(seen, model)
-    assert str(change) == "os.environ['VARIABLE_OF_A_TEST'] has another value"
+    one = memory(4711)
+    seen = read(stack(forward, some=lambda i: one))
+    other = memory(4712)
+    assert (changes(seen, stack(forward, some=lambda i: other)) == []) is same
+    other.handle = 4
+    assert changes(seen, stack(forward, some=lambda i: other)) != []
 
 
 NAMES = {"gate", "up", "down", "q_proj", "k_proj", "v_proj"}
+
+
+def orders() -> list[set[str]]:
+    """Equal sets that are iterated over in different orders: words that collide can come in the order of insertion."""
+    other = next(word for word in map(str, range(10_000)) if [*{"gate", word}] != [*{word, "gate"}])
+    return [{"gate", other}, {other, "gate"}]
 
 
 def is_named(self: Any, x: Any) -> Any:
@@ -135,54 +197,12 @@ def named_in_order(self: Any, x: Any) -> Any:
 def test_strings_of_a_set_are_in_order_only_where_code_iterates(forward: Any, ordered: bool) -> None:
     model = stack(forward, some=lambda i: NAMES)
     seen = read(model)
-    code = "import sys; from tests.unit.key.test_seen import NAMES, Accessed, look; accessed = Accessed();"
-    code += "accessed.said |= set(sys.argv[1:]); print(look(NAMES, accessed).parts)"
-    texts = set()
-    for seed in "12":
-        env = os.environ | {"PYTHONHASHSEED": seed}
-        words = [w for w in seen.said if w == ORDER]
-        texts.add(subprocess.run([sys.executable, "-c", code, *words], env=env, capture_output=True, check=True).stdout)
+    accessed = Accessed()
+    accessed.said |= {word for word in seen.said if word == ORDER}
+    # One set in two orders, as strings have them in two processes.
+    texts = {repr(look(one, accessed)) for one in orders()}
     assert (len(texts) > 1) is ordered
     assert changes(seen, model) == []
-
-
-class Base:
-    pass
-
-
-class Child(Base):
-    pass
-
-
-class Abstract(abc.ABC):  # noqa: B024 - classes are registered with it
-    pass
-
-
-def lists_classes(self: Any, x: Any) -> Any:
-    return self.lin(x) * len(Base.__subclasses__())
-
-
-def test_which_classes_there_are() -> None:
-    model = stack(lists_classes)
-    seen = read(model)
-    assert changes(seen, model) == []
-    late = type("Late", (Base,), {})
-    found = [str(c) for c in changes(seen, model)]
-    assert any("Base.__subclasses__()" in c for c in found), found
-    del late
-
-
-def asks_for_abstract(self: Any, x: Any) -> Any:
-    return self.lin(x) * (2.0 if isinstance(self.some, Abstract) else 3.0)
-
-
-def test_a_class_that_was_registered_with_an_abc() -> None:
-    some = Child()
-    model = stack(asks_for_abstract, some=lambda i: some)
-    seen = read(model)
-    assert changes(seen, model) == []
-    Abstract.register(Child)
-    assert [(c.old, c.new) for c in changes(seen, model)] == [("False", "True")]
 
 
 def test_enums_of_cpp_and_tables_of_words_can_be_looked_up_in_another_process() -> None:

@@ -12,43 +12,50 @@ from pathlib import Path
 import pytest
 
 from vllm_compile_ext.record import file
-from vllm_compile_ext.record.file import Log, encode
+from vllm_compile_ext.record.file import StartFile, encode
 
 TRACE = "abcdef" + "0" * 26
 
 
-def test_private_and_named_by_time_and_trace(tmp_path: Path) -> None:
-    log = Log.create(TRACE, tmp_path / "starts")
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    return tmp_path / "compile_starts"
+
+
+def test_private_and_named_by_time_and_trace(folder: Path) -> None:
+    log = StartFile.create(TRACE)
     assert log is not None
     assert log.path.name.endswith("-abcdef.jsonl")
-    assert (tmp_path / "starts").stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_mode & 0o777 == 0o700
     assert log.path.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_last_twenty_are_kept(tmp_path: Path) -> None:
+def test_the_last_twenty_are_kept(folder: Path) -> None:
+    folder.mkdir()
     for number in range(25):
-        (tmp_path / f"20260101-0000{number:02}-aaaaaa.jsonl").write_text("")
-    log = Log.create(TRACE, tmp_path)
+        (folder / f"20260101-0000{number:02}-aaaaaa.jsonl").write_text("")
+    log = StartFile.create(TRACE)
     assert log is not None
-    left = sorted(path.name for path in tmp_path.iterdir())
+    left = sorted(path.name for path in folder.iterdir())
     assert len(left) == file.KEPT
     assert left[0] == "20260101-000006-aaaaaa.jsonl"
     assert log.path.name in left
 
 
 def test_a_file_that_is_gone_is_not_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert Log.join(tmp_path / "gone.jsonl") is None
+    assert StartFile.join(tmp_path / "gone.jsonl") is None
     assert not list(tmp_path.iterdir())
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_processes_that_write_at_once_do_not_mix_lines(tmp_path: Path) -> None:
-    log = Log.create(TRACE, tmp_path)
+    log = StartFile.create(TRACE)
     assert log is not None
     code = (
-        "import sys, pathlib; from vllm_compile_ext.record.file import Log, encode\n"
-        "log = Log.join(pathlib.Path(sys.argv[1]))\n"
-        "for i in range(300): log.write([encode({'k': 'note', 'who': sys.argv[2], 'i': i, 'pad': 'x' * 500})])"
+        "import sys, pathlib; from vllm_compile_ext.record.file import StartFile, encode\n"
+        "log = StartFile.join(pathlib.Path(sys.argv[1]))\n"
+        "for i in range(300): log.write(encode({'k': 'note', 'who': sys.argv[2], 'i': i, 'pad': 'x' * 500}))"
     )
     started = [subprocess.Popen([sys.executable, "-c", code, str(log.path), str(n)]) for n in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]
@@ -58,8 +65,8 @@ def test_processes_that_write_at_once_do_not_mix_lines(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_made_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "taken").write_text("")
-    assert Log.create(TRACE, tmp_path / "taken") is None
+    (tmp_path / "compile_starts").write_text("")
+    assert StartFile.create(TRACE) is None
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "VLLM_COMPILE_STARTS=0" in record.message
 
@@ -71,10 +78,10 @@ def full() -> OSError:
 def test_a_full_disk_costs_one_warning_of_all_processes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = Log.create(TRACE, tmp_path)
+    log = StartFile.create(TRACE)
     assert log is not None
-    others = [Log.join(log.path) for _ in range(2)]
-    log.write([encode({"k": "note"})])
+    others = [StartFile.join(log.path) for _ in range(2)]
+    log.write(encode({"k": "note"}))
 
     def write(*args: object) -> int:
         raise full()
@@ -83,25 +90,28 @@ def test_a_full_disk_costs_one_warning_of_all_processes(
         patch.setattr(os, "write", write)
         for one in [log, *others]:
             assert one is not None
-            one.write([b"{}\n"])
-            one.write([b"{}\n"])
-    log.write([b"{}\n"])
+            one.write(b"{}\n")
+            one.write(b"{}\n")
+    log.write(b"{}\n")
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
     assert log.path.read_bytes() == encode({"k": "note"})
 
 
-def test_a_disk_that_takes_half_a_line_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_takes_half_a_line_is_full(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real thing, where a small file system can be mounted."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("nothing can be mounted here")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(small))
     try:
-        log = Log.create(TRACE, small / "starts")
+        log = StartFile.create(TRACE)
         assert log is not None
         for number in range(1000):
-            log.write([encode({"k": "note", "number": number, "pad": "x" * 100})])
+            log.write(encode({"k": "note", "number": number, "pad": "x" * 100}))
         assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
@@ -109,10 +119,10 @@ def test_a_disk_that_takes_half_a_line_is_full(tmp_path: Path, caplog: pytest.Lo
 
 def test_there_is_an_end_to_what_one_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file, "MAX_BYTES", 1000)
-    log = Log.create(TRACE, tmp_path)
+    log = StartFile.create(TRACE)
     assert log is not None
     for _ in range(100):
-        log.write([b"x" * 99 + b"\n"])
+        log.write(b"x" * 99 + b"\n")
     assert log.path.stat().st_size == 1100
 
 

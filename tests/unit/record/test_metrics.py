@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_compile_ext import run_folder, temporary
-from vllm_compile_ext.record import metrics
+from vllm_compile_ext import temporary
+from vllm_compile_ext.record import events, metrics
+from vllm_compile_ext.replace import replace
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HITS = "vllm_compile_ext_store_hits_total"
 
 
@@ -26,7 +27,7 @@ HITS = "vllm_compile_ext_store_hits_total"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     made = tmp_path / "run"
     made.mkdir(mode=0o700)
-    monkeypatch.setenv(run_folder.VARIABLE, str(made))
+    monkeypatch.setenv(temporary.RUN, str(made))
     metrics.forget()
     yield made
     metrics.forget()
@@ -34,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def child(code: str, *, wait: bool = True) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from vllm_compile_ext import metrics\n{code}"],
+        [sys.executable, "-c", f"from vllm_compile_ext.record import metrics\n{code}"],
         text=True,
         cwd=ROOT,
         stdin=subprocess.PIPE,
@@ -48,7 +49,7 @@ def child(code: str, *, wait: bool = True) -> subprocess.Popen[str]:
 
 def page() -> str:
     registry = CollectorRegistry()
-    registry.register(metrics._collector)
+    replace(registry, "collect", metrics.with_ours)
     return generate_latest(registry).decode()
 
 
@@ -155,7 +156,7 @@ def test_a_folder_that_is_gone_or_full_costs_one_line(
 ) -> None:
     folder.rmdir()
     metrics.inc("store_hits_total")
-    assert metrics.samples() == {(f"vllm_compile_ext_{m.name}",): 0 for m in metrics.table() if m.name in ZERO}
+    assert metrics.samples() == {(f"vllm_compile_ext_{m.name}",): 0 for m in metrics.METRICS if m.name in ZERO}
     metrics.forget()
     folder.mkdir()
 
@@ -171,8 +172,10 @@ def test_a_folder_that_is_gone_or_full_costs_one_line(
 
 EXPOSED = """if True:
     import os, sys, tempfile
-    from vllm_compile_ext import metrics
-    metrics.expose()
+    from vllm_compile_ext import changes
+    from vllm_compile_ext.record import metrics
+    changes.TABLE = [row for row in changes.TABLE if row.by == "record.metrics:with_ours"]
+    undos = changes.make(changes.ACTIVE)
     metrics.inc("store_hits_total")
     from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
     from prometheus_client.multiprocess import MultiProcessCollector
@@ -181,7 +184,7 @@ EXPOSED = """if True:
     def shown():
         return [generate_latest(each).decode().count("\\n{hits} 1.0") for each in (REGISTRY, registry)]
     print(shown(), "vllm" in sys.modules)
-    metrics.conceal()
+    changes.undo(undos)
     print(shown())
 """.replace("{hits}", HITS)
 
@@ -191,7 +194,7 @@ def test_pages_of_one_server_and_of_several_show_them_once() -> None:
     assert done.stdout.splitlines() == ["[1, 1] False", "[0, 0]"]
 
 
-ZERO = {metric.name for metric in metrics.table() if metric.kind == "counter" and not metric.labels}
+ZERO = {metric.name for metric in metrics.METRICS if metric.kind == "counter" and not metric.labels}
 
 
 def test_a_damaged_file_hides_only_itself(folder: Path) -> None:
@@ -203,14 +206,14 @@ def test_a_damaged_file_hides_only_itself(folder: Path) -> None:
 
 
 def test_without_a_folder_nothing_happens(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.delenv(run_folder.VARIABLE)
+    monkeypatch.delenv(temporary.RUN)
     metrics.inc("store_hits_total")
     assert metrics.samples() == {}
     assert not caplog.records
 
 
 def test_importing_and_not_counting_is_the_standard_library() -> None:
-    code = "import sys; from vllm_compile_ext import metrics, run_folder; print('prometheus_client' in sys.modules)"
+    code = "import sys; from vllm_compile_ext.record import metrics; print('prometheus_client' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -221,13 +224,15 @@ def test_the_docs_page_is_the_table() -> None:
 
 
 def test_the_code_counts_only_what_the_table_has() -> None:
-    used: dict[str, set[tuple[str, ...]]] = {}
+    used: dict[str, set[tuple[str, ...]]] = {name: {()} for row in events.COUNTS.values() for name in row}
     for path in (ROOT / "vllm_compile_ext").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("metrics.inc", "metrics.set"):
-                name = ast.literal_eval(node.args[0])
+                if not isinstance(node.args[0], ast.Constant):  # of `events.COUNTS`
+                    continue
+                name = str(node.args[0].value)
                 used.setdefault(name, set()).add(tuple(sorted(str(k.arg) for k in node.keywords if k.arg != "amount")))
-    known = {metric.name: {tuple(sorted(metric.labels))} for metric in metrics.table()}
+    known = {metric.name: {tuple(sorted(metric.labels))} for metric in metrics.METRICS}
     assert "store_hits_total" in used
     assert {name: labels for name, labels in used.items() if known.get(name) != labels} == {}
 
@@ -237,53 +242,51 @@ class TestFolder:
 
     @pytest.fixture(autouse=True)
     def root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setattr(run_folder.tempfile, "gettempdir", lambda: str(tmp_path))
-        monkeypatch.delenv(run_folder.VARIABLE)
+        monkeypatch.setattr(temporary.tempfile, "gettempdir", lambda: str(tmp_path))
+        monkeypatch.delenv(temporary.RUN)
         return tmp_path
 
     def test_made_private_and_removed(self) -> None:
-        undo = run_folder.make()
-        made = run_folder.folder()
+        undo = temporary.make_run_folder()
+        made = temporary.run_folder()
         assert made is not None
         assert made.stat().st_mode & 0o777 == 0o700
-        assert run_folder.is_owner()
         undo()
         assert not made.exists()
-        assert run_folder.folder() is None
-        assert not run_folder.is_owner()
+        assert temporary.run_folder() is None
 
     def test_a_program_that_inherits_the_variable_makes_its_own(self, folder: Path) -> None:
-        os.environ[run_folder.VARIABLE] = str(folder)
-        undo = run_folder.make()
-        assert run_folder.folder() != folder
+        os.environ[temporary.RUN] = str(folder)
+        undo = temporary.make_run_folder()
+        assert temporary.run_folder() != folder
         undo()
-        assert run_folder.folder() == folder
+        assert temporary.run_folder() == folder
 
     def test_a_killed_owner_leaves_a_folder_that_the_next_removes(self, root: Path) -> None:
-        code = "from vllm_compile_ext import run_folder as r; r.make(); print(r.folder(), flush=True); input()"
+        code = "from vllm_compile_ext.temporary import *; make_run_folder(); print(run_folder(), flush=True); input()"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
         environ = {**os.environ, "TMPDIR": str(root)}
         process = subprocess.Popen([sys.executable, "-c", code], env=environ, **pipes)  # type: ignore[call-overload]
         left = Path(process.stdout.readline().strip())
-        temporary.remove_abandoned(root, run_folder.PREFIX)
+        temporary.remove_abandoned(root, temporary.RUN_PREFIX)
         assert left.exists(), "its owner lives"
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert left.exists()
-        undo = run_folder.make()
+        undo = temporary.make_run_folder()
         assert not left.exists()
         undo()
 
     def test_an_unwritable_place_costs_one_line(self, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-        run_folder.tempfile.gettempdir = lambda: str(tmp_path / "gone")
-        run_folder.make()()
-        assert run_folder.folder() is None
+        temporary.tempfile.gettempdir = lambda: str(tmp_path / "gone")
+        temporary.make_run_folder()()
+        assert temporary.run_folder() is None
         metrics.inc("store_hits_total")
         assert len(caplog.records) == 1
 
     def test_a_fork_removes_nothing(self) -> None:
-        undo = run_folder.make()
-        made = run_folder.folder()
+        undo = temporary.make_run_folder()
+        made = temporary.run_folder()
         assert made is not None
         process = os.fork()
         if process == 0:

@@ -10,7 +10,6 @@ import pytest
 
 from tests import starts
 from vllm_compile_ext.record import read
-from vllm_compile_ext.record.read import Start
 from vllm_compile_ext.report import facts, perfetto
 
 FIELDS = {
@@ -22,84 +21,68 @@ FIELDS = {
 }
 
 
-def trace(start: Start) -> dict[str, Any]:
-    def no_constants(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    text = json.dumps(perfetto.trace(start, facts.facts(start)))
-    loaded: dict[str, Any] = json.loads(text, parse_constant=no_constants)
-    return loaded
-
-
-def check(loaded: dict[str, Any]) -> None:
-    """All that the Trace Event Format asks for."""
-    assert set(loaded) == {"traceEvents", "displayTimeUnit", "otherData"}
-    events = loaded["traceEvents"]
-    names: set[tuple[int, int]] = set()
-    stacks: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    flows: dict[int, list[str]] = defaultdict(list)
-    last = 0
-    for event in events:
-        assert set(event) - {"args"} == FIELDS[event["ph"]] - {"args"}, event
-        assert isinstance(event["name"], str)
-        assert all(isinstance(event[name], int) for name in ("pid", "tid", "ts", "dur") if name in event)
-        track = event["pid"], event["tid"]
-        if event["ph"] == "M":
-            names.add(track)
-            continue
-        assert event["ts"] >= last, "events are sorted"
-        last = event["ts"]
-        if event["ph"] == "X":
-            assert event["dur"] >= 0
-            assert track in names, "a named thread"
-            stack = stacks[track]
-            while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
-                stack.pop()
-            if stack:
-                outer = stack[-1]
-                assert event["ts"] + event["dur"] <= outer["ts"] + outer["dur"], "spans of a thread nest"
-            stack.append(event)
-        elif event["ph"] in "sf":
-            flows[event["id"]].append(event["ph"])
-        else:
-            assert event["s"] in ("g", "p", "t")
-    assert all(found == ["s", "f"] for found in flows.values()), "arrows have two ends, in order"
-
-
-@pytest.mark.parametrize("made", [starts.cold, starts.warm, starts.crashed, starts.killed])
-def test_starts(made: Any) -> None:
-    start = read.parse(made().bytes().splitlines(), "x")
-    loaded = trace(start)
-    check(loaded)
-    spans = [event for event in loaded["traceEvents"] if event["ph"] == "X"]
-    assert len(spans) == len(start.spans)
-    processes = [event["args"]["name"] for event in loaded["traceEvents"] if event["name"] == "process_name"]
-    assert processes == ["front end (4100)", "engine core (4200)", "worker 0 (4301)", "worker 1 (4302)"]
-
-
-def test_damaged() -> None:
-    check(trace(read.parse(starts.damaged().splitlines(), "x")))
-
-
-def test_threads_get_tracks_of_their_own() -> None:
+def overlapping() -> starts.Recorder:
     made = starts.Recorder()
     made.start(0)
     for number in range(3):
         made.span(None, 7, f"thread {number}", number, number + 2.5, "weights")
-    loaded = trace(read.parse(made.bytes().splitlines(), "x"))
-    check(loaded)
-    assert {event["tid"] for event in loaded["traceEvents"] if event["ph"] == "X"} == {1, 2, 3}
+    return made
 
 
-def test_numbers_that_json_does_not_have() -> None:
-    made = starts.Recorder()
-    made.span(None, 7, "x", 0, 1, "weights", speed=float("nan"), most=float("inf"))
-    check(trace(read.parse(made.bytes().splitlines(), "x")))
+def events(content: bytes) -> list[dict[str, Any]]:
+    """The events of a trace, after all was checked that the Trace Event Format asks for."""
+    made = perfetto.trace(facts.facts(read.parse(content.splitlines(), "x")))
+    loaded = json.loads(json.dumps(made, allow_nan=False))
+    assert set(loaded) == {"traceEvents", "displayTimeUnit", "otherData"}
+    threads = {(event["pid"], event["tid"]) for event in loaded["traceEvents"] if event["name"] == "thread_name"}
+    open_: dict[tuple[int, int], list[int]] = defaultdict(list)  # the ends of a thread's spans, the innermost last
+    arrows: dict[int, str] = defaultdict(str)
+    last = 0
+    for event in loaded["traceEvents"]:
+        assert set(event) | {"args"} == FIELDS[event["ph"]] | {"args"}, event
+        assert isinstance(event["name"], str)
+        assert all(isinstance(event[name], int) for name in ("pid", "tid", "ts", "dur") if name in event)
+        if event["ph"] == "M":
+            continue
+        assert event["ts"] >= last, "events are sorted"
+        last = event["ts"]
+        if event["ph"] == "X":
+            track = event["pid"], event["tid"]
+            assert track in threads
+            while open_[track] and open_[track][-1] <= event["ts"]:
+                open_[track].pop()
+            end = event["ts"] + event["dur"]
+            assert event["ts"] <= end <= min(open_[track], default=end), "spans of a thread nest"
+            open_[track].append(end)
+        elif event["ph"] in "sf":
+            arrows[event["id"]] += event["ph"]
+    assert set(arrows.values()) <= {"sf"}, "arrows have two ends, in order"
+    found: list[dict[str, Any]] = loaded["traceEvents"]
+    return found
 
 
-def test_marks_and_notes() -> None:
-    loaded = trace(read.parse(starts.cold().bytes().splitlines(), "x"))
-    names = [event["name"] for event in loaded["traceEvents"] if event["ph"] == "i"]
-    assert {"ready", "first token", "cache miss: torch 2.13.0 -> 2.13.1"} <= set(names)
-    arrows = [event for event in loaded["traceEvents"] if event["ph"] == "s"]
-    assert {event["pid"] for event in arrows} == {starts.FRONT, starts.CORE}
+@pytest.mark.parametrize("made", [starts.cold, starts.warm, starts.crashed, starts.killed, overlapping])
+def test_every_span_is_in_a_valid_trace(made: Any) -> None:
+    content = made().bytes()
+    spans = [event for event in events(content) if event["ph"] == "X"]
+    assert len(spans) == len(read.parse(content.splitlines(), "x").spans)
+
+
+def test_damaged() -> None:
+    assert events(starts.damaged())
+
+
+def test_threads_get_tracks_and_lines_of_their_own() -> None:
+    content = overlapping().bytes()
+    assert {event["tid"] for event in events(content) if event["ph"] == "X"} == {1, 2, 3}
+    (process,) = facts.facts(read.parse(content.splitlines(), "x"))["processes"]
+    assert [span["line"] for span in process["spans"]] == [0, 1, 2]
+
+
+def test_processes_marks_notes_and_arrows() -> None:
+    found = events(starts.cold().bytes())
+    processes = [event["args"]["name"] for event in found if event["name"] == "process_name"]
+    assert processes == ["front end (4100)", "engine core (4200)", "worker 0 (4301)", "worker 1 (4302)"]
+    names = {event["name"] for event in found if event["ph"] == "i"}
+    assert {"ready", "first token", "loaded 81 pieces of b818f53c0d22 in 20 ms"} <= names
+    assert {event["pid"] for event in found if event["ph"] == "s"} == {starts.FRONT, starts.CORE}

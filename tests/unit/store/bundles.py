@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from tests.unit.store import program
 from vllm_compile_ext.store.bundle import FOOTER, MAGIC
 from vllm_compile_ext.store.store import Manifest, Store, key_of
 
@@ -20,19 +23,10 @@ GROUP = "triton/host/HASH/__grp__kernel.json"
 
 def entry(store: Store, name: str, shard: str = "rank0", **changes: Any) -> Manifest:
     """Put the entry `name` into `store` as a process did that has ended since: nothing holds it."""
-    if "members" not in changes:
-        parts = {"plan": f"plan of {name}", "piece/0/(1, 256)": "that all share", "piece/1/(1, 256)": f"of {name}"}
-        changes["members"] = {member: store.put(text.encode() * 20) for member, text in parts.items()}
-    values: dict[str, Any] = {
-        "kind": "program",
-        "key": key_of({"model": name, "torch": "2.13.0"}),
-        "shard": shard,
-        "model": name,
-        "created": 1_700_000_000.0,
-        "platform": PLATFORM,
-        "factors": {"model": name, "torch": "2.13.0"},
-    }
-    made = Manifest(**(values | changes))
+    parts = {"plan": f"plan of {name}", "piece/0/(1, 256)": "that all share", "piece/1/(1, 256)": f"of {name}"}
+    data = {member: text.encode() * 20 for member, text in parts.items()} if "members" not in changes else {}
+    made = program.manifest(store, name, data, shard)
+    made = msgspec.structs.replace(made, **{"platform": PLATFORM, "created": 1_700_000_000.0} | changes)
     store.add(made)
     return made
 

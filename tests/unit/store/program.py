@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
+import errno
+import functools
+import os
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
-from tests import process
+import pytest
+
 from vllm_compile_ext.store.store import Manifest, Store, key_of
 
 
@@ -56,36 +58,69 @@ def load(store: Store, found: Manifest) -> dict[str, bytes]:
     return {name: store.get(blob) for name, blob in found.members.items()}
 
 
-PRELUDE = """
-import os, sys, time
-from pathlib import Path
-from vllm_compile_ext.store import evict
-from vllm_compile_ext.store.store import Store, key_of
-from tests.unit.store import program
-
-store = Store.open(Path(sys.argv[1]))
-def say(word):
-    print(word, flush=True)
-"""
+def full(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @contextmanager
-def child(code: str, root: Path, *args: object) -> Iterator[subprocess.Popen[str]]:
-    """Another process that runs `code` with `store`, the one at `root`, and ``say(word)``; killed at the end."""
-    started = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), str(root), *map(str, args)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=process.environment(),
-    )
+def failing(calls: Sequence[str], times: int, then: Callable[..., Any] = full) -> Iterator[None]:
+    """The functions `calls` of `os` work `times` times in all; after that `then` is called in their place."""
+    left = times
+
+    def wrap(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            return call(*args, **kwargs) if left >= 0 else then()
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            patch.setattr(os, name, wrap(getattr(os, name)))
+        yield
+
+
+def fork(work: Callable[[], object], calls: Sequence[str] = (), times: int = 0) -> int:
+    """A process that does `work`; with `calls`, it ends at one of these (see `failing`), as if it were killed."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with failing(calls, times, lambda: os._exit(9)):
+                work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """The exit status of a process of `fork`."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def meanwhile(work: Callable[[], object]) -> Iterator[Callable[[], None]]:
+    """Another process that has done `work` and then hangs, until the function that this gives kills it."""
+    reading, writing = os.pipe()
+
+    def hang() -> None:
+        work()
+        os.write(writing, b"done")
+        time.sleep(600)
+
+    child = fork(hang)
+    os.close(writing)
+    assert os.read(reading, 4) == b"done"
+    os.close(reading)
+
+    @functools.cache
+    def kill() -> None:
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+
     try:
-        yield started
+        yield kill
     finally:
-        started.kill()
-        started.communicate()
-
-
-def heard(started: subprocess.Popen[str]) -> str:
-    """The next word that a child says; empty when it ended without."""
-    assert started.stdout is not None
-    return started.stdout.readline().strip()
+        kill()

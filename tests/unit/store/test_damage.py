@@ -13,83 +13,42 @@ import pytest
 from tests.unit.store import program
 from tests.unit.store.test_manifest import BAD_KEYS, BAD_SHARDS
 from vllm_compile_ext.store import evict, files
-from vllm_compile_ext.store.store import Blob, DamagedError, ManifestError, MissingError, Store, manifest_names, seal
-
-SECRET = b"elsewhere"
+from vllm_compile_ext.store.store import DamagedError, ManifestError, MissingError, Store, manifest_names
 
 
-def truncate(path: Path, other: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def empty(path: Path, other: Path) -> None:
-    path.write_bytes(b"")
-
-
-def append(path: Path, other: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def flip_first(path: Path, other: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-
-
-def flip_last(path: Path, other: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 128]))
-
-
-def replace_by_other(path: Path, other: Path) -> None:
-    path.write_bytes(other.read_bytes())
-
-
-def link_to_other(path: Path, other: Path) -> None:
+def link(path: Path, to: Path) -> None:
     path.unlink()
-    path.symlink_to(other)
+    path.symlink_to(to)
 
 
-def link_to_itself_elsewhere(path: Path, other: Path) -> None:
-    """The right bytes, but at a place that others may change between the check and the use."""
-    moved = path.with_name("moved")
-    path.rename(moved)
-    path.symlink_to(moved)
-
-
-def link_to_nothing(path: Path, other: Path) -> None:
+def replace(path: Path, make: Callable[[Path], object]) -> None:
     path.unlink()
-    path.symlink_to("/nowhere")
+    make(path)
 
 
-def pipe(path: Path, other: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+def flip(path: Path, index: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[index] ^= 1
+    path.write_bytes(data)
 
 
-def folder(path: Path, other: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def missing(path: Path, other: Path) -> None:
-    path.unlink()
-
-
-DAMAGE = [
-    truncate,
-    empty,
-    append,
-    flip_first,
-    flip_last,
-    replace_by_other,
-    link_to_other,
-    link_to_itself_elsewhere,
-    link_to_nothing,
-    pipe,
-    folder,
-    missing,
-]
-Damage = Callable[[Path, Path], None]
+Damage = Callable[[Path, Path], object]  # to a file; the second one is another
+DAMAGE: dict[str, Damage] = {
+    "truncated": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "longer": lambda path, other: path.write_bytes(path.read_bytes() + b"\0"),
+    "first bit": lambda path, other: flip(path, 0),
+    "last byte": lambda path, other: flip(path, -1),
+    "another": lambda path, other: path.write_bytes(other.read_bytes()),
+    "link to another": link,
+    # The right bytes, but at a place that others may change between the check and the use.
+    "link to itself elsewhere": lambda path, other: path.symlink_to(path.rename(path.with_name("moved"))),
+    "link to nothing": lambda path, other: link(path, Path("/nowhere")),
+    "pipe": lambda path, other: replace(path, os.mkfifo),
+    "folder": lambda path, other: replace(path, Path.mkdir),
+    "missing": lambda path, other: path.unlink(),
+    "newer": lambda path, other: path.write_bytes(b'{"format": 9, "everything": ["else"]}'),
+}
 
 
 @pytest.fixture
@@ -104,20 +63,23 @@ def test_gives_back_what_was_put(store: Store, written: program.Manifest) -> Non
     assert list(store.manifests()) == [written]
     assert store.find(written.key, "rank1") is None
     assert store.find("0" * 64, "rank0") is None
+    changed = program.manifest(store, "model", {"plan": b"another"})
+    store.commit(changed)
+    assert store.find(written.key, "rank0") == changed != written
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_to_any_blob_is_noticed_and_mended(store: Store, written: program.Manifest, damage: Damage) -> None:
+def test_damage_to_any_blob_is_noticed_and_mended(store: Store, written: program.Manifest, damage: str) -> None:
     blobs = list(written.members.values())
     for index, blob in enumerate(blobs):
         path = store.path(blob)
-        damage(path, store.path(blobs[index - 1]))
+        DAMAGE[damage](path, store.path(blobs[index - 1]))
         with pytest.raises(DamagedError, match=blob.digest) as caught:
             store.get(blob)
         assert caught.value.path == path
-        assert isinstance(caught.value, MissingError) == (damage is missing)
+        assert isinstance(caught.value, MissingError) == (damage == "missing")
         assert [problem.path for problem in store.verify() if problem.path == path] == [path]
-        if damage is folder:  # nothing that a program leaves behind: for people
+        if damage == "folder":  # nothing that a program leaves behind: for people
             with pytest.raises(OSError, match="directory"):
                 store.put(program.members("model")[f"piece/{index}/(1, 256)"])
             path.rmdir()
@@ -129,50 +91,37 @@ def test_damage_to_any_blob_is_noticed_and_mended(store: Store, written: program
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_to_a_manifest_is_a_miss_with_one_warning(
-    store: Store, written: program.Manifest, damage: Damage, caplog: pytest.LogCaptureFixture
+    store: Store, written: program.Manifest, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = store.tree.path.joinpath(*manifest_names(written.key, "rank0"))
+    path = store.path(written)
     other = program.write(store, "other")
-    damage(path, store.tree.path.joinpath(*manifest_names(other.key, "rank0")))
+    DAMAGE[damage](path, store.path(other))
     assert store.find(written.key, "rank0") is None
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warned) == (0 if damage is missing else 1)
+    assert len(warned) == (0 if damage == "missing" else 1)
     assert all(str(path) in line for line in warned)
+    assert ("was written in format 9" in caplog.text) == (damage == "newer")
     assert list(store.manifests()) == [other]
-    assert [problem.path for problem in store.verify()] == ([] if damage is missing else [path])
-    if damage is not folder:
+    assert [problem.path for problem in store.verify()] == ([] if damage == "missing" else [path])
+    if damage != "folder":
         program.write(store, "model")
         assert program.load(store, store.find(written.key, "rank0") or written) == program.members("model")
 
 
-def test_links_are_replaced_and_not_followed_when_writing(store: Store, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.write_bytes(SECRET)
-    data = program.members("model")
-    for blob in program.write(store, "model").members.values():
-        store.path(blob).unlink()
-        store.path(blob).symlink_to(outside)
-    written = program.write(store, "model")
-    assert program.load(store, written) == data
-    assert outside.read_bytes() == SECRET
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b'{"format": 4, "seal": "", "record": {}}', b'{"format": 2, "everything": ["else"]}'],
-)
-def test_a_manifest_of_a_newer_format_is_a_miss_that_says_so(
-    store: Store, written: program.Manifest, data: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    store.tree.path.joinpath(*manifest_names(written.key, "rank0")).write_bytes(data)
-    assert store.find(written.key, "rank0") is None
-    assert "was written in format" in caplog.text
+def test_a_link_is_replaced_and_what_it_leads_to_is_not_written(store: Store, written: program.Manifest) -> None:
+    outside = store.root / "outside"
+    outside.write_bytes(b"elsewhere")
+    for blob in written.members.values():
+        link(store.path(blob), outside)
+    program.write(store, "model")
+    assert program.load(store, written) == program.members("model")
+    assert outside.read_bytes() == b"elsewhere"
 
 
 def test_a_manifest_under_another_name_is_refused(
     store: Store, written: program.Manifest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = store.tree.path.joinpath(*manifest_names(written.key, "rank0"))
+    path = store.path(written)
     stranger = store.tree.path.joinpath(*manifest_names("0" * 64, "rank0"))
     stranger.parent.mkdir()
     shutil.copy(path, stranger)
@@ -197,30 +146,22 @@ def test_files_that_cannot_be_read(user: Path, caplog: pytest.LogCaptureFixture)
         store.path(blob).chmod(0)
         with pytest.raises(DamagedError, match="cannot be read"):
             store.get(blob)
-    store.tree.path.joinpath(*manifest_names(written.key, "rank0")).chmod(0)
+    store.path(written).chmod(0)
     assert store.find(written.key, "rank0") is None
     assert "cannot be read (Permission denied)" in caplog.text
     assert program.load(store, program.write(store, "model")) == program.members("model")
 
 
-@pytest.mark.parametrize("key", BAD_KEYS)
-def test_keys_that_lead_elsewhere_are_refused(store: Store, key: str) -> None:
-    with pytest.raises(ManifestError):
-        store.find(key, "rank0")
-    with pytest.raises(ManifestError), store.writer(key, 0):
-        pass
-
-
-@pytest.mark.parametrize("shard", BAD_SHARDS)
-def test_shards_that_lead_elsewhere_are_refused(store: Store, shard: str) -> None:
-    with pytest.raises(ManifestError):
-        store.find("0" * 64, shard)
-
-
-@pytest.mark.parametrize("prefix", ["", "..", "../", "*", "AB", "g", "0" * 65, "0\n"])
-def test_prefixes_that_lead_elsewhere_are_refused(store: Store, written: program.Manifest, prefix: str) -> None:
-    with pytest.raises(ManifestError):
-        evict.remove(store, prefix)
+def test_names_that_lead_elsewhere_are_refused(store: Store, written: program.Manifest) -> None:
+    for key, shard in [(key, "rank0") for key in BAD_KEYS] + [("0" * 64, shard) for shard in BAD_SHARDS]:
+        with pytest.raises(ManifestError):
+            store.find(key, shard)
+    for key in BAD_KEYS:
+        with pytest.raises(ManifestError), store.writer(key, 0):
+            pass
+    for prefix in ["", "..", "../", "*", "AB", "g", "0" * 65, "0\n"]:
+        with pytest.raises(ManifestError):
+            evict.remove(store, prefix)
     assert store.find(written.key, "rank0") == written
 
 
@@ -228,26 +169,17 @@ def test_a_store_deleted_in_use(store: Store, written: program.Manifest) -> None
     shutil.rmtree(store.root)
     assert store.find(written.key, "rank0") is None
     with pytest.raises(MissingError):
-        store.get(Blob("0" * 64, 0))
-    with pytest.raises(MissingError):
         program.load(store, written)
     store.use(written)
-    assert list(store.manifests()) == []
-    assert (store.verify(), store.size()) == ([], 0)
+    assert (list(store.manifests()), store.verify(), store.size()) == ([], [], 0)
+    store.commit(written)  # without its blobs, as when it was deleted before the manifest was written
+    with pytest.raises(MissingError):
+        program.load(store, written)
     with store.writer(written.key, 5) as mine:
         assert mine
         program.write(store, "model")
     assert program.load(store, written) == program.members("model")
     assert store.root.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_store_deleted_between_blobs_and_manifest_holds_nothing_that_loads(store: Store) -> None:
-    begun = program.manifest(store, "model", program.members("model"))
-    shutil.rmtree(store.root)
-    store.commit(begun)
-    with pytest.raises(MissingError):
-        program.load(store, begun)
-    assert program.load(store, program.write(store, "model")) == program.members("model")
 
 
 def test_a_hit_scans_no_folder_and_takes_no_lock(
@@ -262,11 +194,3 @@ def test_a_hit_scans_no_folder_and_takes_no_lock(
     found = store.find(written.key, "rank0")
     assert found is not None
     assert program.load(store, found) == program.members("model")
-
-
-def test_an_entry_is_replaced_as_a_whole(store: Store, written: program.Manifest) -> None:
-    changed = program.manifest(store, "model", {"plan": b"another"})
-    assert changed.key == written.key
-    store.commit(changed)
-    assert store.find(written.key, "rank0") == changed
-    assert seal(changed) == store.tree.path.joinpath(*manifest_names(written.key, "rank0")).read_bytes()

@@ -1,6 +1,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def make(folder: Path, place: str, hours: float, files: tuple[str, ...] = ("kern
 
 
 def test_a_kernel_of_every_library_is_found_and_removed_whole(tmp_path: Path) -> None:
-    assert PLACES.keys() == kernels.LAYOUT.keys()
+    assert list(PLACES) == [cache.name for cache in kernels.CACHES]
     made = [make(tmp_path, place, 100) for place in PLACES.values()]
     other = tmp_path / "flashinfer/host/.cache/flashinfer/0.7.0/90a/flashinfer_jit.log"
     other.write_bytes(b"x" * 7)
@@ -42,12 +43,31 @@ def test_a_kernel_of_every_library_is_found_and_removed_whole(tmp_path: Path) ->
     assert kernels.find(tmp_path) == []
 
 
-def test_the_longest_unused_go_first_and_only_as_many_as_needed(tmp_path: Path) -> None:
-    for name, hours in (("new", 30), ("old", 50), ("middle", 40)):
-        make(tmp_path, f"triton/host/{name}", hours)
-    assert [k.path.name for k in kernels.trim(tmp_path, max_bytes=450)] == ["old"]
-    assert [k.path.name for k in kernels.trim(tmp_path, max_bytes=200)] == ["middle"]
-    assert kernels.trim(tmp_path, max_bytes=200) == []
+THREE = {"new": 30, "old": 50, "middle": 40}
+LATE = {"now": 0, "yesterday": 24.5}  # relatime: perhaps read a moment ago
+STRANGE = {"old": 100, "new": 30, "of the future": -1000}
+
+
+@pytest.mark.parametrize(
+    ("hours", "limits", "gone"),
+    [
+        (THREE, {"max_bytes": 600}, []),
+        (THREE, {"max_bytes": 450}, ["old"]),
+        (THREE, {"max_bytes": 200}, ["old", "middle"]),
+        (LATE, {"max_bytes": 0, "max_age": 0}, []),
+        (LATE, {"max_bytes": 0, "spared": 3600}, ["yesterday"]),
+        (STRANGE, {}, []),
+        (STRANGE, {"max_age": 50 * 3600}, ["old"]),
+        (STRANGE, {"max_bytes": 0, "max_age": 0}, ["old", "new"]),
+    ],
+)
+def test_the_longest_unused_go_first(
+    tmp_path: Path, hours: dict[str, float], limits: dict[str, Any], gone: list[str]
+) -> None:
+    for name, ago in hours.items():
+        make(tmp_path, f"triton/host/{name}", ago)
+    assert [kernel.path.name for kernel in kernels.trim(tmp_path, **limits)] == gone
+    assert {path.name for path in (tmp_path / "triton/host").iterdir()} == hours.keys() - gone
 
 
 def test_a_read_counts_as_a_use(tmp_path: Path) -> None:
@@ -55,25 +75,6 @@ def test_a_read_counts_as_a_use(tmp_path: Path) -> None:
     make(tmp_path, "triton/host/unread", 400)
     os.utime(read / "kernel.cubin", (time.time() - 30 * 3600, (read / "kernel.cubin").stat().st_mtime))
     assert [k.path.name for k in kernels.find(tmp_path)] == ["unread", "read"]
-
-
-def test_what_was_used_lately_stays_whatever_the_limits(tmp_path: Path) -> None:
-    make(tmp_path, "triton/host/now", 0)
-    make(tmp_path, "triton/host/yesterday", 24.5)  # relatime: perhaps read a moment ago
-    assert kernels.trim(tmp_path, max_bytes=0, max_age=0) == []
-    assert len(kernels.trim(tmp_path, max_bytes=0, spared=3600)) == 1
-
-
-def test_age(tmp_path: Path) -> None:
-    make(tmp_path, "triton/host/old", 100)
-    make(tmp_path, "triton/host/new", 30)
-    assert [k.path.name for k in kernels.trim(tmp_path, max_age=50 * 3600)] == ["old"]
-    assert kernels.trim(tmp_path) == []
-
-
-def test_a_clock_that_was_set_back_removes_nothing(tmp_path: Path) -> None:
-    make(tmp_path, "triton/host/future", -1000)
-    assert kernels.trim(tmp_path, max_bytes=0, max_age=0) == []
 
 
 def test_without_times_of_access_nothing_goes_soon_after_a_start(
@@ -101,8 +102,5 @@ def test_links_are_neither_followed_nor_removed(tmp_path: Path) -> None:
     (tmp_path / "jit/triton/host/link").symlink_to(outside)
     assert kernels.trim(tmp_path / "jit", max_bytes=0) == []
     assert kernels.size(outside) == 200
-
-
-def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     assert (kernels.size(missing), kernels.find(missing), kernels.trim(missing, max_bytes=0)) == (0, [], [])

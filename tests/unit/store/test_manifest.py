@@ -50,36 +50,20 @@ def inner(**changes: Any) -> bytes:
 def test_gives_back_what_was_encoded() -> None:
     assert decode(GOOD) == made()
     assert decode(sealed(inner())) == made()
+    assert json.loads(GOOD)["record"]["members"]["bytecode"] == {"digest": BLOB.digest, "size": 7}, "JSON for others"
 
 
-def test_is_json_for_other_tools() -> None:
-    assert json.loads(GOOD)["record"]["members"]["bytecode"] == {"digest": BLOB.digest, "size": 7}
-
-
-def test_every_truncation_is_noticed() -> None:
-    for length in range(len(GOOD)):
-        with pytest.raises(ManifestError):
-            decode(GOOD[:length])
-
-
-def test_every_flipped_bit_is_noticed() -> None:
+def test_every_cut_and_every_flipped_bit_is_noticed() -> None:
     for index in range(len(GOOD)):
-        for bit in range(8):
+        damaged = [GOOD[:index] + bytes([GOOD[index] ^ 1 << bit]) + GOOD[index + 1 :] for bit in range(8)]
+        for data in (GOOD[:index], *damaged):
             with pytest.raises(ManifestError):
-                decode(GOOD[:index] + bytes([GOOD[index] ^ 1 << bit]) + GOOD[index + 1 :])
+                decode(data)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        seal(made(), 4),
-        b'{"format": 4}',
-        b'{"format": 99, "entries": [{"anything": null}]}',
-        sealed(inner(new_field=1), '"format": 4'),
-    ],
-)
+@pytest.mark.parametrize("data", [seal(made(), 4), b'{"format": 4}', sealed(inner(new_field=1), '"format": 4')])
 def test_a_newer_format_says_so(data: bytes) -> None:
-    with pytest.raises(ManifestError, match=r"format (4|99), this version reads 3"):
+    with pytest.raises(ManifestError, match="format 4, this version reads 3"):
         decode(data)
 
 
@@ -118,30 +102,19 @@ BAD_MEMBERS = ["", ".", "..", "/etc/passwd", "../x", "a/../b", "a//b", "a/", "./
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("key", key) for key in BAD_KEYS] + [("shard", shard) for shard in BAD_SHARDS],
+    ("problem", "changes"),
+    [
+        *(("key", {"key": key}) for key in BAD_KEYS),
+        *(("shard", {"shard": shard}) for shard in BAD_SHARDS),
+        *(("member", {"members": {name: {"digest": BLOB.digest, "size": 7}}}) for name in BAD_MEMBERS),
+        *(("digest", {"members": {"a": {"digest": key, "size": 7}}}) for key in BAD_KEYS),
+    ],
 )
-def test_names_that_are_not_safe_in_a_path_are_refused(field: str, value: str) -> None:
-    with pytest.raises(ManifestError, match=field):
-        made(**{field: value})
-    with pytest.raises(ManifestError, match=field):
-        decode(sealed(inner(**{field: value})))
-
-
-@pytest.mark.parametrize("name", BAD_MEMBERS)
-def test_members_that_lead_elsewhere_are_refused(name: str) -> None:
-    with pytest.raises(ManifestError, match="member"):
-        made(members={name: BLOB})
-    with pytest.raises(ManifestError, match="member"):
-        decode(sealed(inner(members={name: {"digest": BLOB.digest, "size": 7}})))
-
-
-@pytest.mark.parametrize("value", BAD_KEYS)
-def test_digests_that_lead_elsewhere_are_refused(value: str) -> None:
-    with pytest.raises(ManifestError, match="digest"):
-        Blob(value, 7)
-    with pytest.raises(ManifestError, match="digest"):
-        decode(sealed(inner(members={"a": {"digest": value, "size": 7}})))
+def test_names_that_are_not_safe_in_a_path_are_refused(problem: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ManifestError, match=problem):
+        decode(sealed(inner(**changes)))
+    with pytest.raises(ManifestError, match=problem):
+        made(**changes | {"members": {name: Blob(**blob) for name, blob in changes.get("members", {}).items()}})
 
 
 def only_manifest_error(data: bytes) -> None:
@@ -152,24 +125,11 @@ def only_manifest_error(data: bytes) -> None:
     assert decode(seal(found)) == found
 
 
-@given(st.binary(max_size=300))
-def test_fuzz_bytes(data: bytes) -> None:
-    only_manifest_error(data)
-
-
-@given(st.integers(0, len(GOOD)), st.integers(0, 20), st.binary(max_size=20))
-def test_fuzz_damage(start: int, removed: int, added: bytes) -> None:
-    damaged = GOOD[:start] + added + GOOD[start + removed :]
-    if damaged == GOOD:
-        assert decode(damaged) == made()
-    else:
-        only_manifest_error(damaged)
-
-
-@given(st.integers(0, 400), st.integers(0, 20), st.binary(max_size=20))
-def test_fuzz_damage_below_a_right_seal(start: int, removed: int, added: bytes) -> None:
-    whole = inner()
-    only_manifest_error(sealed(whole[:start] + added + whole[start + removed :]))
+@given(st.binary(max_size=300), st.integers(0, len(GOOD)), st.integers(0, 20), st.binary(max_size=20))
+def test_fuzz_bytes(anything: bytes, start: int, removed: int, added: bytes) -> None:
+    only_manifest_error(anything)
+    for whole, wrap in ((GOOD, bytes), (inner(), sealed)):  # around the seal, and below one that is right
+        only_manifest_error(wrap(whole[:start] + added + whole[start + removed :]))
 
 
 anything = st.recursive(

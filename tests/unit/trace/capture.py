@@ -14,11 +14,10 @@ from torch import nn
 from torch._dynamo.utils import get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
-from vllm_compile_ext.trace import check, plan, watch
-from vllm_compile_ext.trace.bodies import Extra
+from vllm_compile_ext.trace import plan, watch
 from vllm_compile_ext.trace.fingerprint import fingerprint
 from vllm_compile_ext.trace.split import decompose_sizes, extract, split
-from vllm_compile_ext.trace.stitch import stitch
+from vllm_compile_ext.trace.stitch import Extra, difference, stitch
 from vllm_compile_ext.trace.tracer import Tracer
 
 
@@ -62,7 +61,7 @@ def stitched(model: nn.Module, args: tuple[Any, ...], lookups: Any = (), tables:
 
 def against_full_trace(s: Stitched, model: nn.Module, args: tuple[Any, ...]) -> str | None:
     full = backend_input(model, args)
-    return check.difference(full.graph_module.graph, list(full.example_inputs), s.graph, s.values)
+    return difference(full.graph_module.graph, list(full.example_inputs), s.graph, s.values)
 
 
 def splits(node: fx.Node) -> bool:

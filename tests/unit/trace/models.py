@@ -90,7 +90,6 @@ def stack(
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList([Kind(i) for i in range(n)])
-            self.log: list[int] = []
             for i, layer in enumerate(self.layers):
                 for key, value in attributes.items():
                     setattr(layer, key, value(i))
@@ -106,6 +105,16 @@ def stack(
     return Model().requires_grad_(False)
 
 
-def each(f: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A preparation of every layer."""
-    return lambda model: [f(layer) for layer in model.layers] and None
+def named() -> nn.Module:
+    """Layers whose names go into an op."""
+    return stack(lambda s, x: torch.ops.t.attn(s.lin(x), Name(s.name)))
+
+
+def views() -> nn.Module:
+    """Layers that make views in one piece and use them in another."""
+    return stack(lambda s, x: (lambda y: y + torch.sigmoid(y.view(-1)).view(-1, 8))(s.lin(x)))
+
+
+def written() -> nn.Module:
+    """Layers with a buffer that is allocated in one piece and written in another."""
+    return stack(lambda s, x: (lambda y, o: (torch.ops.t.attn_out(y, o), o + y)[1])(s.lin(x), torch.empty_like(x)))

@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.unit.trace.capture import stitched
-from tests.unit.trace.models import Name
+from tests.unit.trace.models import Name, named
 from tests.unit.trace.pieces import World, digest, piece
-from tests.unit.trace.test_tracer import CASES
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
 from vllm_compile_ext.trace.split import decompose_sizes, split
 
@@ -152,96 +151,94 @@ RESPECTS = [
 
 
 @st.composite
-def mutations(draw: Any, d: Description) -> tuple[str, Description]:
+def mutations(draw: Any, d: Description) -> Description:
     """A description that differs from `d` in exactly one respect."""
     respect = draw(st.sampled_from(RESPECTS))
     i, n = draw(st.integers(0, len(d.inputs) - 1)), draw(st.integers(0, len(d.ops) - 1))
     one, op = d.inputs[i], d.ops[n]
     if respect == "op":
         same = [t for t in (UNARY if len(op.args) == 1 else [*BINARY, *MUTATING]) if t != op.target]
-        return respect, with_op(d, n, replace(op, target=draw(st.sampled_from(same))))
+        return with_op(d, n, replace(op, target=draw(st.sampled_from(same))))
     if respect == "constant":
         other = [c for c in CONSTANTS if text_of(c) != text_of(op.constants[0])]
-        return respect, with_op(d, n, replace(op, constants=(draw(st.sampled_from(other)),)))
+        return with_op(d, n, replace(op, constants=(draw(st.sampled_from(other)),)))
     if respect == "constant type":
         value = draw(st.sampled_from([0, 1]))
         kinds = draw(st.lists(st.sampled_from([int, float, bool, str, complex]), min_size=2, max_size=2, unique=True))
         made = [with_op(d, n, replace(op, constants=(kind(value),))) for kind in kinds]
-        return respect, made[0] if text_of(kinds[0](value)) != text_of(op.constants[0]) else made[1]
+        return made[0] if text_of(kinds[0](value)) != text_of(op.constants[0]) else made[1]
     if respect == "keyword":
         changed = {(): (("alpha", 3),), (("alpha", 2),): (("alpha", True),)}.get(op.keywords, (("beta", 2.0),))
-        return respect, with_op(d, n, replace(op, keywords=changed))
+        return with_op(d, n, replace(op, keywords=changed))
     if respect == "dropped constant":
-        return respect, with_op(d, n, replace(op, constants=()))
+        return with_op(d, n, replace(op, constants=()))
     if respect == "dtype":
-        return respect, with_input(d, i, dtype=draw(st.sampled_from([t for t in DTYPES if t != one.dtype])))
+        return with_input(d, i, dtype=draw(st.sampled_from([t for t in DTYPES if t != one.dtype])))
     if respect == "shape":
-        return respect, with_input(d, i, shape=(one.shape[0], one.shape[1] + 1))
+        return with_input(d, i, shape=(one.shape[0], one.shape[1] + 1))
     if respect == "symbol for number":
         assume(not isinstance(one.shape[0], str))
-        return respect, with_input(d, i, shape=("c", one.shape[1]))
+        return with_input(d, i, shape=("c", one.shape[1]))
     if respect == "relation":  # one of several uses of a symbol becomes a symbol of its own
         used = [s for x in d.inputs for s in (str(x.shape[0]).partition("*")[0],)]
         key = str(one.shape[0]).partition("*")[0]
         assume(isinstance(one.shape[0], str) and used.count(key) > 1)
-        return respect, with_input(d, i, shape=(one.shape[0].replace(key, "z"), one.shape[1]))
+        return with_input(d, i, shape=(one.shape[0].replace(key, "z"), one.shape[1]))
     if respect == "stride":
-        return respect, with_input(d, i, stride=(one.shape[1] * 2, 1))
+        return with_input(d, i, stride=(one.shape[1] * 2, 1))
     if respect == "offset":
-        return respect, with_input(d, i, stride=(one.shape[1], 1), offset=8)
+        return with_input(d, i, stride=(one.shape[1], 1), offset=8)
     if respect == "device":
-        return respect, with_input(d, i, device="meta")
+        return with_input(d, i, device="meta")
     if respect == "grad":
-        return respect, with_input(d, i, grad=True)
+        return with_input(d, i, grad=True)
     if respect == "range":
         assume(any(str(x.shape[0]).startswith("a") for x in d.inputs))
-        return respect, replace(d, upper=4096)
+        return replace(d, upper=4096)
     if respect == "alias":
         j = next((j for j in range(i) if d.inputs[j] == one), None)
         assume(j is not None)
-        return respect, with_input(d, i, base=j)
+        return with_input(d, i, base=j)
     if respect == "order":
         assume(n > 0 and d.ops[n - 1] != op and all(a < len(d.inputs) for a in (*op.args, *d.ops[n - 1].args)))
         swapped = (*d.ops[: n - 1], op, d.ops[n - 1], *d.ops[n + 1 :])
         assume(d.data is None and d.opaque is None)
-        return respect, replace(d, ops=swapped)
+        return replace(d, ops=swapped)
     if respect == "wiring":
-        return respect, with_op(d, n, replace(op, args=((op.args[0] + 1) % (len(d.inputs) + n), *op.args[1:])))
+        return with_op(d, n, replace(op, args=((op.args[0] + 1) % (len(d.inputs) + n), *op.args[1:])))
     if respect == "swapped":
         assume(len(op.args) == 2 and op.args[0] != op.args[1])
-        return respect, with_op(d, n, replace(op, args=op.args[::-1]))
+        return with_op(d, n, replace(op, args=op.args[::-1]))
     total = len(d.inputs) + len(d.ops)
     free = [o for o in range(total) if o not in d.outputs]
     if respect == "output choice":
-        return respect, replace(d, outputs=(*d.outputs[:-1], draw(st.sampled_from(free))))
+        return replace(d, outputs=(*d.outputs[:-1], draw(st.sampled_from(free))))
     if respect == "output order":
         assume(len(d.outputs) > 1)
-        return respect, replace(d, outputs=d.outputs[::-1])
+        return replace(d, outputs=d.outputs[::-1])
     if respect == "one more output":
-        return respect, replace(d, outputs=(*d.outputs, draw(st.sampled_from(free))))
+        return replace(d, outputs=(*d.outputs, draw(st.sampled_from(free))))
     if respect == "one more input":
         inputs = (*d.inputs, d.inputs[i])
         shift = [replace(o, args=tuple(a + (a >= len(d.inputs)) for a in o.args)) for o in d.ops]
-        return respect, replace(
-            d, inputs=inputs, ops=tuple(shift), outputs=tuple(o + (o >= len(d.inputs)) for o in d.outputs)
-        )
+        return replace(d, inputs=inputs, ops=tuple(shift), outputs=tuple(o + (o >= len(d.inputs)) for o in d.outputs))
     if respect == "one more op":
         assume(d.data is None)
-        return respect, replace(d, ops=(*d.ops, Op(torch.relu, (0,))))
+        return replace(d, ops=(*d.ops, Op(torch.relu, (0,))))
     if respect == "extra":
-        return respect, replace(d, extra=("range 1 512",))
+        return replace(d, extra=("range 1 512",))
     if respect == "extra order":
-        return respect, replace(d, extra=("a\nextra 'b'",))
+        return replace(d, extra=("a\nextra 'b'",))
     if respect == "opaque":
-        return respect, replace(d, opaque="layers.0" if d.opaque is None else None)
-    return respect, replace(d, data=2 if d.data is None else d.data + 1)
+        return replace(d, opaque="layers.0" if d.opaque is None else None)
+    return replace(d, data=2 if d.data is None else d.data + 1)
 
 
 @SETTINGS
 @given(st.data())
 def test_one_difference_never_collides(data: Any) -> None:
     one = data.draw(descriptions())
-    _, other = data.draw(mutations(one))
+    other = data.draw(mutations(one))
     assume(one != other or text_of(one) != text_of(other))
     assert one.digest() != other.digest()
 
@@ -333,7 +330,7 @@ def test_subgraphs_of_higher_order_ops_count() -> None:
 
 
 def test_layers_of_a_stack_have_one_fingerprint() -> None:
-    s = stitched(CASES["name"][0](), (torch.randn(5, 8),))
+    s = stitched(named(), (torch.randn(5, 8),))
     decompose_sizes(s.graph)
     pieces = [
         p for p in split(s.graph, lambda n: "t::attn" in str(n.target) or "t.attn" in str(n.target)) if not p.splitting

@@ -1,0 +1,174 @@
+"""What takes the place of stock's functions, and captures in an engine core that only counts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from queue import Queue
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_compile_ext import changes
+from vllm_compile_ext.cuda_graphs import coverage, replacements
+from vllm_compile_ext.cuda_graphs.replacements import capture_in_worker, capture_while_idle
+
+STOCK = 77
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", "idle")
+
+
+@pytest.mark.parametrize("row", [row for row in changes.TABLE if "cuda_graphs.replacements:" in row.by])
+def test_stock_is_replaced_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch, row: changes.Change) -> None:
+    assert row.function()(STOCK) is not STOCK
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert row.function()(STOCK) is STOCK
+
+
+def test_capture_model_says_what_is_kept_free_or_what_stock_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    freezes: list[bool] = []
+
+    @contextmanager
+    def freeze() -> Any:
+        freezes.append(True)
+        yield
+
+    module = ModuleType("vllm.v1.worker.gpu.model_runner")
+    module.freeze_gc_for_cudagraph_capture = freeze  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(coverage, "on_demand", lambda config: config)
+
+    def stock(runner: Any, *, profile_only: bool = False) -> int:
+        with module.freeze_gc_for_cudagraph_capture():
+            return STOCK + profile_only
+
+    def runner(session: Any, *, on_demand: bool) -> Any:
+        return SimpleNamespace(vllm_config=on_demand, cudagraph_manager=SimpleNamespace(session=session))
+
+    capture_model = replacements.capture_model(stock)
+    session = SimpleNamespace(budget=SimpleNamespace(base=2, limit=3))
+    assert capture_model(runner(session, on_demand=True)) == 5
+    assert capture_model(runner(None, on_demand=True)) == 0
+    assert freezes == []
+    assert capture_model(runner(None, on_demand=False), profile_only=True) == STOCK + 1
+    assert freezes == [True]
+
+
+class Core:
+    """The parts of `EngineCoreProc` that are used; `left` shapes in the graphs of its worker."""
+
+    def __init__(self, left: int = 5) -> None:
+        self.input_queue: Any = Queue()
+        self.running, self.paused = True, False
+        self.captures: list[int] = []
+        self.remembered: bool | None = None
+        self.arrives_at: int | None = None  # a request arrives during this capture
+        self.workers: list[Any] = [SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=self))]
+        self.left = left
+        self.model_executor: Any = SimpleNamespace(is_sleeping=False, collective_rpc=self._call)
+
+    def is_running(self) -> bool:
+        return self.running
+
+    def is_scheduler_paused(self) -> bool:
+        return self.paused
+
+    def _call(self, method: Any, args: tuple[Any, ...] = ()) -> list[bool]:
+        return [method(worker, *args) for worker in self.workers]
+
+    def capture_idle(self, *, remembered: bool) -> bool:
+        self.remembered = remembered
+        if not self.left:
+            return False
+        self.left -= 1
+        self.captures.append(self.left)
+        if len(self.captures) == self.arrives_at:
+            self.input_queue.put("request")
+        return self.left > 0
+
+
+def test_the_engine_cores_loop_captures_after_stock_and_then_asks_no_more() -> None:
+    core = Core(left=3)
+    core.workers.append(SimpleNamespace())  # one without a model runner does not end it
+    seen: list[list[int]] = []
+    notify = replacements.notify_idle_state_callbacks(lambda core: seen.append(list(core.captures)))
+    notify(core)
+    assert (seen, core.captures) == ([[]], [2, 1, 0])
+    core.model_executor.collective_rpc = None
+    notify(core)
+
+
+def test_captures_stop_at_a_request_and_go_on_when_it_is_done() -> None:
+    core = Core(left=5)
+    core.arrives_at = 2
+    for expected in ([4, 3], [4, 3]):
+        capture_while_idle(core)
+        assert core.captures == expected
+    core.input_queue.get()
+    capture_while_idle(core)
+    assert core.captures == [4, 3, 2, 1, 0]
+
+
+PAUSES: dict[str, Callable[[Core, bool], None]] = {
+    "asleep": lambda core, on: setattr(core.model_executor, "is_sleeping", on),
+    "scheduler paused": lambda core, on: setattr(core, "paused", on),
+    "weights updated": lambda core, on: setattr(core.workers[0], "_weight_update_active", on),
+    "shutting down": lambda core, on: setattr(core, "running", not on),
+}
+
+
+@pytest.mark.parametrize("name", PAUSES)
+def test_nothing_is_captured_meanwhile_but_afterwards(name: str) -> None:
+    core = Core(left=2)
+    PAUSES[name](core, True)
+    capture_while_idle(core)
+    assert core.captures == []
+    PAUSES[name](core, False)
+    capture_while_idle(core)
+    assert core.captures == [1, 0]
+
+
+@pytest.mark.parametrize(("value", "remembered"), [("lazy", True), ("idle", False), ("eager", None)])
+def test_the_variable_says_what_is_captured(monkeypatch: pytest.MonkeyPatch, value: str, remembered: Any) -> None:
+    monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", value)
+    core = Core()
+    capture_while_idle(core)
+    assert core.remembered is remembered
+
+
+@pytest.mark.parametrize("where", ["model_executor", "input_queue", "a variable"])
+def test_an_error_costs_one_line_and_ends_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    core = Core()
+    if where == "a variable":
+        monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", "banana")
+        capture_while_idle(core)
+        monkeypatch.undo()
+    else:
+        kept = getattr(core, where)
+        setattr(core, where, None)
+        capture_while_idle(core)
+        setattr(core, where, kept)
+    capture_while_idle(core)
+    assert core.captures == []
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("CUDA graphs are not captured while idle any more (")
+
+
+@pytest.mark.parametrize("manager", [None, SimpleNamespace()])
+def test_a_worker_without_graphs_on_demand_has_nothing_left(manager: Any) -> None:
+    for worker in (
+        SimpleNamespace(model_runner=None),
+        SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=manager)),
+    ):
+        assert capture_in_worker(worker, remembered=False) is False

@@ -1,0 +1,121 @@
+"""What takes the place of stock's functions: each function here takes the stock one and returns what replaces it, which
+is the stock one itself where there is no CUDA."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from vllm_compile_ext import harmless, settings
+from vllm_compile_ext.cuda_graphs import coverage
+from vllm_compile_ext.replace import replace
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+
+
+def on_cuda(replacement: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Replace only where torch is built for CUDA."""
+
+    @functools.wraps(replacement)
+    def replacement_on_cuda(stock: Any) -> Any:
+        torch = sys.modules.get("torch")
+        return replacement(stock) if torch is not None and torch.version.cuda else stock
+
+    return replacement_on_cuda
+
+
+@on_cuda
+def graph_manager(stock: type) -> type:
+    """`ModelCudaGraphManager` of the V2 model runner."""
+    from vllm_compile_ext.cuda_graphs.manager import OnDemandManager
+
+    return OnDemandManager
+
+
+@on_cuda
+def profile_cudagraph_memory(stock: Function) -> Function:
+    from vllm_compile_ext.cuda_graphs import memory
+
+    return lambda runner: memory.profile(stock, runner)
+
+
+@on_cuda
+def capture_model(stock: Function) -> Function:
+    """The V2 model runner's returns what is kept free instead of what was captured, which the worker's log lines
+    compare, and does not collect garbage for captures that come later."""
+
+    def capture(runner: Any, *, profile_only: bool = False) -> int:
+        if not coverage.on_demand(runner.vllm_config):
+            return int(stock(runner, profile_only=profile_only))
+        module = sys.modules["vllm.v1.worker.gpu.model_runner"]
+        undo = replace(module, "freeze_gc_for_cudagraph_capture", lambda freeze: lambda: nullcontext())
+        try:
+            stock(runner, profile_only=profile_only)
+        finally:
+            undo()
+        session = getattr(runner.cudagraph_manager, "session", None)
+        return 0 if session is None else session.budget.base + session.budget.limit
+
+    return capture
+
+
+@on_cuda
+def capture_model_v1(stock: Function) -> Function:
+    """The V1 model runner captures as ever, after the line that says so."""
+
+    def capture(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        coverage.say(runner.vllm_config)
+        return stock(runner, *args, **kwargs)
+
+    return capture
+
+
+@on_cuda
+def notify_idle_state_callbacks(stock: Function) -> Function:
+    """The engine core's loop calls it whenever it has no work, just before it waits for the next request
+    (vllm/v1/engine/core.py, 0.32.0): graphs are captured until one comes."""
+
+    def notify(core: Any) -> None:
+        stock(core)
+        capture_while_idle(core)
+
+    return notify
+
+
+def capture_while_idle(core: Any) -> None:
+    """Capture one graph at a time, all or those that earlier starts used, until a request arrives or nothing is left.
+    Never raises: idle capture is then over."""
+    try:
+        policy = settings.load().VLLM_COMPILE_CUDAGRAPHS
+        if policy == "eager" or not getattr(core, "_graphs_left", True):
+            return
+        # A scheduler is paused while weights are updated: layers may be without any.
+        while (
+            core.input_queue.empty()
+            and core.is_running()
+            and not core.is_scheduler_paused()
+            and not core.model_executor.is_sleeping
+        ):
+            left = core.model_executor.collective_rpc(capture_in_worker, args=(policy == "lazy",))
+            if not any(left):
+                core._graphs_left = None in left
+                return
+    except Exception as error:
+        core._graphs_left = False
+        logger.warning("CUDA graphs are not captured while idle any more (%s)", harmless.error(error))
+        logger.debug("what stopped the capture while idle", exc_info=True)
+
+
+def capture_in_worker(worker: Any, remembered: bool) -> bool | None:
+    """One capture in a worker; False when there is nothing left, None when it is not the time."""
+    if getattr(worker, "_weight_update_active", False):
+        return None
+    manager = getattr(getattr(worker, "model_runner", None), "cudagraph_manager", None)
+    capture_idle = getattr(manager, "capture_idle", None)
+    return bool(capture_idle and capture_idle(remembered=remembered))
