@@ -272,10 +272,11 @@ def _make(change: Change, undos: list[Undo]) -> None:
             level = logging.DEBUG if change.when == STARTING else logging.WARNING
             logger.log(level, "%s stays as it is: %s", change.what, harmless.error(error))
 
-    if change.module not in sys.modules:
+    imported = change.module in sys.modules
+    if not imported:
         finder.install()
-    there = change.module in sys.modules and change.when != STARTING
-    undos.append(finder.finder.after(change.module, apply if there else apply_late))
+    hook = apply if imported and change.when != STARTING else apply_late
+    undos.append(finder.finder.after(change.module, hook))
 
 
 def problems() -> list[str]:
@@ -309,7 +310,7 @@ _PAGE = """# What the plugin changes outside its own modules
 Made by `python -m vllm_compile_ext.changes` from `vllm_compile_ext/changes.py`; do not edit.
 
 `vllm_compile_ext.plugin.unregister` undoes each; tests use it. Switched off (`VLLM_COMPILE_EXT=0`), or where it cannot
-take over, the plugin makes only those marked "active or off" and "off".
+take over, the plugin makes only those marked "active or off", "off" and "where starts are not recorded".
 """
 
 

@@ -12,7 +12,6 @@ import pytest
 from vllm_compile_ext import changes, finder
 from vllm_compile_ext.changes import Change
 
-HERE = __name__
 done: list[str] = []
 
 

@@ -161,10 +161,8 @@ def create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
         begin(self)
-        with (
-            stage("engine configuration", "config"),
-            stopping(),
-        ):  # vLLM may start a process to look at the model's class
+        # A stage, since vLLM may start a process that looks at the model's class.
+        with stage("engine configuration", "config"), stopping():
             return stock(self, *args, **kwargs)
 
     return replacement

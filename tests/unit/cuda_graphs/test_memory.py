@@ -32,7 +32,6 @@ from vllm_compile_ext.store.files import UnsafeStoreError
 from vllm_compile_ext.store.store import seal
 
 LAYERS = 80
-ESTIMATE = LAYERS * len(SIZES) * (LAYER[FULL] + LAYER[PIECEWISE]) + STEPS
 PASS = 5 * MIB
 STOCK = 77
 KEY, OTHER = "a" * 32, "b" * 32
