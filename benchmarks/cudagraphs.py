@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.models import SIZES, VOCAB
+from vllm_compile_ext.cli.bench.figures import machine
 
 # The dimensions of Llama 3 8B.
 EIGHT = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
@@ -38,7 +38,7 @@ INTERMEDIATE = {"8b": 14336}
 BATCHES = (1, 8, 64)
 TOKENS = 256  # decoded at each of them
 REPEATS = 3
-SIDES = ("stock", "stock eager", "at start", "ours eager", "ours first", "ours")  # as in the table
+SIDES = ("stock", "stock eager", "ours eager", "ours first", "ours")  # as in the table
 INIT = re.compile(
     r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s(?: \(compilation: ([\d.]+) s\))?"
 )
@@ -174,8 +174,8 @@ def graphs(worker: Any) -> dict[str, Any]:
     }
 
 
-def child(side: str, names: list[str], seconds: float, out: Path, at_start: bool, ranks: int) -> None:
-    """All starts of one side; `at_start`: with stock's capture and our compiled code too; `ranks`: tensor parallel."""
+def child(side: str, names: list[str], seconds: float, out: Path, ranks: int) -> None:
+    """All starts of one side; `ranks`: tensor parallel."""
     if side == "ours":
         from vllm_compile_ext import plugin
 
@@ -242,15 +242,11 @@ def child(side: str, names: list[str], seconds: float, out: Path, at_start: bool
         if side == "ours":
             found[f"{name} ours first"] = start(model, first_ever)
         found[f"{name} {side}"] = start(model, measure)
-        if at_start:
-            os.environ["VLLM_COMPILE_CUDAGRAPHS"] = "eager"
-            found[f"{name} at start"] = start(model, measure)
-            os.environ["VLLM_COMPILE_CUDAGRAPHS"] = "lazy"
         found[f"{name} {side} eager"] = start(model, shortly, enforce_eager=True)
         out.write_text(json.dumps(found))
 
 
-def run(side: str, names: list[str], seconds: float, folder: Path, *more: str) -> dict[str, Measured]:
+def run(side: str, names: list[str], seconds: float, folder: Path, ranks: int) -> dict[str, Measured]:
     """The starts of one side, in a process of its own.  Raises `subprocess.CalledProcessError`."""
     out = folder / f"{side}.json"
     env = os.environ | {
@@ -265,22 +261,20 @@ def run(side: str, names: list[str], seconds: float, folder: Path, *more: str) -
     }
     (folder / f"home-{side}").mkdir()
     code = [sys.executable, "-m", "benchmarks.cudagraphs", *names, "--child", side, "--out", str(out)]
-    subprocess.run([*code, "--seconds", str(seconds), *more], env=env, cwd=folder, check=True)
+    subprocess.run([*code, "--seconds", str(seconds), "--ranks", str(ranks)], env=env, cwd=folder, check=True)
     return {name: Measured(**value) for name, value in json.loads(out.read_text()).items()}
 
 
 def table(name: str, found: dict[str, Measured]) -> Table:
-    """The last columns are ratios to stock, or, without it, to stock's capture at start with our compiled code."""
-    starts = {side: found.get(f"{name} {side}") for side in SIDES}
-    ours, base = found[f"{name} ours"], found.get(f"{name} stock") or found[f"{name} at start"]
-    eager = starts["stock eager"] or starts["ours eager"]
-    assert eager is not None
+    """A column for each start; the last are ratios to stock."""
+    starts = {side: found[f"{name} {side}"] for side in SIDES}
+    ours, base, eager = starts["ours"], starts["stock"], starts["stock eager"]
     shown = Table(title=name, title_justify="left")
-    for head in ("", *(side for side, start in starts.items() if start), "ratio", "target"):
+    for head in ("", *starts, "ratio", "target"):
         shown.add_column(head, justify="left" if not head or head == "target" else "right")
 
     def row(what: str, of: Callable[[Measured], float], text: str, target: str = "") -> None:
-        cells = [text.format(of(start)) if has(start, of) else "" for start in starts.values() if start]
+        cells = [text.format(of(start)) if has(start, of) else "" for start in starts.values()]
         shown.add_row(what, *cells, f"{of(ours) / of(base):.2f}", target)
 
     def has(start: Measured, of: Callable[[Measured], float]) -> bool:
@@ -320,34 +314,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", choices=sorted(SHAPES))
     parser.add_argument("--seconds", type=float, default=30.0, help="of mixed traffic")
-    parser.add_argument(
-        "--no-stock", action="store_true", help="stock's capture with our compiled code instead of stock"
-    )
     parser.add_argument("--ranks", type=int, default=1, help="tensor parallel, each on a GPU of its own")
-    parser.add_argument("--at-start", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     parser.add_argument("--child", choices=("stock", "ours"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.models, args.seconds, args.out, args.at_start, args.ranks)
+        child(args.child, args.models, args.seconds, args.out, args.ranks)
         return
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("no CUDA GPU here: this benchmark captures CUDA graphs")
-    versions = {name: metadata.version(name) for name in ("vllm", "torch", "vllm-compile-ext")}
-    machine = f"{args.ranks} x {torch.cuda.get_device_name()}, {os.cpu_count()} cores, {versions}"
+    about = f"{args.ranks} ranks on {machine()}"
     with tempfile.TemporaryDirectory() as folder:
-        ranks = ("--ranks", str(args.ranks))
-        found = run("ours", args.models, args.seconds, Path(folder), *ranks, *["--at-start"] * args.no_stock)
-        if not args.no_stock:
-            found |= run("stock", args.models, args.seconds, Path(folder), *ranks)
+        found = {}
+        for side in ("ours", "stock"):
+            found |= run(side, args.models, args.seconds, Path(folder), args.ranks)
     if args.json:
         starts = {name: brief(start) for name, start in found.items()}
-        args.json.write_text(json.dumps({"machine": machine, "starts": starts}, indent=1))
+        args.json.write_text(json.dumps({"machine": about, "starts": starts}, indent=1))
     console = Console(width=120)
-    console.print(machine)
+    console.print(about)
     for name in args.models:
         console.print(table(name, found))
 

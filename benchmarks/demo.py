@@ -66,25 +66,17 @@ RUNS = (Run("stock", "0", "cache-stock"), Run("ours cold", "1", "cache-ours"), R
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one request got: token ids, their log probabilities, and how much likelier each was than the runner-up."""
-
-    tokens: list[int]
-    logprobs: list[float]
-    leads: list[float]
-
-
-@dataclass(frozen=True)
 class Result:
     """What one run showed.
 
-    first, requests: seconds of the first request and of all.  plugin: "active", "not active" or "off", by the plugin's
-    own line.  code: whether the model's was "compiled" or "loaded", by stock's lines or ours; "-" where no line says.
+    answers: token ids of each request.  first, requests: seconds of the first request and of all.  plugin: "active",
+    "not active" or "off", by the plugin's own line.  code: whether the model's was "compiled" or "loaded", by stock's
+    lines or ours; "-" where no line says.
     """
 
     run: Run
     phases: dict[str, float]
-    answers: list[Answer]
+    answers: list[list[int]]
     first: float
     requests: float
     plugin: str
@@ -110,7 +102,7 @@ def running(folder: Path, console: Console) -> Iterator[Progress]:
 
 def call(progress: Progress, title: str, command: Sequence[str], log: str, **env: str) -> None:
     """Run a command to its end, its output in the file `log`.  Raises `ProgramError`."""
-    progress.task(title, "running")
+    progress.begin(title, "running")
     with Program(command, os.environ | env, log=FOLDER / log) as program:
         if status := program.wait():
             raise program.error(f"{' '.join(command[1:3])} ended with status {status}")
@@ -133,7 +125,7 @@ def read_ahead(progress: Progress) -> None:
 
 def measure(run: Run, number: str, model: Path, progress: Progress, env: Mapping[str, str] | None = None) -> Result:
     """Start one server, ask it everything, end it.  Raises `ProgramError`."""
-    progress.task(f"[{number}] {run.title}")
+    progress.begin(f"[{number}] {run.title}")
     cache, switch = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}
     with Server(model, run.log, cache, env=switch | dict(env or {}), args=ARGS, listen=progress.listen) as server:
         server.wait_ready()
@@ -149,56 +141,25 @@ def measure(run: Run, number: str, model: Path, progress: Progress, env: Mapping
     return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin, code)
 
 
-def ask(server: Server) -> tuple[list[Answer], list[float]]:
-    """Send every request, one after the other; returns the answers and the seconds that each took."""
+def ask(server: Server) -> tuple[list[list[int]], list[float]]:
+    """Send every request, one after the other; returns the token ids of the answers, and the seconds of each."""
     common = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "return_token_ids": True}
-    bodies = [("/v1/completions", {"prompt": prompt, "logprobs": 2}) for prompt in PROMPTS]
+    bodies: list[tuple[str, dict[str, Any]]] = [("/v1/completions", {"prompt": prompt}) for prompt in PROMPTS]
     for question in CHATS:
-        chat = {"messages": [{"role": "user", "content": question}], "logprobs": True, "top_logprobs": 2}
-        bodies.append(("/v1/chat/completions", chat))
+        bodies.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": question}]}))
     answers, seconds = [], []
     for path, body in bodies:
         begin = time.monotonic()
         choice = server.post(path, common | body)["choices"][0]
         seconds.append(time.monotonic() - begin)
-        answers.append(parse_answer(choice))
+        answers.append(choice["token_ids"])
     return answers, seconds
 
 
-def parse_answer(choice: dict[str, Any]) -> Answer:
-    logprobs = choice["logprobs"]
-    if "content" in logprobs:  # of a chat
-        chosen = [token["logprob"] for token in logprobs["content"]]
-        tops = [[top["logprob"] for top in token["top_logprobs"]] for token in logprobs["content"]]
-    else:
-        chosen = logprobs["token_logprobs"]
-        tops = [list(top.values()) for top in logprobs["top_logprobs"]]
-    ordered = [sorted(top, reverse=True) for top in tops]
-    # Two tokens of one spelling share an entry.
-    return Answer(choice["token_ids"], chosen, [top[0] - top[1] if len(top) > 1 else 0.0 for top in ordered])
-
-
-def agreement(answers: Sequence[Answer], reference: Sequence[Answer]) -> str:
-    """ "yes", or how many answers agree and how close a call the first token was at which one does not."""
-    pairs = list(zip(answers, reference, strict=True))
-    parted = [(a, r) for a, r in pairs if a.tokens != r.tokens]
-    if not parted:
-        return "yes"
-    first, wanted = parted[0]
-    step = next(i for i, (a, r) in enumerate(zip(first.tokens, wanted.tokens, strict=False)) if a != r)
-    return f"{len(pairs) - len(parted)} of {len(pairs)} (lead {wanted.leads[step]:.2f})"
-
-
-def drift(answers: Sequence[Answer], reference: Sequence[Answer]) -> float:
-    """The largest difference of a token's log probability, as far as the tokens agree."""
-    worst = 0.0
-    for answer, wanted in zip(answers, reference, strict=True):
-        steps = zip(answer.tokens, wanted.tokens, answer.logprobs, wanted.logprobs, strict=True)
-        for token, other, logprob, expected in steps:
-            if token != other:
-                break
-            worst = max(worst, abs(logprob - expected))
-    return worst
+def agreement(answers: Sequence[list[int]], reference: Sequence[list[int]]) -> str:
+    """ "yes", or how many answers agree."""
+    same = sum(a == b for a, b in zip(answers, reference, strict=True))
+    return "yes" if same == len(reference) else f"{same} of {len(reference)}"
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -222,7 +183,6 @@ def table(results: Sequence[Result]) -> Table:
     grid.add_row("plugin", *(result.plugin for result in results))
     grid.add_row("the model's code was", *(result.code for result in results))
     grid.add_row("tokens as stock", "", *(agreement(result.answers, stock.answers) for result in (cold, warm)))
-    grid.add_row("largest |d logprob| to stock", "", *(f"{drift(r.answers, stock.answers):.4f}" for r in (cold, warm)))
     grid.add_row("tokens warm as cold", "", "", agreement(warm.answers, cold.answers))
     return grid
 
@@ -242,8 +202,7 @@ def verdict(results: Sequence[Result], console: Console) -> int:
     if agreement(cold.answers, stock.answers) != "yes":
         console.print(
             "Stock compiles the whole model into one graph, ours in pieces: bf16 rounds differently in the two, and a "
-            "token changes where two candidates are nearly equal (lead: how far stock's choice was ahead, in log "
-            "probability)."
+            "token changes where two candidates are nearly equal."
         )
     if any(result.plugin != "active" for result in (cold, warm)):
         console.print(f"The plugin was not active: see {cold.run.log} and {warm.run.log}", style="red")

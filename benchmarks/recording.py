@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vllm_compile_ext import finder
 from vllm_compile_ext.record import read, recorder
-from vllm_compile_ext.record.spans import note, span
+from vllm_compile_ext.record.events import event, span
 
 TIMES = 2000
 
@@ -46,7 +46,7 @@ def main() -> None:
         to.open({})
         first = time.perf_counter() - begin
         a_span = each(one_span)
-        a_note = each(lambda: note("key", key="k" * 64))
+        a_note = each(lambda: event("key", key="k" * 64))
         look = each(lambda: finder.finder.find_spec("no_such_module") and None)
         recorder.forget()
     print(f"a span: {a_span * 1e6:.0f} us (two lines; {nothing * 1e6:.1f} us where nothing is recorded)")

@@ -18,8 +18,7 @@ MEMORY_SHARE = 0.4
 
 def environment(cache: Path, extra: Mapping[str, str]) -> dict[str, str]:
     """The environment of a server whose caches all lie in `cache`; what the caller set for vLLM is not passed on."""
-    alias = server.alias_metadata(cache / "metadata")
-    path = [str(alias)] if alias else []
+    paths = [server.alias_metadata(cache / "metadata"), os.environ.get("PYTHONPATH", "")]
     dropped = ("VLLM_", "TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_CACHE_DIR", "TRITON_HOME")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped) or k == "VLLM_USE_FLASHINFER_SAMPLER"}
     return (
@@ -32,7 +31,7 @@ def environment(cache: Path, extra: Mapping[str, str]) -> dict[str, str]:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join([*path, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
         | dict(extra)
     )
@@ -72,6 +71,10 @@ class Server(server.Server):
     def get(self, path: str, timeout: float = 60.0) -> str:
         """GET `path` ("/metrics"); returns the text."""
         return self._requests.get(self._url(path), timeout=timeout).text
+
+    def said(self, text: str) -> str | None:
+        """The first line of the log that contains `text`, or None."""
+        return next((line.text for line in self.lines if text in line.text), None)
 
     def _url(self, path: str) -> str:
         return f"http://{server.HOST}:{self.port}{path}"

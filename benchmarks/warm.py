@@ -56,7 +56,7 @@ class Start:
     kernels: int
 
 
-Starts = dict[str, list[Start]]  # "ours warm" -> its starts
+Starts = dict[str, Start]  # "ours warm" -> that start
 Get = Callable[[Start], float | None]
 
 
@@ -70,14 +70,11 @@ class Row:
     unit: str = "s"
 
 
-def plugin_seconds(times: int = 3) -> float:
+def plugin_seconds() -> float:
     """Median seconds that importing and registering the plugin adds to a process, as vLLM does it."""
-
-    def once() -> float:
-        done = subprocess.run([sys.executable, "-c", PLUGIN], capture_output=True, text=True, check=True)
-        return float(done.stdout.rpartition("SECONDS ")[2])
-
-    return statistics.median(once() for _ in range(times))
+    command = [sys.executable, "-c", PLUGIN]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    return statistics.median(float(done.stdout.rpartition("SECONDS ")[2]) for done in runs)
 
 
 def kernel_folders(*roots: Path) -> set[Path]:
@@ -100,7 +97,7 @@ def measure(size: str, starts: Sequence[str], progress: Progress) -> Starts:
         env = {"HOME": str(home), "PYTHONUSERBASE": os.environ.get("PYTHONUSERBASE", site.getuserbase())}
         before = kernel_folders(cache, home)
         result = demo.measure(run, f"{number}/{len(starts)}", model, progress, env)
-        made.setdefault(start, []).append(Start(result, len(kernel_folders(cache, home) - before)))
+        made[start] = Start(result, len(kernel_folders(cache, home) - before))
     return made
 
 
@@ -131,12 +128,9 @@ def load(start: Start) -> float | None:
 
 
 def both(starts: Starts, get: Get, kind: str = "warm") -> list[float | None]:
-    """The median over each side's starts of a kind; None where none of them says."""
-    found = []
-    for side in SIDES:
-        values = [value for each in starts.get(f"{side} {kind}", ()) if (value := get(each)) is not None]
-        found.append(statistics.median(values) if values else None)
-    return found
+    """A figure of each side's start of a kind; None where it does not say."""
+    found = [starts.get(f"{side} {kind}") for side in SIDES]
+    return [get(start) if start is not None else None for start in found]
 
 
 def rows(measured: dict[str, Starts], counts: dict[str, ranks.Count]) -> list[Row]:
@@ -168,11 +162,11 @@ def rows(measured: dict[str, Starts], counts: dict[str, ranks.Count]) -> list[Ro
 
 
 def start_table(size: str, starts: Starts) -> Table:
-    """A row for each kind of start of one model, its first; a ratio is to stock's start of the same kind."""
+    """A row for each kind of start of one model; a ratio is to stock's start of the same kind."""
     grid = Table(title=f"vllm serve, {size}: seconds, ours as a ratio to stock's", title_justify="left")
     for name in ("start", "first pass", "torch.compile (vLLM's figure)", "engine init", "ready", "code was"):
         grid.add_column(name, justify="left" if name == "start" else "right")
-    done = {start: each[0].result for start, each in starts.items()}
+    done = {start: each.result for start, each in starts.items()}
     for start, result in done.items():
         stock = done.get(start.replace("ours", "stock")) if start.startswith("ours") else None
         names = ("first_run", "compile", "init", "ready")
@@ -207,7 +201,7 @@ def count_ranks(size: str, progress: Progress) -> dict[str, ranks.Count]:
     """Cold starts of two ranks, stock and ours."""
     counts = {}
     for side in SIDES:
-        progress.task(f"{side}, {ranks.RANKS} ranks of {size}, cold")
+        progress.begin(f"{side}, {ranks.RANKS} ranks of {size}, cold")
         cache, log = (demo.FOLDER / f"cache-ranks-{side}").resolve(), demo.FOLDER / f"ranks-{side}.log"
         counts[side] = ranks.count(demo.FOLDER / size, cache, log, str(int(side == "ours")), progress.listen)
         progress.done()
@@ -219,15 +213,13 @@ def main() -> int:
     default = ("n8", "n70") if shutil.which("nvidia-smi") else ("llama8", "llama80")
     parser.add_argument("sizes", nargs="*", choices=sorted(SIZES), metavar="SIZE", help=f"default: {' '.join(default)}")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, metavar="START")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="measure each warm start N times (median)")
     parser.add_argument("--ranks", action="store_true", help="also start two ranks; needs two cores or two GPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     args = parser.parse_args()
-    starts = [start for start in args.starts for _ in range(args.repeat if start.endswith("warm") else 1)]
     console = Console() if sys.stdout.isatty() else Console(width=110)
     with demo.running(Path(".demo") / "starts", console) as progress:
         demo.read_ahead(progress)
-        measured = {size: measure(size, starts, progress) for size in args.sizes or default}
+        measured = {size: measure(size, args.starts, progress) for size in args.sizes or default}
         counts = count_ranks(next(iter(measured)), progress) if args.ranks else {}
     for size, found in measured.items():
         console.print(start_table(size, found))
@@ -240,7 +232,7 @@ def main() -> int:
     console.print(machine())
     if args.json:
         runs = {
-            each[0].result.run.title: [one.result.phases | {"kernels": one.kernels} for one in each]
+            each.result.run.title: each.result.phases | {"kernels": each.kernels}
             for found in measured.values()
             for each in found.values()
         }

@@ -8,17 +8,27 @@ from benchmarks import models
 # Whether injected faults and random input run in full (`FULL=1`), or a short sample of them.
 FULL = bool(os.environ.get("FULL"))
 
-# The quick ones first; what is not named comes before all.
-ORDER = ("unit", "contract", "browser", "fuzz", "integration", "gpu")
+# The quick ones first, then the longest, so that processes that share the work end together.
+ORDER = (
+    *("unit", "contract", "browser", "fuzz"),
+    *("integration/test_families", "integration/test_faults", "integration/test_serve", "integration", "gpu"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests, and keep those of a file, which share starts, in one process; those of GPUs share the memory."""
+    """Sort the tests, and keep those of a file in one process, for they share starts.
+
+    Each family starts its own; all tests of GPUs share the memory.
+    """
     root = Path(__file__).parent
-    kind = {item: item.path.relative_to(root).parts[0] for item in items}
-    items.sort(key=lambda item: ORDER.index(kind[item]) if kind[item] in ORDER else -1)
+
+    def kind(item: pytest.Item) -> str:
+        return next(kind for kind in ORDER if str(item.path.relative_to(root)).startswith(kind))
+
+    items.sort(key=lambda item: ORDER.index(kind(item)))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("gpu" if kind[item] == "gpu" else str(item.path)))
+        group = {"gpu": "gpu", "integration/test_families": item.nodeid}.get(kind(item), str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _llama(factory: pytest.TempPathFactory, layers: int, seed: int = 0) -> Path:

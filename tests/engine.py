@@ -86,6 +86,23 @@ class Run:
         return self.counters["num_aot_artifacts_loaded"]
 
 
+def greedy(model: Path, tokens: int = 16) -> list[list[int]]:
+    """What `model` answers to `PROMPTS` without vLLM."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, reference = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    answers = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        end = len(ids)
+        for _ in range(tokens):
+            with torch.inference_mode():
+                ids.append(int(reference(torch.tensor([ids])).logits[0, -1].argmax()))
+        answers.append(ids[end:])
+    return answers
+
+
 def run(
     model: Path,
     cache: Path,
@@ -94,6 +111,7 @@ def run(
     before: str = "",
     after: str = "",
     fork: bool = False,
+    plugin: bool = True,
     **env: str | None,
 ) -> Run:
     """Start an engine for `model` on the cache root `cache`, and let it answer; it must end well.
@@ -106,6 +124,6 @@ def run(
     arguments = json.dumps({"model": str(model), "dtype": "float32"} | (options or {}))
     code = ENGINE.replace("BEFORE\n", textwrap.dedent(before)).replace("AFTER\n", textwrap.dedent(after))
     folder = cache.parent / f"{cache.name}.run"
-    outcome = process.run(code, arguments, folder=folder, fork=fork, VLLM_CACHE_ROOT=str(cache), **env)
+    outcome = process.run(code, arguments, folder=folder, fork=fork, plugin=plugin, VLLM_CACHE_ROOT=str(cache), **env)
     assert outcome.code == 0, outcome.output[-5000:]
     return Run(**outcome.value, output=outcome)

@@ -49,14 +49,6 @@ class State:
 state = State()
 
 
-class Stream:
-    def __init__(self, device: Any = None) -> None:
-        self.device = device
-
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-
 @contextmanager
 def _stream(stream: Any) -> Iterator[None]:
     state.streams.append(stream)
@@ -85,9 +77,7 @@ class CUDAGraph:
 class Capture:
     """In the place of `torch.cuda.graph`."""
 
-    def __init__(
-        self, cuda_graph: Any, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
-    ) -> None:
+    def __init__(self, cuda_graph: Any, pool: Any, stream: Any, capture_error_mode: str = "global") -> None:
         self._graph = cuda_graph
         self._pool = pool
         self._about = (pool, stream, capture_error_mode)
@@ -129,31 +119,24 @@ def release(device: int, pool: Any) -> None:
     state.uses[pool] -= 1
 
 
-def _written(name: str, function: Any) -> Any:
-    def call(device: int, pool: Any) -> None:
-        state.pool_calls.append(name)
-        function(device, pool)
-
-    return call
-
-
 def _pool() -> tuple[int, int]:
     state.pools += 1
     return (0, state.pools)
 
 
-# Before `vllm_compile_ext.cuda_graphs.capture` makes a subclass of it.
 torch.cuda.graph = Capture  # type: ignore[assignment,misc]
 torch.cuda.CUDAGraph = CUDAGraph  # type: ignore[assignment,misc]
-torch.cuda.Stream = Stream  # type: ignore[assignment,misc]
+torch.cuda.Stream = lambda device: SimpleNamespace(wait_stream=lambda other: None)  # type: ignore[assignment,misc]
 torch.cuda.stream = _stream  # type: ignore[assignment]
 torch.cuda.current_stream = lambda *args: "the step's stream"  # type: ignore[assignment,return-value]
 torch.cuda.current_device = lambda: 0
-for _name in ("beginAllocateCurrentThreadToPool", "endAllocateToPool", "releasePool"):
-    assert hasattr(torch._C, f"_cuda_{_name}")
-torch._C._cuda_beginAllocateCurrentThreadToPool = _written("begin", begin)
-torch._C._cuda_endAllocateToPool = _written("end", end)
-torch._C._cuda_releasePool = _written("release", release)
+for _name, _function in (
+    ("_cuda_beginAllocateCurrentThreadToPool", begin),
+    ("_cuda_endAllocateToPool", end),
+    ("_cuda_releasePool", release),
+):
+    assert hasattr(torch._C, _name)
+    setattr(torch._C, _name, lambda *args, _of=_function: state.pool_calls.append(_of.__name__) or _of(*args))
 torch.cuda.synchronize = lambda *args: None
 torch.cuda.empty_cache = lambda: setattr(state, "emptied", state.emptied + 1)
 torch.cuda.mem_get_info = lambda *args: (state.free, 1 << 35)
@@ -175,16 +158,7 @@ from vllm.forward_context import get_forward_context  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.worker.gpu import cudagraph_utils as upstream  # noqa: E402
 
-
-@contextmanager
-def _exchange(context: Any) -> Iterator[None]:
-    state.exchanges += 1
-    yield
-
-
-_GROUP = SimpleNamespace(
-    world_size=1, is_first_rank=True, is_last_rank=True, graph_capture=_exchange, device_communicator=None
-)
+_GROUP = SimpleNamespace(world_size=1, is_first_rank=True, is_last_rank=True, device_communicator=None)
 for _name in ("get_tp_group", "get_pp_group", "get_dp_group"):
     setattr(parallel_state, _name, lambda: _GROUP)
 upstream.get_pp_group = parallel_state.get_pp_group
@@ -199,8 +173,10 @@ type(current_platform).graph_pool_handle = staticmethod(_pool)
 
 
 @contextmanager
-def _stock_graph_capture(device: Any) -> Any:
+def _stock_graph_capture(device: Any) -> Iterator[None]:
+    """At its end ranks exchange addresses."""
     yield
+    state.exchanges += 1
 
 
 upstream.graph_capture = _stock_graph_capture

@@ -1,6 +1,8 @@
-"""A process that has the plugin loaded and vLLM imported, and runs programs in forks of itself.
+"""A process that has vLLM imported and runs programs in forks of itself.
 
-`tests/process.py` starts it.  A line on its standard input asks for a program to be started, or to be waited for.
+With the argument "plugin" it has loaded the plugin and what an engine needs; else it is as far as vLLM's front end is
+when that loads plugins.  `tests/process.py` starts it.  A line on its standard input asks for a program to be started,
+or to be waited for.
 """
 
 from __future__ import annotations
@@ -11,9 +13,6 @@ import os
 import runpy
 import sys
 from pathlib import Path
-
-from tests import forks
-from vllm_compile_ext import plugin
 
 
 def run(folder: str, args: list[str], env: dict[str, str]) -> None:
@@ -30,8 +29,14 @@ def run(folder: str, args: list[str], env: dict[str, str]) -> None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # for what libraries print
-    plugin.register()
-    forks.prepare()
+    if "plugin" in sys.argv:
+        from tests import forks
+        from vllm_compile_ext import plugin
+
+        plugin.register()
+        forks.prepare()
+    else:
+        import vllm.engine.arg_utils  # noqa: F401
     for line in sys.stdin:
         request = json.loads(line)
         if isinstance(request, int):

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_compile_ext.record import read
+
 BEGIN = 1_795_000_000_000_000_000  # 2026-11-18, unix ns
 FRONT, CORE, WORKERS = 4100, 4200, (4301, 4302)
 MODEL = "meta-llama/Llama-3.3-70B-Instruct"
@@ -57,7 +59,7 @@ class Recorder:
         self._count += 1
         key = f"{self._count:016x}"
         attrs = {"phase": phase} if phase else {}
-        self.line("begin", t, id=key, parent=parent, pid=pid, name=name, attrs=attrs)
+        self.line("span", t, id=key, parent=parent, pid=pid, name=name, attrs=attrs)
         return key
 
     def end_span(self, key: str, t: float, error: str | None = None, **attrs: Any) -> None:
@@ -71,7 +73,7 @@ class Recorder:
         return key
 
     def note(self, t: float, pid: int, name: str, line: str | None = None, **attrs: Any) -> None:
-        """line: as it was logged; None as in older records."""
+        """line: as it was logged, None where it was not."""
         self.line("note", t, pid=pid, name=name, attrs=attrs if line is None else {"line": line, **attrs})
 
     def until(self, t: float) -> Recorder:
@@ -84,12 +86,15 @@ class Recorder:
         lines = [json.loads(line) for line in self.lines]
         ended = {line["id"] for line in lines if line["k"] == "end"}
         for line in reversed(lines):
-            if line["k"] == "begin" and line["pid"] == pid and line["id"] not in ended:
+            if line["k"] == "span" and line["pid"] == pid and line["id"] not in ended and "end" not in line:
                 self.end_span(line["id"], t, error)
         self.line("exit", t + 0.1, pid=pid, error=error)
 
     def bytes(self) -> bytes:
         return "".join(line + "\n" for line in self.lines).encode()
+
+    def read(self, name: str = "x") -> read.Start:
+        return read.parse(self.bytes().splitlines(), name)
 
     def write(self, folder: Path, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

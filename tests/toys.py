@@ -27,6 +27,8 @@ from vllm_compile_ext.store.store import Store  # noqa: E402
 
 configure_logging(LoggingConfig())
 SIZE = 16
+# Of `Ended.counts`: vLLM's counters of models loaded, pieces compiled, models kept.
+COUNTS = ("num_aot_artifacts_loaded", "num_inductor_compiles", "num_aot_artifacts_saved")
 torch.set_grad_enabled(False)
 
 
@@ -70,11 +72,15 @@ class Layers(nn.Module):
         return x, residual
 
 
-@support_torch_compile
-class Plain(Layers):
+class Sum(Layers):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, residual = self.run(x, None)
         return x + residual
+
+
+@support_torch_compile
+class Plain(Sum):
+    pass
 
 
 @support_torch_compile
@@ -97,12 +103,8 @@ class Head(Layers):
 
 
 @support_torch_compile
-class Few(Layers):
+class Few(Sum):
     """`count` is set before it is built."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, residual = self.run(x, None)
-        return x + residual
 
 
 class ConstantLayer(Layer):
@@ -112,14 +114,10 @@ class ConstantLayer(Layer):
 
 
 @support_torch_compile
-class Constant(Layers):
+class Constant(Sum):
     """Its pieces hold a tensor."""
 
     kind = ConstantLayer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, residual = self.run(x, None)
-        return x + residual
 
 
 @support_torch_compile(is_encoder=True)
@@ -167,12 +165,8 @@ class BadLayer(Layer):
 
 
 @support_torch_compile
-class DependsOnDataInALayer(Layers):
+class DependsOnDataInALayer(Sum):
     kind = BadLayer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, residual = self.run(x, None)
-        return x + residual
 
 
 @support_torch_compile
@@ -240,13 +234,7 @@ def start(
         os.environ.update(env)
         before()
         difference = off(build(kind, config(str(root), **(compilation or {}))))
-        counts = compilation_counter
-        return [
-            difference,
-            counts.num_aot_artifacts_loaded,
-            counts.num_inductor_compiles,
-            counts.num_aot_artifacts_saved,
-        ]
+        return [difference, *(getattr(compilation_counter, name) for name in COUNTS)]
 
     return forks.Fork(function)
 

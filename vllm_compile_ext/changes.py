@@ -6,8 +6,8 @@ No other room is imported before one of its rows is made.
 
 from __future__ import annotations
 
-import importlib
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,17 +53,16 @@ class Change:
 
     def function(self) -> Callable[..., Any]:
         """What `by` names."""
-        module, _, name = self.by.partition(":")
-        found: Callable[..., Any] = getattr(importlib.import_module(f"vllm_compile_ext.{module}"), name)
+        found: Callable[..., Any] = pkgutil.resolve_name(f"vllm_compile_ext.{self.by}")
         return found
 
-    def owner(self, module: ModuleType) -> tuple[Any, str]:
-        """The object in `module` that has the attribute, and the attribute's own name.  Raises `AttributeError`."""
-        *path, name = self.attribute.split(".")
-        owner: Any = module
-        for part in path:
-            owner = getattr(owner, part)
-        return owner, name
+    def owner(self) -> tuple[Any, str]:
+        """The object that has the attribute, and the attribute's own name.
+
+        Imports the module.  Raises `ImportError` or `AttributeError`.
+        """
+        path, _, name = self.attribute.rpartition(".")
+        return pkgutil.resolve_name(f"{self.module}:{path}"), name
 
 
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
@@ -71,8 +70,10 @@ _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _GPU, _CPU = "vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"
 _CORE, _ASYNC, _SYNC = "vllm.v1.engine.core", "vllm.v1.engine.async_llm", "vllm.v1.engine.llm_engine"
-_SERVER = "vllm.entrypoints.launchers.api_server.entry"
-_ON_DEMAND, _SPANS = "cuda_graphs.replacements", "record.vllm_spans"
+_ARGUMENTS, _OUTPUT = "vllm.engine.arg_utils", "vllm.v1.engine.output_processor"
+_SERVER, _LAUNCHER = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.launchers.launcher"
+_ALL_REDUCE = "vllm.distributed.device_communicators.custom_all_reduce"
+_ON_DEMAND, _SPANS, _METRICS = "cuda_graphs.replacements", "record.vllm_spans", "record.metrics:with_ours"
 
 _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     ALWAYS: (
@@ -94,30 +95,15 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
             "the compilation mode that the user asked for survives on CPU",
         ),
         ("", "os.environ: JIT caches", "store.kernels:use", "kernels that libraries compile are kept in the store"),
-        (
-            "",
-            "os.environ: _VLLM_COMPILE_EXT_RUN",
-            "temporary:make_run_folder",
-            "a folder for one vLLM's processes",
-        ),
-        ("prometheus_client", "REGISTRY.collect", "record.metrics:with_ours", "our metrics are at /metrics"),
-        (
-            "prometheus_client.multiprocess",
-            "MultiProcessCollector.collect",
-            "record.metrics:with_ours",
-            "the same with several API servers",
-        ),
+        ("", "os.environ: _VLLM_COMPILE_EXT_RUN", "temporary:make_run_folder", "a folder for one vLLM's processes"),
+        ("prometheus_client", "REGISTRY.collect", _METRICS, "our metrics are at /metrics"),
+        ("prometheus_client.multiprocess", "MultiProcessCollector.collect", _METRICS, "also with several API servers"),
         ("", "sys.meta_path", "finder:swap", "our modules are served under vllm.compilation's names"),
         ("", "gc.freeze()", "plugin:unfreeze_later", "where models are defined: imports are no garbage while starting"),
         (_GRAPHS, "ModelCudaGraphManager", f"{_ON_DEMAND}:graph_manager", "graphs are captured on demand, on CUDA"),
-        (
-            _GRAPHS,
-            "profile_cudagraph_memory",
-            f"{_ON_DEMAND}:profile_cudagraph_memory",
-            "what graphs will take is computed or remembered, not captured for",
-        ),
+        (_GRAPHS, "profile_cudagraph_memory", f"{_ON_DEMAND}:profile_cudagraph_memory", "nothing is captured for it"),
         (_RUNNER, "GPUModelRunner.capture_model", f"{_ON_DEMAND}:capture_model", "nothing is captured at start"),
-        (_V1_RUNNER, "GPUModelRunner.capture_model", f"{_ON_DEMAND}:capture_model_v1", "says that stock captures"),
+        (_V1_RUNNER, "GPUModelRunner.capture_model", f"{_ON_DEMAND}:capture_model", "says that stock captures"),
         (
             _CORE,
             "EngineCoreProc._notify_idle_state_callbacks",
@@ -134,7 +120,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
             "torch",
             "_TorchCompileInductorWrapper.__call__",
             "compilation.hooks:look_up_functions",
-            "functions beside the model are kept in the store; without a compiler they run uncompiled",
+            "functions beside the model are kept; without a compiler they run uncompiled",
         ),
         (
             "torch._inductor.cpu_vec_isa",
@@ -146,30 +132,15 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     STARTING: (
         ("", "sys.meta_path; os.environ", "plugin:record", "imports are timed; children find their start"),
         ("vllm.tracing.otel", "trace", f"{_SPANS}:trace", "vLLM's own spans go to the file of the start"),
-        (
-            "vllm.engine.arg_utils",
-            "EngineArgs.create_engine_config",
-            f"{_SPANS}:create_engine_config",
-            "a start begins",
-        ),
+        (_ARGUMENTS, "EngineArgs.create_engine_config", f"{_SPANS}:create_engine_config", "a start begins"),
         (_CORE, "EngineCoreProc.run_busy_loop", f"{_SPANS}:run_busy_loop", "an engine has started"),
         (_CORE, "DPEngineCoreProc.run_busy_loop", f"{_SPANS}:run_busy_loop", "an engine has started"),
         (_ASYNC, "AsyncLLM.__init__", f"{_SPANS}:async_engine", "a span; ready, without a server"),
         (_SYNC, "LLMEngine.__init__", f"{_SPANS}:sync_engine", "a span; ready"),
         (_ASYNC, "AsyncLLM.add_request", f"{_SPANS}:add_request", "the first request"),
         (_SYNC, "LLMEngine.add_request", f"{_SPANS}:add_request", "the first request"),
-        (
-            "vllm.v1.engine.output_processor",
-            "OutputProcessor.process_outputs",
-            f"{_SPANS}:process_outputs",
-            "the first token: the start is over",
-        ),
-        (
-            "vllm.entrypoints.launchers.launcher",
-            "NoSignalServer.startup",
-            f"{_SPANS}:startup",
-            "a span; ready, with a server",
-        ),
+        (_OUTPUT, "OutputProcessor.process_outputs", f"{_SPANS}:process_outputs", "the first token: the start is over"),
+        (_LAUNCHER, "NoSignalServer.startup", f"{_SPANS}:startup", "a span; ready, with a server"),
         (_GPU, "Worker.compile_or_warm_up_model", f"{_SPANS}:warm_up", "a worker has started"),
         (_CPU, "CPUWorker.compile_or_warm_up_model", f"{_SPANS}:warm_up_on_cpu", "a span; a worker has started"),
     ),
@@ -193,12 +164,8 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         (_GRAPHS, "prepare_inputs_to_capture", "cuda_graphs.manager", "attention beside a graph takes less memory"),
         (_GRAPHS, "tqdm", "cuda_graphs.manager", "captures are quiet"),
         ("vllm.compilation.monitor", "cudagraph_capturing_enabled", "cuda_graphs.manager", "open only then"),
-        (
-            "vllm.distributed.device_communicators.custom_all_reduce",
-            "CustomAllreduce",
-            "cuda_graphs.ranks",
-            "its _IS_CAPTURING and _capture_registered: all-reduce reads inputs where they are",
-        ),
+        # Its _IS_CAPTURING and _capture_registered.
+        (_ALL_REDUCE, "CustomAllreduce", "cuda_graphs.ranks", "all-reduce reads inputs where they are"),
     ),
     WARMING: (
         ("vllm.v1.core.kv_cache_utils", "get_kv_cache_configs", "cli.warm_start", "the engine has a small KV cache"),
@@ -242,8 +209,12 @@ def make(*kinds: str) -> list[Undo]:
     undos: list[Undo] = []
     try:
         for change in TABLE:
-            if change.when in kinds:
-                _make(change, undos)
+            if change.when not in kinds:
+                continue
+            if change.module:
+                _make_once_imported(change, undos)
+            elif undo_it := change.function()(*change.given):
+                undos.append(undo_it)
     except BaseException:
         undo(undos)
         raise
@@ -256,27 +227,23 @@ def undo(undos: list[Undo]) -> None:
         undos.pop()()
 
 
-def _make(change: Change, undos: list[Undo]) -> None:
-    if not change.module:
-        undos.append(change.function()(*change.given) or (lambda: None))
-        return
+def _make_once_imported(change: Change, undos: list[Undo]) -> None:
+    imported = change.module in sys.modules
 
     def apply(module: ModuleType) -> None:
-        function = change.function()
-        undos.append(replace(*change.owner(module), lambda stock: function(stock, *change.given)))
-
-    def apply_late(module: ModuleType) -> None:
         try:
-            apply(module)
-        except Exception as error:  # whoever imports the module must not fail
+            function = change.function()
+            undos.append(replace(*change.owner(), lambda stock: function(stock, *change.given)))
+        except Exception as error:
+            if imported and change.when != STARTING:
+                raise
+            # Whoever imports the module must not fail.
             level = logging.DEBUG if change.when == STARTING else logging.WARNING
             logger.log(level, "%s stays as it is: %s", change.what, harmless.error(error))
 
-    imported = change.module in sys.modules
     if not imported:
         finder.install()
-    hook = apply if imported and change.when != STARTING else apply_late
-    undos.append(finder.finder.after(change.module, hook))
+    undos.append(finder.finder.after(change.module, apply))
 
 
 def problems() -> list[str]:
@@ -290,7 +257,7 @@ def problems() -> list[str]:
             if ":" in change.by:
                 change.function()
             if change.module:
-                owner, name = change.owner(importlib.import_module(change.module))
+                owner, name = change.owner()
                 getattr(owner, name)
         except ImportError as error:
             logger.debug("%s: %s", change.what, error)

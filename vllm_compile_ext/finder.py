@@ -72,18 +72,15 @@ class Finder:
     intervals: finished imports of all threads.  sink: called with each instead, where there is one.
     owner: asked what an import that begins belongs to.
     hooks: name of a module -> functions that are called with it once it is imported.
-    errors: what hooks and the sink raised.
     """
 
     def __init__(self) -> None:
         self.swapped = False
         self.timing = False
-        self.early = False  # put in place by the .pth file
         self.intervals: list[Interval] = []
         self.sink: Callable[[Interval], None] | None = None
         self.owner: Callable[[], Any] | None = None
         self.hooks: dict[str, list[Callable[[ModuleType], None]]] = {}
-        self.errors: list[str] = []
         self._thread = _local()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -148,23 +145,11 @@ class Finder:
             finally:
                 self._thread.open = outer
                 interval.end = time.time_ns()
-                self._finish(interval)
+                _call(self.sink or self.intervals.append, interval)
         else:
             loader.exec_module(module)
         for hook in self.hooks.pop(name, ()):
-            try:
-                hook(module)
-            except Exception as error:  # an import must not fail because of us
-                self.errors.append(f"{name}: {type(error).__name__}: {error}")
-
-    def _finish(self, interval: Interval) -> None:
-        if self.sink is None:
-            self.intervals.append(interval)
-            return
-        try:
-            self.sink(interval)
-        except Exception as error:
-            self.errors.append(f"{type(error).__name__}: {error}")
+            _call(hook, module)
 
     def stop_timing(self) -> None:
         """Time no more imports, and forget those that were timed."""
@@ -174,7 +159,7 @@ class Finder:
     def after(self, name: str, hook: Callable[[ModuleType], None]) -> Callable[[], None]:
         """Call `hook` with the module `name`: now where it is imported, else once it is.  Returns the undo of waiting.
 
-        Raises what `hook` raises where it is called now; what it raises later is in `errors`.
+        Raises what `hook` raises where it is called now; what it raises later is a line of the debug log.
         """
         module = sys.modules.get(name)
         if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
@@ -190,6 +175,16 @@ class Finder:
                 del self.hooks[name]
 
         return undo
+
+
+def _call(function: Callable[[Any], None], argument: Any) -> None:
+    """Call what must not make an import fail."""
+    try:
+        function(argument)
+    except Exception as error:
+        import logging
+
+        logging.getLogger(__name__).debug("while importing: %s", type(error).__name__)
 
 
 class _Once:
@@ -232,11 +227,6 @@ class TooLateError(RuntimeError):
     """vLLM's modules are already imported; the message says what to do."""
 
 
-def already_imported() -> list[str]:
-    """vLLM's modules of `REPLACED` that this process has imported: too late to swap those."""
-    return [f"{THEIRS}.{name}" for name in REPLACED if f"{THEIRS}.{name}" in sys.modules]
-
-
 finder = Finder()
 
 
@@ -253,7 +243,6 @@ def remove() -> None:
         sys.meta_path.remove(finder)
     finder.stop_timing()
     finder.hooks.clear()
-    finder.early = False
 
 
 def swap() -> Callable[[], None]:
@@ -262,7 +251,7 @@ def swap() -> Callable[[], None]:
     Raises `TooLateError` where vLLM's are already imported: classes made with them would stay stock while later ones
     would not.
     """
-    if late := already_imported():
+    if late := [name for name in (f"{THEIRS}.{tail}" for tail in REPLACED) if name in sys.modules]:
         raise TooLateError(
             f"{', '.join(late)} imported before the plugin was loaded: "
             "call vllm_compile_ext.plugin.register() before importing vLLM's models"

@@ -51,9 +51,11 @@ def _cpu() -> str:
 
 
 def _gpu() -> str | None:
-    """Where CUDA is not running yet, vLLM is asked, which asks the driver's management library: torch would start it.
-    vLLM then spawns its workers instead of forking them, and a process that only serves HTTP would take memory of the
-    device."""
+    """Where CUDA is not running yet, vLLM is asked, which asks the driver's management library.
+
+    Torch would start CUDA: vLLM then spawns its workers instead of forking them, and a process that only serves HTTP
+    takes memory of the device.
+    """
     torch = sys.modules.get("torch")  # a process without torch has no GPU to ask for
     if torch is None:
         return None
@@ -77,15 +79,14 @@ def _nvidia() -> set[str]:
     library = ctypes.CDLL("libnvidia-ml.so.1")
     count, device, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
     found = set()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        raise OSError("the driver cannot be asked")
+    failed = library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count))
     for index in range(count.value):
-        if library.nvmlDeviceGetHandleByIndex_v2(
-            index, ctypes.byref(device)
-        ) or library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor)):
-            raise OSError("a GPU cannot be asked")
+        failed = failed or library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
+        failed = failed or library.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
         found.add(f"cuda sm_{major.value}{minor.value}")
     library.nvmlShutdown()
+    if failed:
+        raise OSError("the driver cannot be asked")
     return found
 
 
@@ -102,19 +103,24 @@ def keep_mode(stock: Callable[[type, Any], None]) -> Callable[[type, Any], None]
         from vllm.config import CompilationMode
         from vllm.platforms import current_platform
 
-        if not current_platform.is_cpu():  # a platform of another plugin's that builds on this one
-            stock(cls, vllm_config)
-            return
         compilation = vllm_config.compilation_config
         asked = compilation.mode
         stock(cls, vllm_config)
+        if not current_platform.is_cpu():  # a platform of another plugin's that builds on this one
+            return
         if asked != CompilationMode.VLLM_COMPILE or compilation.mode == asked:
             return
         if reason := _why_stock_mode(vllm_config):
             logger.info("compilation mode stays %s, as in stock vLLM: %s", compilation.mode.name, reason)
             return
         compilation.mode = asked
-        _drop_fusions(compilation.pass_config)
+        # Passes of vLLM's that match GPU kernels, and that CPU builds do not import.  vLLM 0.32.0 turns some on by
+        # optimization level without a look at the platform, `fuse_rope_kvcache_cat_mla` for splitting_ops of the user's
+        # own ("NameError: name 'MLARoPEKVCacheCatFusionPass' is not defined").
+        passes = compilation.pass_config
+        for field in dataclasses.fields(passes):
+            if field.name.startswith("fuse_") or field.name == "enable_qk_norm_rope_fusion":
+                setattr(passes, field.name, False)
         if compilation.compile_sizes is None:
             # Left None on platforms without static graphs; the piecewise backend then finds no range for any shape.
             compilation.compile_sizes = []
@@ -133,14 +139,3 @@ def _why_stock_mode(config: Any) -> str | None:
     if config.compilation_config.use_inductor_graph_partition:
         return "use_inductor_graph_partition is not covered on CPU"
     return None
-
-
-def _drop_fusions(passes: Any) -> None:
-    """Turn vLLM's fusion passes off in a `PassConfig`: they match GPU kernels, and CPU builds do not import them.
-
-    vLLM 0.32.0 turns some on by optimization level without a look at the platform, `fuse_rope_kvcache_cat_mla` for
-    splitting_ops of the user's own ("NameError: name 'MLARoPEKVCacheCatFusionPass' is not defined").
-    """
-    for field in dataclasses.fields(passes):
-        if field.name.startswith("fuse_") or field.name == "enable_qk_norm_rope_fusion":
-            setattr(passes, field.name, False)

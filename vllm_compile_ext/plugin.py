@@ -6,7 +6,6 @@ take serving down: vLLM then starts as it would without the plugin, and one line
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import sys
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_compile_ext import __version__, changes, finder, harmless, settings, versions
-from vllm_compile_ext.replace import Undo
+from vllm_compile_ext.replace import Undo, replace
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def announce() -> None:
 
 
 def unregister() -> None:
-    """Undo everything that `register` changed.  For tests: models made in between keep the classes they are of."""
+    """Undo everything that `register` changed.  For tests: what was imported in between stays as it is."""
     global _status, _announced
     changes.undo(_undos)
     finder.remove()
@@ -117,9 +116,7 @@ def _give_up(error: Exception) -> Status:
 
 def log_as_vllm() -> Undo:
     """Hand our lines to vLLM's logger."""
-    ours = logging.getLogger("vllm_compile_ext")
-    before, ours.parent = ours.parent, logging.getLogger("vllm")
-    return functools.partial(setattr, ours, "parent", before)
+    return replace(logging.getLogger("vllm_compile_ext"), "parent", lambda stock: logging.getLogger("vllm"))
 
 
 def announce_after(configure_logging: Callable[..., None]) -> Callable[..., None]:

@@ -6,12 +6,14 @@ None of the variables changes compiled code: all are left out of vLLM's compile 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_compile_ext import __version__
 from vllm_compile_ext.replace import Undo
 
 _TRUE = ("1", "true", "yes", "on")
@@ -32,10 +34,7 @@ def _variable(default: bool | int | str, meaning: str, *, shown: str = "", choic
 class Settings:
     """The plugin's variables, one field each, parsed."""
 
-    VLLM_COMPILE_EXT: bool = _variable(
-        True,
-        "0 leaves vLLM exactly as it is without the plugin.",
-    )
+    VLLM_COMPILE_EXT: bool = _variable(True, "0 leaves vLLM exactly as it is without the plugin.")
     VLLM_COMPILE_EXT_STRICT: bool = _variable(
         False,
         "1 makes it an error when the plugin cannot take over (an unsupported version, a bad variable). "
@@ -92,8 +91,7 @@ class Settings:
 def _parse(variable: Any, raw: str) -> bool | int | str:
     value, choices = raw.strip().lower(), variable.metadata["choices"]
     if isinstance(variable.default, bool):
-        choices = (*_TRUE, *_FALSE)
-        if value in choices:
+        if value in (*_TRUE, *_FALSE):
             return value in _TRUE
     elif isinstance(variable.default, int):
         if value.isdecimal():
@@ -102,8 +100,12 @@ def _parse(variable: Any, raw: str) -> bool | int | str:
         return raw
     elif value in choices:
         return value
-    allowed = f"one of {', '.join(choices)}" if choices else _ALLOWED[int]
-    raise EnvError(f"{variable.name}={raw!r} is not allowed: use {allowed}, or unset it")
+    raise EnvError(f"{variable.name}={raw!r} is not allowed: use {_allowed(variable)}, or unset it")
+
+
+def _allowed(variable: Any) -> str:
+    choices = variable.metadata["choices"]
+    return f"{', '.join(choices[:-1])} or {choices[-1]}" if choices else _ALLOWED[type(variable.default)]
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
@@ -169,18 +171,16 @@ class Row:
 
 def table() -> list[Row]:
     """The variables as rows, in the order of `Settings`."""
-    rows = []
-    for f in fields(Settings):
-        choices = f.metadata["choices"]
-        allowed = f"{', '.join(choices[:-1])} or {choices[-1]}" if choices else _ALLOWED[type(f.default)]
-        rows.append(Row(f.name, allowed, f.metadata["shown"] or _text(f.default), f.metadata["meaning"]))
-    return rows
+    return [
+        Row(f.name, _allowed(f), f.metadata["shown"] or _text(f.default), f.metadata["meaning"])
+        for f in fields(Settings)
+    ]
 
 
 def changed(switches: Settings) -> list[str]:
     """What is set other than by default, as one would set it: "NAME=value"."""
-    found = {f.name: getattr(switches, f.name) for f in fields(Settings)}
-    return [f"{f.name}={_text(found[f.name])}" for f in fields(Settings) if found[f.name] != f.default]
+    values = {f.name: getattr(switches, f.name) for f in fields(Settings)}
+    return [f"{f.name}={_text(values[f.name])}" for f in fields(Settings) if values[f.name] != f.default]
 
 
 def _text(value: Any) -> str:
@@ -194,17 +194,14 @@ def add_to_vllm() -> Undo:
     """Add our variables to vLLM's table, in place: others may hold it."""
     import vllm.envs
 
-    def getter(name: str) -> Callable[[], Any]:
-        def get() -> Any:
-            try:
-                return getattr(load(), name)
-            except EnvError:  # reported by the plugin; vLLM reads all variables at once and must not fail here
-                return os.environ.get(name)
-
-        return get
+    def value(name: str) -> Any:
+        try:
+            return getattr(load(), name)
+        except EnvError:  # reported by the plugin; vLLM reads all variables at once and must not fail here
+            return os.environ.get(name)
 
     known = vllm.envs.environment_variables
-    added = {f.name: getter(f.name) for f in fields(Settings) if f.name not in known}
+    added = {f.name: functools.partial(value, f.name) for f in fields(Settings) if f.name not in known}
     known.update(added)
 
     def undo() -> None:
@@ -222,7 +219,5 @@ def without_ours(compile_factors: Callable[[], dict[str, object]]) -> Callable[[
 
 def with_our_version(compile_factors: Callable[[], dict[str, object]]) -> Callable[[], dict[str, object]]:
     """The same, and the plugin's version."""
-    from vllm_compile_ext import __version__
-
     stock = without_ours(compile_factors)
     return lambda: stock() | {"vllm_compile_ext": __version__}

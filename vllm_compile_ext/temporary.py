@@ -6,9 +6,12 @@ The kernel gives a lock back when its process ends, however it ends: a folder wh
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
+import functools
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,12 +20,16 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-PROBE = 1 << 16  # bytes that have to fit: a full disk can make a folder, and nothing in it
+_PROBE = bytes(1 << 16)  # has to fit: a full disk can make a folder, and nothing in it
 _LOCK = "in use"
 
 # Names the run's folder to the engine and the workers.  Not VLLM_*: vLLM warns of such names that it does not know.
 RUN = "_VLLM_COMPILE_EXT_RUN"
 RUN_PREFIX = "vllm-compile-ext-run-"
+
+SCRATCH = "compile_scratch"  # the folder in vLLM's cache root
+SCRATCH_PREFIX = "vllm-compile-"
+_PLAIN = re.compile(r"[\w./+@:,=-]+")
 
 
 class Folder:
@@ -40,7 +47,7 @@ class Folder:
         try:
             self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (self.path / "probe").write_bytes(bytes(PROBE))
+            (self.path / "probe").write_bytes(_PROBE)
             (self.path / "probe").unlink()
         except OSError:
             self.remove()
@@ -63,13 +70,10 @@ def remove_abandoned(root: Path, prefix: str) -> None:
             handle = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             continue  # being made, being removed, or another user's
-        try:
+        with contextlib.suppress(OSError):  # in use
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            pass
-        finally:
-            os.close(handle)
+        os.close(handle)
 
 
 def run_folder() -> Path | None:
@@ -99,9 +103,35 @@ def make_run_folder() -> Callable[[], None]:
     def undo() -> None:
         made.remove()
         atexit.unregister(made.remove)
-        if os.environ.get(RUN) == str(made.path):
-            os.environ.pop(RUN)
-            if before is not None:
-                os.environ[RUN] = before
+        if os.environ.get(RUN) != str(made.path):
+            return
+        del os.environ[RUN]
+        if before is not None:
+            os.environ[RUN] = before
 
     return undo
+
+
+@functools.cache
+def scratch() -> Path:
+    """The folder that this process compiles in, made on the first call; it goes with the process.
+
+    Upstream keeps Inductor's files for all starts: a compiler that was killed leaves half a kernel there, and the next
+    start maps it.  What is worth keeping is in the store.
+    It is below vLLM's cache root, or below the system's temporary folder; that also where the root's name has spaces or
+    the like: Inductor does not quote it for its compiler (torch 2.13.0, `_inductor/cpp_builder.py`).
+    """
+    import vllm.envs
+
+    elsewhere = Path(tempfile.gettempdir())
+    root = Path(vllm.envs.VLLM_CACHE_ROOT) / SCRATCH
+    if not _PLAIN.fullmatch(str(root)):
+        root = elsewhere
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        made = Folder(root, SCRATCH_PREFIX)
+    except OSError as error:
+        made = Folder(elsewhere, SCRATCH_PREFIX)
+        logger.warning("compiling in %s: %s cannot be written (%s)", made.path, root, error.strerror)
+    atexit.register(made.remove)
+    return made.path

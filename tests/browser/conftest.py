@@ -40,9 +40,9 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     def open_page(
         made: starts.Recorder | bytes, other: starts.Recorder | None = None, *, width: int = 1280, scheme: str = "light"
     ) -> Any:
-        content = made if isinstance(made, bytes) else made.bytes()
-        start = read.parse(content.splitlines(), "20261118-120640-77a0c3")
-        before = None if other is None else read.parse(other.bytes().splitlines(), "20261118-110640-4bf92f")
+        name = "20261118-120640-77a0c3"
+        start = read.parse(made.splitlines(), name) if isinstance(made, bytes) else made.read(name)
+        before = other and other.read("20261118-110640-4bf92f")
         path = tmp_path / "page.html"
         path.write_text(render(facts.facts(start, before)), encoding="utf-8", errors="replace")
         context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)

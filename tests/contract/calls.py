@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import inspect
+import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 THEIRS = ("vllm", "torch")
 UPSTREAM = "vllm_compile_ext.upstream"
 
 
-@dataclass(frozen=True)
-class Taken:
-    """``from module import name``, or ``import module`` where `name` is "", and what it is called here."""
+class Taken(NamedTuple):
+    """An import: the dotted name of what is imported, what it is called here, and where."""
 
-    module: str
     name: str
     alias: str
     where: str
-
-    def value(self) -> Any:
-        """What is imported."""
-        module = importlib.import_module(self.module)
-        if not self.name:
-            return module
-        try:
-            return getattr(module, self.name)
-        except AttributeError:
-            return importlib.import_module(f"{self.module}.{self.name}")
 
 
 def taken(path: Path) -> Iterator[Taken]:
@@ -41,11 +28,11 @@ def taken(path: Path) -> Iterator[Taken]:
         where = f"{path.parent.name}/{path.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.ImportFrom) and node.level == 0 and _is_theirs(node.module or ""):
             for alias in node.names:
-                yield Taken(node.module or "", alias.name, alias.asname or alias.name, where)
+                yield Taken(f"{node.module}.{alias.name}", alias.asname or alias.name, where)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if _is_theirs(alias.name):
-                    yield Taken(alias.name, "", alias.asname or alias.name.partition(".")[0], where)
+                    yield Taken(alias.name, alias.asname or alias.name.partition(".")[0], where)
 
 
 def _is_theirs(module: str) -> bool:
@@ -58,7 +45,8 @@ def bad_calls(path: Path) -> list[str]:
     names: dict[str, Any] = {}
     for one in taken(path):
         with contextlib.suppress(Exception):  # a module of another platform
-            names[one.alias] = one.value() if one.name else importlib.import_module(one.alias)
+            top = one.name.partition(".")[0]
+            names[one.alias] = pkgutil.resolve_name(top if one.alias == top else one.name)
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and (function := _lookup(node.func, names)) is not None:
@@ -81,10 +69,7 @@ def _lookup(node: ast.expr, names: dict[str, Any]) -> Any:
 
 def _of_super(call: ast.Call) -> str | None:
     function = call.func
-    if not isinstance(function, ast.Attribute) or not isinstance(function.value, ast.Call):
-        return None
-    inner = function.value.func
-    return function.attr if isinstance(inner, ast.Name) and inner.id == "super" else None
+    return function.attr if isinstance(function, ast.Attribute) and ast.unparse(function.value) == "super()" else None
 
 
 def _problem(call: ast.Call, function: Any, path: Path, *, bound: bool) -> Iterator[str]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.process import ROOT, Outcome, run, together
+from tests.process import ROOT, Outcome, run
+
+
+def fork(code: str, **env: str) -> Outcome:
+    """Run `code` where vLLM is imported as far as its front end has it when it loads plugins."""
+    return run(code, fork=True, plugin=False, **env)
+
 
 LOOK = """
-    import sys, pickle, inspect, traceback
-    import vllm
-    import vllm.engine.arg_utils  # what a front end has imported when it loads plugins
+    import pickle, inspect, traceback
     from vllm.plugins import load_general_plugins
+    import vllm.envs
+    stock_key = vllm.envs.compile_factors()
     before = {m for m in sys.modules if m.split('.')[0] == 'torch'}
     load_general_plugins()
     new_torch = sorted({m for m in sys.modules if m.split('.')[0] == 'torch'} - before)
@@ -26,7 +31,6 @@ LOOK = """
     import vllm.compilation.counter as counter
     from vllm_compile_ext import upstream
     import vllm_compile_ext.compilation.wrapper as ours
-    import vllm.envs
     cls = wrapper.TorchCompileWithNoGuardsWrapper
     try:
         backends.CompilerManager.load(None, None, None, None, None)
@@ -42,89 +46,62 @@ LOOK = """
         source=inspect.getsource(cls), source_file=inspect.getsourcefile(cls),
         pickled=pickle.loads(pickle.dumps(cls)) is cls, trace=trace,
         known=sorted(v for v in vllm.envs.environment_variables if v.startswith(prefixes)),
-        key=vllm.envs.compile_factors(),
+        stock_key=stock_key, key=vllm.envs.compile_factors(),
         model_tag=[backends.model_tag, upstream.backends.model_tag],
     ))
 """
 
 
-FACTORS = "import vllm.envs, vllm.plugins; vllm.plugins.load_general_plugins(); report(vllm.envs.compile_factors())"
+@pytest.fixture(scope="module")
+def active() -> Any:
+    return fork(LOOK).value
 
 
 @pytest.fixture(scope="module")
-def looks() -> list[Outcome]:
-    return together(
-        partial(run, LOOK), partial(run, LOOK, VLLM_COMPILE_EXT="0"), partial(run, FACTORS, VLLM_PLUGINS="")
-    )
+def off() -> Any:
+    return fork(LOOK, VLLM_COMPILE_EXT="0").value
 
 
-@pytest.fixture(scope="module")
-def active(looks: list[Outcome]) -> Outcome:
-    return looks[0]
+def test_active_and_says_so(active: Any) -> None:
+    assert active["active"]
+    assert "is active" in active["line"]
+    assert active["same"], "register is idempotent"
+    assert active["new_torch"] == [], "loading imports nothing of torch"
 
 
-@pytest.fixture(scope="module")
-def off(looks: list[Outcome]) -> Outcome:
-    return looks[1]
+def test_vllm_gets_our_module_under_its_name_and_upstreams_stays_importable(active: Any) -> None:
+    assert active["backends"].endswith("vllm_compile_ext/compilation/backends.py")
+    assert active["names"] == ["vllm_compile_ext.compilation.backends"] * 2
+    assert active["one_object"]
+    assert active["upstream_file"].endswith("/vllm/compilation/backends.py")
+    assert active["shared_counter"]
+    assert active["model_tag"] == ["backbone", "backbone"]
 
 
-@pytest.fixture(scope="module")
-def absent(looks: list[Outcome]) -> Any:
-    """vLLM's cache key factors where the plugin is kept out altogether."""
-    return looks[2].value
+def test_tools_see_our_source(active: Any) -> None:
+    assert "def bytecode_hook" in active["source"]
+    assert active["source_file"].endswith("vllm_compile_ext/compilation/wrapper.py")
+    assert active["pickled"]
+    assert "vllm_compile_ext/compilation/backends.py" in active["trace"]
 
 
-def test_active_and_says_so(active: Outcome) -> None:
-    assert active.value["active"]
-    assert "is active" in active.value["line"]
-    assert active.value["same"], "register is idempotent"
-
-
-def test_loading_imports_nothing_of_torch(active: Outcome) -> None:
-    assert active.value["new_torch"] == []
-
-
-def test_vllm_gets_our_module_under_its_name(active: Outcome) -> None:
-    assert active.value["backends"].endswith("vllm_compile_ext/compilation/backends.py")
-    assert active.value["names"] == ["vllm_compile_ext.compilation.backends"] * 2
-    assert active.value["one_object"]
-
-
-def test_upstream_stays_importable_and_shares_state(active: Outcome) -> None:
-    assert active.value["upstream_file"].endswith("/vllm/compilation/backends.py")
-    assert active.value["shared_counter"]
-    assert active.value["model_tag"] == ["backbone", "backbone"]
-
-
-def test_tools_see_our_source(active: Outcome) -> None:
-    assert "def bytecode_hook" in active.value["source"]
-    assert active.value["source_file"].endswith("vllm_compile_ext/compilation/wrapper.py")
-    assert active.value["pickled"]
-    assert "vllm_compile_ext/compilation/backends.py" in active.value["trace"]
-
-
-def test_variables_are_known_and_out_of_the_key(active: Outcome, off: Outcome, absent: Any) -> None:
+def test_variables_are_known_and_out_of_the_key(active: Any, off: Any) -> None:
     names = ["VLLM_COMPILE_DEPYF", "VLLM_COMPILE_EXT", "VLLM_COMPILE_EXT_STRICT"]
-    assert active.value["known"] == names
-    assert off.value["known"] == names
-    assert not [name for name in active.value["key"] if name in names]
+    assert active["known"] == off["known"] == names
     # Only the plugin's own version tells our entries from stock's.
-    assert set(active.value["key"]) - set(absent) == {"vllm_compile_ext"}
+    assert active["key"].keys() - active["stock_key"].keys() == {"vllm_compile_ext"}
 
 
-def test_kill_switch_is_stock(off: Outcome, absent: Any) -> None:
-    assert not off.value["active"]
-    assert "VLLM_COMPILE_EXT=0" in off.value["line"]
-    assert off.value["backends"].endswith("/vllm/compilation/backends.py")
-    assert "/vllm/compilation/backends.py" in off.value["trace"]
-    assert {k: v for k, v in off.value["key"].items() if k != "VLLM_PLUGINS"} == {
-        k: v for k, v in absent.items() if k != "VLLM_PLUGINS"
-    }
+def test_kill_switch_is_stock(off: Any) -> None:
+    assert not off["active"]
+    assert "VLLM_COMPILE_EXT=0" in off["line"]
+    assert off["backends"].endswith("/vllm/compilation/backends.py")
+    assert "/vllm/compilation/backends.py" in off["trace"]
+    assert off["key"] == off["stock_key"]
 
 
 GIVE_UP = """
-    import sys, os
-    import vllm.engine.arg_utils
+    import os
     from vllm_compile_ext import changes, plugin, versions
     {before}
     from vllm.config.logging import LoggingConfig
@@ -159,15 +136,10 @@ REASONS: dict[str, tuple[str, dict[str, str], str, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def given_up() -> list[Outcome]:
-    return together(*(partial(run, GIVE_UP.format(before=before), **env) for before, env, *_ in REASONS.values()))
-
-
 @pytest.mark.parametrize("reason", REASONS)
-def test_whatever_is_wrong_vllm_is_stock_and_one_line_says_why(given_up: list[Outcome], reason: str) -> None:
-    _, _, named, level = REASONS[reason]
-    outcome = given_up[list(REASONS).index(reason)]
+def test_whatever_is_wrong_vllm_is_stock_and_one_line_says_why(reason: str) -> None:
+    before, env, named, level = REASONS[reason]
+    outcome = fork(GIVE_UP.format(before=before), **env)
     assert outcome.value["backends"].endswith("/vllm/compilation/backends.py")
     (line,) = outcome.lines("vllm-compile-ext", "not active")
     assert level in line
@@ -196,23 +168,25 @@ RECORD = """
 """
 
 
-def test_a_start_is_not_recorded_where_that_is_off_or_the_plugin_does_not_take_over(tmp_path: Path) -> None:
-    cases: list[tuple[str, dict[str, str], list[bool]]] = [
-        ("", {"VLLM_COMPILE_STARTS": "0"}, [False, True]),
-        ("", {"VLLM_COMPILE_EXT": "0"}, [False, False]),
-        ("versions.VLLM = '>99'", {}, [True, False]),
-    ]
-    codes = [RECORD.format(pth=str(ROOT / "vllm_compile_ext.pth"), before=before) for before, _, _ in cases]
-    outcomes = together(
-        *(partial(run, code, VLLM_CACHE_ROOT=str(tmp_path), **case[1]) for code, case in zip(codes, cases, strict=True))
-    )
-    for outcome, (_, _, expected) in zip(outcomes, cases, strict=True):
-        assert outcome.value == expected, outcome.output
+@pytest.mark.parametrize(
+    ("before", "env", "began", "is_active"),
+    [
+        ("", {"VLLM_COMPILE_STARTS": "0"}, False, True),
+        ("", {"VLLM_COMPILE_EXT": "0"}, False, False),
+        ("versions.VLLM = '>99'", {}, True, False),
+    ],
+)
+def test_a_start_is_not_recorded_where_that_is_off_or_the_plugin_does_not_take_over(
+    tmp_path: Path, before: str, env: dict[str, str], began: bool, is_active: bool
+) -> None:
+    code = RECORD.format(pth=str(ROOT / "vllm_compile_ext.pth"), before=before)
+    # Where the record begins, it does so before vLLM is imported.
+    outcome = run(code, VLLM_CACHE_ROOT=str(tmp_path), fork=not began, plugin=False, **env)
+    assert outcome.value == [began, is_active], outcome.output
 
 
 def test_every_change_is_undone() -> None:
-    outcome = run("""
-        import sys
+    outcome = fork("""
         import vllm.engine.arg_utils, vllm.envs, vllm.logger
         from vllm.platforms.cpu import CpuPlatform
         from vllm_compile_ext import plugin
@@ -235,24 +209,29 @@ def test_every_change_is_undone() -> None:
     assert outcome.value["name"] == "vllm.compilation.backends"
 
 
-def test_doctor_reports_and_exits_by_health() -> None:
-    code = """
-        import json, subprocess, sys
-        command = [sys.executable, '-m', 'vllm_compile_ext.cli', 'doctor', '--json']
-        done = subprocess.run(command, capture_output=True, text=True)
-        report(dict(code=done.returncode, **json.loads(done.stdout)))
-    """
-    well, ill, chosen = (
-        outcome.value
-        for outcome in together(
-            partial(run, code),
-            partial(run, code, VLLM_PLUGINS="another", VLLM_COMPILE_DEPYF="2"),
-            partial(run, code, VLLM_COMPILE_EXT="0"),
-        )
-    )
-    assert (well["code"], well["healthy"]) == (0, True)
-    topics = {line["topic"]: line["state"] for line in well["checks"]}
-    assert topics["swap"] == topics["changes"] == topics["versions"] == "ok"
-    assert (ill["code"], ill["healthy"]) == (1, False)
-    assert {line["topic"] for line in ill["checks"] if line["state"] == "bad"} == {"entry point", "variables", "swap"}
-    assert (chosen["code"], {line["topic"]: line["state"] for line in chosen["checks"]}["swap"]) == (0, "off")
+DOCTOR = """
+    from typer.testing import CliRunner
+    from vllm_compile_ext.cli import app
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    report(dict(code=done.exit_code, **json.loads(done.stdout)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "code", "states"),
+    [
+        ({}, 0, {"swap": "ok", "changes": "ok", "versions": "ok"}),
+        (
+            {"VLLM_PLUGINS": "another", "VLLM_COMPILE_DEPYF": "2"},
+            1,
+            {"entry point": "bad", "variables": "bad", "swap": "bad"},
+        ),
+        ({"VLLM_COMPILE_EXT": "0"}, 0, {"swap": "off"}),
+    ],
+)
+def test_doctor_reports_and_exits_by_health(env: dict[str, str], code: int, states: dict[str, str]) -> None:
+    found = run(DOCTOR, fork=bool(env), plugin=False, **env).value  # the first imports vLLM itself
+    assert (found["code"], found["healthy"]) == (code, code == 0)
+    topics = {line["topic"]: line["state"] for line in found["checks"]}
+    assert states.items() <= topics.items()
+    assert code == 0 or {topic for topic in topics if topics[topic] == "bad"} == states.keys()

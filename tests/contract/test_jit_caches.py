@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from tests.process import Outcome, run, together
+from tests.process import run
 
-# A cold start, as far as it goes without a GPU: vLLM's decorator names Inductor's folder, a model is compiled, and
-# Inductor makes a Triton kernel.  What Triton compiles afterwards goes where TRITON_CACHE_DIR says.  Then the processes
-# that it starts, with the plugin and without.
-COLD = """
-    import os, subprocess
-    from types import SimpleNamespace
-    import vllm.engine.arg_utils
+LOAD = """
+    import os
     from vllm.plugins import load_general_plugins
     load_general_plugins()
     from vllm_compile_ext import plugin
@@ -21,10 +16,15 @@ COLD = """
     names = [*(cache.variable for cache in kernels.CACHES), kernels.MARK]
     def variables():
         return {name: os.environ[name] for name in names if name in os.environ}
-    out = {"variables": variables(), "line": plugin.status().line}
-    if len(sys.argv) == 1:
-        report(out)
-        sys.exit()
+    out = {"variables": variables(), "environment": dict(os.environ), "line": plugin.status().line}
+"""
+
+# A cold start, as far as it goes without a GPU: vLLM's decorator names Inductor's folder, a model is compiled, and
+# Inductor makes a Triton kernel.  What Triton compiles afterwards goes where TRITON_CACHE_DIR says.
+COLD = (
+    LOAD
+    + """
+    from types import SimpleNamespace
     model = sys.argv[1]
     def look():
         return [os.environ.get("TRITON_CACHE_DIR"), triton_cache_dir(0), triton_cache_dir(1)]
@@ -44,13 +44,6 @@ COLD = """
     out["after"] = look()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == model, "only Triton's folder is ours"
     if plugin.status().active:
-        children = {}
-        for name, env in (("same", {}), ("off", {"VLLM_COMPILE_EXT": "0"}), ("set", {"TRITON_CACHE_DIR": "/theirs"})):
-            os.makedirs(name)
-            children[name] = subprocess.Popen([sys.executable, "../main.py"], env=os.environ | env, cwd=name)
-        for name, child in children.items():
-            assert child.wait() == 0
-            out[name] = json.load(open(name + "/report.json"))["variables"]
         from vllm.compilation.compiler_interface import InductorAdaptor
         InductorAdaptor().initialize_cache(model)
         out["adaptor"] = variables()
@@ -58,18 +51,29 @@ COLD = """
         out["undone"] = variables()
     report(out)
 """
+)
+
+
+def start(folder: Path, code: str, **env: str | None) -> Any:
+    outcome = run(code, str(folder / "model"), folder=folder, fork=True, plugin=False, **env)
+    assert outcome.code == 0, outcome.output[-5000:]
+    return outcome.value
 
 
 def test_tritons_folder_is_one_place_in_the_store_and_not_in_the_models(tmp_path: Path) -> None:
-    def start(folder: Path, switch: str) -> Outcome:
-        env = {"TRITON_CACHE_DIR": None, "TRITON_HOME": None, "VLLM_COMPILE_STORE": str(folder / "store")}
-        return run(COLD, str(folder / "model"), folder=folder, HOME=str(folder), VLLM_COMPILE_EXT=switch, **env)
-
     folders = tmp_path / "stock", tmp_path / "ours"
-    outcomes = together(*(partial(start, folder, switch) for folder, switch in zip(folders, "01", strict=True)))
-    for outcome in outcomes:
-        assert outcome.code == 0, outcome.output[-5000:]
-    stock, ours = (outcome.value for outcome in outcomes)
+    stock, ours = (
+        start(
+            folder,
+            COLD,
+            TRITON_CACHE_DIR=None,
+            TRITON_HOME=None,
+            HOME=str(folder),
+            VLLM_COMPILE_STORE=str(folder / "store"),
+            VLLM_COMPILE_EXT=switch,
+        )
+        for folder, switch in zip(folders, "01", strict=True)
+    )
 
     places = [f"{folders[0]}/model/triton/{device}" for device in (0, 1)]
     assert stock["before"] == [None, *places]
@@ -81,10 +85,15 @@ def test_tritons_folder_is_one_place_in_the_store_and_not_in_the_models(tmp_path
     assert Path(place).is_relative_to(folders[1] / "store/v1/jit/triton")
     assert ours["before"] == ours["temporary"] == ours["after"] == [place] * 3
     assert len(variables) == 6
-    assert ours["same"] == ours["adaptor"] == variables
-    assert (ours["set"]["TRITON_CACHE_DIR"], ours["set"]["DG_JIT_CACHE_DIR"]) == (
-        "/theirs",
-        variables["DG_JIT_CACHE_DIR"],
-    )
-    assert (ours["off"], ours["undone"]) == ({}, {})
+    assert ours["adaptor"] == variables
+    assert ours["undone"] == {}
     assert "VLLM_COMPILE_STORE=" in ours["line"]
+
+    def child(**env: str) -> Any:
+        """The variables of a process that inherits the environment, with `env`."""
+        return start(tmp_path / "child", LOAD + "\n    report(out)\n", **ours["environment"] | env)["variables"]
+
+    assert child() == variables
+    assert child(VLLM_COMPILE_EXT="0") == {}
+    theirs = child(TRITON_CACHE_DIR="/theirs")
+    assert (theirs["TRITON_CACHE_DIR"], theirs["DG_JIT_CACHE_DIR"]) == ("/theirs", variables["DG_JIT_CACHE_DIR"])

@@ -92,7 +92,7 @@ CODE = """
     def miss(table):
         changes = difference(base, table)
         ours.info("%s", summary(changes))
-        misses.record(tree, key_of(table), "rank0", "m", table, key_of(base), changes)
+        misses.record(tree, misses.Miss(key_of(table), "rank0", "m", table, key_of(base), changes))
         return changes
 
     taken, refused = {}, []
@@ -147,7 +147,7 @@ CODE = """
 @pytest.fixture(scope="module")
 def looked(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("secrets")
-    outcome = run(CODE, str(llama2), folder=folder, VLLM_CACHE_ROOT=str(folder / "cache"))
+    outcome = run(CODE, str(llama2), folder=folder, fork=True, plugin=False, VLLM_CACHE_ROOT=str(folder / "cache"))
     assert outcome.value, outcome.output[-3000:]
     return outcome.value
 

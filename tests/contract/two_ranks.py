@@ -7,10 +7,8 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
@@ -18,8 +16,7 @@ from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators import custom_all_reduce
 from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
 
-from tests.unit.cuda_graphs.fakes import past
-from tests.unit.cuda_graphs.test_memory import config
+from tests.unit.cuda_graphs.test_memory import changed, config
 from vllm_compile_ext.cuda_graphs import memory, ranks
 from vllm_compile_ext.replace import replace
 
@@ -74,7 +71,7 @@ class Kernels:
 def _captured(addresses: ranks.Addresses) -> Iterator[None]:
     with ExitStack() as undos:
         for owner, name, value in addresses.changes:
-            undos.callback(replace(owner, name, partial(lambda value, stock: value, value)))
+            undos.callback(replace(owner, name, lambda stock, value=value: value))
         yield
 
 
@@ -156,5 +153,5 @@ def test_what_only_one_rank_remembers_none_does(
     monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     if there:
-        memory.write(tmp_path, msgspec.structs.replace(past(), key=memory.history_key(config(name))))
-    assert (memory.take_need(config(name)).history is not None) == (name == "both")
+        memory.write(tmp_path, changed(key=memory.history_key(config(name))))
+    assert (memory.take_budget(config(name)).source != "an estimate") == (name == "both")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -10,30 +11,28 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm_compile_ext.finder import REPLACED, THEIRS, UPSTREAM
 
 _BY_STRING = re.compile(rf"{re.escape(THEIRS)}\.[\w.]+")
 
 
-class Use(NamedTuple):
-    """One place where vLLM names something of `vllm.compilation`: `module` relative to that package, `name` in it."""
+@functools.cache
+def uses(vllm: Path) -> dict[tuple[str, str], str]:
+    """What the package folder `vllm` imports from `vllm.compilation`, by statement or by string, and a place of each.
 
-    module: str
-    name: str
-    where: str
-
-
-def uses(vllm: Path) -> Iterator[Use]:
-    """Every name that the package folder `vllm` imports from `vllm.compilation`, by statement or by string."""
+    A module, relative to that package, and a name in it; "" where the module itself is imported.
+    """
+    found = {}
     for path in sorted(vllm.rglob("*.py")):
         text = path.read_text(errors="replace")
         if "compilation" in text or path.is_relative_to(vllm / "compilation"):
-            yield from _uses_in(path.relative_to(vllm), text)
+            found |= {(module, name): where for module, name, where in _uses_in(path.relative_to(vllm), text)}
+    return found
 
 
-def _uses_in(path: Path, text: str) -> Iterator[Use]:
+def _uses_in(path: Path, text: str) -> Iterator[tuple[str, str, str]]:
     package = ["vllm", *path.parent.parts]
     for node in ast.walk(ast.parse(text)):
         where = f"vllm/{path}:{getattr(node, 'lineno', 0)}"
@@ -42,16 +41,16 @@ def _uses_in(path: Path, text: str) -> Iterator[Use]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 if module == THEIRS:
-                    yield Use(alias.name, "", where)
+                    yield (alias.name, "", where)
                 elif module.startswith(THEIRS + "."):
-                    yield Use(module.removeprefix(THEIRS + "."), alias.name, where)
+                    yield (module.removeprefix(THEIRS + "."), alias.name, where)
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith(THEIRS + "."):
-                    yield Use(alias.name.removeprefix(THEIRS + "."), "", where)
+                    yield (alias.name.removeprefix(THEIRS + "."), "", where)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _BY_STRING.fullmatch(node.value):
             module, _, name = node.value.removeprefix(THEIRS + ".").rpartition(".")
-            yield Use(module or name, name if module else "", where)
+            yield (module or name, name if module else "", where)
 
 
 def check(vllm: Path) -> tuple[int, list[str]]:
@@ -60,9 +59,8 @@ def check(vllm: Path) -> tuple[int, list[str]]:
     Imports every module that is named; call it in a process in which the swap is installed.  A module that is
     upstream's own and that this machine cannot import (it needs a GPU library) counts as served: so it is without us.
     """
-    names = {(use.module, use.name): use.where for use in uses(vllm)}
     breaches = []
-    for (module, name), where in names.items():
+    for (module, name), where in uses(vllm).items():
         try:
             served = importlib.import_module(f"{THEIRS}.{module}")
         except Exception as error:
@@ -71,7 +69,7 @@ def check(vllm: Path) -> tuple[int, list[str]]:
             continue
         if name:
             breaches += [f"{module}.{problem}, {where}" for problem in _problems(module, name, served)]
-    return len(names), breaches
+    return len(uses(vllm)), breaches
 
 
 def _problems(module: str, name: str, served: Any) -> Iterator[str]:

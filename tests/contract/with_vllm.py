@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,9 +60,9 @@ def test_everything_we_take_of_vllm_and_torch_is_there_and_takes_our_calls() -> 
     missing = []
     for one in taken:
         try:
-            one.value()
+            pkgutil.resolve_name(one.name)
         except Exception as error:
-            if "rocm: Torch not compiled with CUDA" not in (line := f"{one.where} {one.module} {one.name}: {error}"):
+            if "rocm: Torch not compiled with CUDA" not in (line := f"{one.where} {one.name}: {error}"):
                 missing.append(line)
     assert missing == [line for path in files for line in calls.bad_calls(path)] == []
     assert len(taken) > 100
@@ -114,10 +115,7 @@ RULES: list[tuple[dict[str, Any], str | None]] = [
         {"later": {"use_inductor_graph_partition": True}},
         "use_inductor_graph_partition: Inductor splits the whole graph",
     ),
-    (
-        {"later": {"cudagraph_copy_inputs": True}},
-        "cudagraph_copy_inputs: inputs go through buffers of the whole graph",
-    ),
+    ({"later": {"cudagraph_copy_inputs": True}}, "cudagraph_copy_inputs: inputs go through buffers of the whole graph"),
     (
         {"VLLM_USE_BYTECODE_HOOK": "0", "dynamic_shapes_config": {"evaluate_guards": True}},
         "evaluate_guards: every guard of a full trace is wanted",

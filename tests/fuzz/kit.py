@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import contextvars
 import copy
 import dataclasses
 import enum
@@ -34,65 +33,20 @@ class Scale(NamedTuple):
     other: float = 1.0
 
 
-class Colour(enum.Enum):
-    RED = 1
-    GREEN = 2
-    BLUE = 3
+Colour = enum.Enum("Colour", {"RED": 1, "GREEN": 2, "BLUE": 3}, module=__name__)
+Level = enum.IntEnum("Level", {"LOW": 1, "MIDDLE": 2, "HIGH": 3}, module=__name__)
+Mode = enum.StrEnum("Mode", {"FAST": "a", "SMALL": "bb", "EXACT": "ccc"}, module=__name__)
+Flags = enum.Flag("Flags", {"A": 1, "B": 2, "C": 4}, module=__name__)
 
-
-class Level(enum.IntEnum):
-    LOW = 1
-    MIDDLE = 2
-    HIGH = 3
-
-
-class Mode(enum.StrEnum):
-    FAST = "a"
-    SMALL = "bb"
-    EXACT = "ccc"
-
-
-class Flags(enum.Flag):
-    A = 1
-    B = 2
-    C = 4
-
-
-@dataclasses.dataclass
-class Point:
-    by: float
-    other: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Frozen:
-    by: float
-    other: float = 1.0
-
-
-@dataclasses.dataclass(slots=True)
-class SlotPoint:
-    by: float
-    other: float = 1.0
-
-
-@dataclasses.dataclass
-class Uncompared:
-    """Equal to every other one, whatever `by` is."""
-
-    by: float = dataclasses.field(compare=False)
-    other: float = 1.0
-
-
-@dataclasses.dataclass(eq=False)
-class NeverEqual:
-    by: float
-    other: float = 1.0
-
-
-@dataclasses.dataclass
-class Grown(Point):
-    more: float = 0.0
+_dataclass = functools.partial(dataclasses.make_dataclass, namespace={"__module__": __name__})
+_FIELDS: list[Any] = [("by", float), ("other", float, 1.0)]
+Point: Any = _dataclass("Point", _FIELDS)
+Frozen: Any = _dataclass("Frozen", _FIELDS, frozen=True)
+SlotPoint: Any = _dataclass("SlotPoint", _FIELDS, slots=True)
+# Equal to every other one, whatever `by` is.
+Uncompared: Any = _dataclass("Uncompared", [("by", float, dataclasses.field(compare=False)), _FIELDS[1]])
+NeverEqual: Any = _dataclass("NeverEqual", _FIELDS, eq=False)
+Grown: Any = _dataclass("Grown", [("more", float, 0.0)], bases=(Point,))
 
 
 class Box:
@@ -219,36 +173,14 @@ def subclass(by: Any) -> type:
     return CLASSES.setdefault(f"{type(by)} {by!r}", made) if isinstance(by, int | float) else made
 
 
-class MyInt(int):
-    extra: float
+def _own(name: str, base: type) -> Any:
+    """A class of Python, whose objects may have attributes."""
+    return type(name, (base,), {"__module__": __name__})
 
 
-class MyFloat(float):
-    extra: float
-
-
-class MyStr(str):
-    extra: float
-
-
-class MyTuple(tuple):
-    extra: float
-
-
-class MyList(list):
-    extra: float
-
-
-class MyDict(dict):
-    extra: float
-
-
-class MyOrdered(collections.OrderedDict):
-    extra: float
-
-
-class MySet(set):
-    extra: float
+MyInt, MyFloat, MyStr = _own("MyInt", int), _own("MyFloat", float), _own("MyStr", str)
+MyTuple, MyList, MySet = _own("MyTuple", tuple), _own("MyList", list), _own("MySet", set)
+MyDict, MyOrdered = _own("MyDict", dict), _own("MyOrdered", collections.OrderedDict)
 
 
 class Upper(dict):
@@ -269,35 +201,21 @@ def default(k: Any) -> Any:
 
 
 def keyword_default(k: Any) -> Any:
-    def f(y: Any = 0, *, k: Any = k) -> Any:
-        return k
-
-    return f
+    return lambda y=0, *, k=k: k
 
 
 def closure(k: Any) -> Any:
-    def f(y: Any = 0) -> Any:
-        return k
-
-    return f
+    return lambda y=0: k
 
 
 def deep_closure(k: Any) -> Any:
     inner = closure(k)
-
-    def f(y: Any = 0) -> Any:
-        return inner(y)
-
-    return f
+    return lambda y=0: inner(y)
 
 
 def list_closure(k: Any) -> Any:
     cell = [k]
-
-    def f(y: Any = 0) -> Any:
-        return cell[0]
-
-    return f
+    return lambda y=0: cell[0]
 
 
 def code_0(y: Any = 0) -> Any:
@@ -485,9 +403,6 @@ class Doubles(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         return result * 2 if func is torch.sin else result
-
-
-VARIABLE: contextvars.ContextVar[Any] = contextvars.ContextVar("VARIABLE", default=1.0)
 
 
 class Current:

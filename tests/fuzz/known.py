@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.fuzz.stacks import Feature, Stack
+from tests.fuzz.stacks import Feature, Stack, puts
 
 
 def case(
@@ -14,14 +14,8 @@ def case(
     model does before it calls `layer`, the n-th.  argument: what `a` is in the call.  copies: how many have to be made,
     where that is said.  more: of `Feature`."""
 
-    def prepare(model: Any, space: dict[str, Any]) -> None:
-        lines = put.replace("\n", "\n    ") or "pass"
-        exec(f"def put(s, i, m):\n    {lines}", space)  # once: what it makes has the same globals in all layers
-        for i, layer in enumerate(model.layers):
-            space["put"](layer, i, model)
-
     args = [("a", argument)] if argument else []
-    feature = Feature(what, prepare, lines=[line], before=[before] if before else [], **{"args": args, **more})
+    feature = Feature(what, puts(put), lines=line, before=before, **{"args": args, **more})
     return Stack(what, [feature], copies)
 
 
@@ -105,10 +99,7 @@ _WRONG_ONCE = (
     case("item of a deque", "s.t = collections.deque([1, float(i)])", "y = y * s.t[1]", "x = x + layer.t[1]"),
     case("nested dict", "s.d = {'a': {'b': float(i)}}", "y = y * s.d['a']['b']", "seen = layer.d['a']"),
     case(
-        "object with a dict",
-        "s.o = Box(table={'k': float(i)})",
-        "y = y * s.o.table['k']",
-        "x = x + layer.o.table['k']",
+        "object with a dict", "s.o = Box(table={'k': float(i)})", "y = y * s.o.table['k']", "x = x + layer.o.table['k']"
     ),
     case(
         "isinstance",
@@ -123,11 +114,7 @@ _WRONG_ONCE = (
     case("mangled slot", "s.o = Slotted(float(i))", "y = y * s.o.by", "seen = layer.o.by"),
     case("property", "s.o = Private(float(i))", "y = y * s.o.by", "seen = layer.o.by"),
     case(
-        "argument that is transposed in place",
-        SQUARE,
-        "a.t_(); y = y @ a",
-        "",
-        "m.square + (1 if n in (2, 4) else 2)",
+        "argument that is transposed in place", SQUARE, "a.t_(); y = y @ a", "", "m.square + (1 if n in (2, 4) else 2)"
     ),
     case("argument that is transposed in place, once for each layer", SQUARE, "a.t_(); y = y @ a", "", "m.square + 1"),
     case(
@@ -218,7 +205,7 @@ _TRAPS = (
     case("layer counts its calls", "s.calls = 0", "s.calls = s.calls + 1", copies=0),
     # vLLM's shared experts do.
     case("list that is put back", "s.kept = [None]", "s.kept[0] = y; y = s.kept[0] * 2; s.kept[0] = None", copies=5),
-    case("outer appends", "", "pass", after=["m.log.append(layer.idx)"]),
+    case("outer appends", "", "pass", after="m.log.append(layer.idx)"),
     case("outer sets a flag", "", "pass", "m.flag = layer.idx"),
     case(
         "outer sets a flag that layers read",
@@ -227,8 +214,8 @@ _TRAPS = (
         "m.flag = layer.idx",
         copies=0,
     ),
-    case("global counter", "", "y = y * COUNT", "COUNT = COUNT + 1", ahead=["global COUNT"], copies=0),
-    case("log read", "", "y = y * len(s.holder[0].log)", after=["m.log.append(layer.idx)"], copies=0),
+    case("global counter", "", "y = y * COUNT", "COUNT = COUNT + 1", ahead="global COUNT", copies=0),
+    case("log read", "", "y = y * len(s.holder[0].log)", after="m.log.append(layer.idx)", copies=0),
     case("closure with a weight", "s.f = (lambda w: lambda x: x @ w)(torch.randn(8, 8))", "y = s.f(x)", copies=5),
     case("closure with a scalar", "s.f = (lambda k: lambda x: x * k)(float(i))", "y = s.f(x)", copies=0),
     case("different functions", "s.f = torch.relu if i % 2 else torch.tanh", "y = s.f(y)", copies=4),
@@ -251,10 +238,7 @@ _TRAPS = (
     case("hook on one", "if i == 3: s.register_forward_hook(lambda s, a, o: o * 2)", "pass", copies=4),
     case("hook on the traced one", "if i == 0: s.register_forward_hook(lambda s, a, o: o * 2)", "pass", copies=4),
     case(
-        "pre-hook inside one",
-        "if i == 3: s.lin.register_forward_pre_hook(lambda s, a: (a[0] * 2,))",
-        "pass",
-        copies=4,
+        "pre-hook inside one", "if i == 3: s.lin.register_forward_pre_hook(lambda s, a: (a[0] * 2,))", "pass", copies=4
     ),
     case("hooks on all", "s.register_forward_hook((lambda k: lambda m, a, o: o * k)(i))", "pass", copies=0),
     case("another __class__ inside", "if i == 3: s.lin.__class__ = TripleLinear", "pass", copies=4),

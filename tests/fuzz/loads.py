@@ -1,7 +1,7 @@
 """Changes between two starts of a decorated toy model: after which of them may kept code be loaded?
 
 The first start is in one state and keeps its code.  A start in the same state must load it; one in another state must
-give what eager mode gives there.  `start.py` makes the starts; this module says what changes, and needs no vLLM.
+give what eager mode gives there.  This module says what changes, and needs no vLLM; `start.py` is what a start runs.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from tests import process
 
 MODULE = """\
 import collections, dataclasses, enum, functools, json, math, os, sys, types
@@ -64,11 +67,6 @@ def prepare(model, v):
 """
 
 
-@contextlib.contextmanager
-def nothing(v: Any) -> Iterator[None]:
-    yield
-
-
 @dataclass(frozen=True)
 class Change:
     """`values`: v in the first state and in the other one.
@@ -89,7 +87,7 @@ class Change:
     attributes: str = ""
     base: str = "nn.Module"
     model: str = ""
-    around: Callable[[Any], AbstractContextManager[None]] = nothing
+    around: Callable[[Any], AbstractContextManager[None]] = contextlib.nullcontext
     files: Callable[[Any], dict[str, str]] = field(default=lambda v: {})
     edited: Callable[[Any, str], str] = field(default=lambda v, text: text)
     loads: bool = False
@@ -156,24 +154,6 @@ def files_case(name: str, read: str, imports: str, base: str = "nn.Module", **fi
     return Change(name, f"y = scale(y, {read})", imports=imports, base=base, files=written)
 
 
-@contextlib.contextmanager
-def replaced(target: str, by: Any) -> Iterator[None]:
-    """As another plugin does it: `module:attribute.attribute` is replaced in memory."""
-    import importlib
-
-    module, _, path = target.partition(":")
-    *owners, name = path.split(".")
-    owner: Any = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
-    before = owner.__dict__[name]
-    setattr(owner, name, by)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
 def case(name: str, put: str, read: str, helpers: str = "", values: tuple[Any, Any] = (2.0, 3.0)) -> Change:
     """A layer's attribute `a`."""
     return Change(name, read=f"y = scale(y, {read})", prepare=f"s.a = {put}", helpers=helpers, values=values)
@@ -237,12 +217,7 @@ OF_LAYERS = (
         "s.a.by",
         "class Slotted:\n    __slots__ = ('by',)\n    def __init__(self, v):\n        self.by = v",
     ),
-    case(
-        "private attribute",
-        "Private(v)",
-        "s.a.by",
-        PRIVATE,
-    ),
+    case("private attribute", "Private(v)", "s.a.by", PRIVATE),
     case("zero and minus zero", "v", "2.0 + math.copysign(1, s.a)", values=(0.0, -0.0)),
     case("zero and minus zero in a tuple", "(1, v)", "2.0 + math.copysign(1, s.a[1])", values=(0.0, -0.0)),
     case("number or not a number", "v", "2.0 if s.a != s.a else 3.0", values=(1.0, float("nan"))),
@@ -265,12 +240,7 @@ OF_LAYERS = (
         "class Number(float):\n    pass\ndef made(v):\n    n = Number(1.0)\n    n.extra = v\n    return n",
     ),
     case("class attribute", "type('Sub', (), {'by': v})()", "s.a.by"),
-    case(
-        "__getattr__",
-        "Lazy(v)",
-        "s.a.by",
-        LAZY,
-    ),
+    case("__getattr__", "Lazy(v)", "s.a.by", LAZY),
     case(
         "callable",
         "Call(v)",
@@ -365,13 +335,10 @@ OTHERS = (
         helpers=f"NUMBER = 1.0\n@functools.lru_cache\n{GLOBAL}",
     ),
     Change("attribute of a class, set later", "y = scale(y, s.by)", then="Layer.by = v"),
-    # Replaced in memory.
+    # Replaced in memory, as another plugin does it.
     switched("method of a class", "y = s.more(y)", "Layer.more = other", TRIPLES, "def more(self, y):\n    return y"),
     switched(
-        "forward of a class",
-        "",
-        "Layer.forward = other",
-        "def other(self, x):\n    return scale(self.lin(x), 3.0)",
+        "forward of a class", "", "Layer.forward = other", "def other(self, x):\n    return scale(self.lin(x), 3.0)"
     ),
     switched("property", BY, "Layer.by = property(lambda self: 3.0)", "", f"@property\n{METHOD}"),
     switched(
@@ -417,13 +384,13 @@ OTHERS = (
     Change(
         "forward of torch's module",
         values=(False, True),
-        around=lambda v: replaced("torch.nn:Linear.forward", tripled) if v else nothing(v),
+        around=lambda v: mock.patch("torch.nn.Linear.forward", tripled) if v else contextlib.nullcontext(),
     ),
     Change(
         "function of torch",
         "y = nn.functional.silu(y)",
         values=(False, True),
-        around=lambda v: replaced("torch.nn.functional:silu", tripled_silu) if v else nothing(v),
+        around=lambda v: mock.patch("torch.nn.functional.silu", tripled_silu) if v else contextlib.nullcontext(),
     ),
     # Files.
     files_case(
@@ -488,11 +455,7 @@ OTHERS = (
     # Code without a file.
     Change("cell", "y = scale(y, 2.0)", edited=lambda v, text: text.replace("2.0", str(v)), cell=True),
     Change(
-        "global of a cell",
-        "y = scale(y, NUMBER)",
-        then="global NUMBER; NUMBER = v",
-        helpers="NUMBER = 1.0",
-        cell=True,
+        "global of a cell", "y = scale(y, NUMBER)", then="global NUMBER; NUMBER = v", helpers="NUMBER = 1.0", cell=True
     ),
     Change("function of a file, made by exec", "y = scale(y, by())", then="exec(f'def by(): return {v}', globals())"),
     # Torch.
@@ -512,10 +475,7 @@ OTHERS = (
         "torch.are_deterministic_algorithms_enabled()",
     ),
     torch_case(
-        "gradients",
-        "2.0 if torch.is_grad_enabled() else 3.0",
-        "torch.set_grad_enabled(v)",
-        "torch.is_grad_enabled()",
+        "gradients", "2.0 if torch.is_grad_enabled() else 3.0", "torch.set_grad_enabled(v)", "torch.is_grad_enabled()"
     ),
 )
 
@@ -601,15 +561,50 @@ START = """
 """
 
 
+Starts = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+def starts(folder: Path, names: Sequence[str] = ()) -> Starts:
+    """What a first start in the first state gives, another one in that state, and one in the other state: each in a
+    process of its own."""
+    return tuple(_start(folder, state, names) for state in (0, 0, 1))  # type: ignore[return-value]
+
+
+def _start(folder: Path, state: int, names: Sequence[str]) -> dict[str, Any]:
+    outcome = process.run(START, str(state), *names, folder=folder, fork=True)
+    assert outcome.code == 0, outcome.output[-5000:]
+    value: dict[str, Any] = outcome.value
+    return value
+
+
+def wrong(three: Starts, name: str) -> list[str]:
+    """What does not hold of a change, in words."""
+    first, again, other = (start[name] for start in three)
+    change, found = CHANGES[name], []
+    for start, which in ((first, "first start"), (again, "same state"), (other, "other state")):
+        if "error" in start:
+            return [f"{which}: {start['error']}"]
+        off = max(start["off"], start["again"])
+        if not off <= 1e-4:
+            found.append(f"{which}: off by {off:.2g} ({'loaded' if start['loaded'] else 'compiled'})")
+    if not first["kept"]:
+        found.append("first start: nothing kept")
+    elif not again["loaded"]:
+        found.append("same state: not loaded")
+    if change.loads and first["kept"] and not other["loaded"]:
+        found.append("other state: not loaded")
+    if not change.loads and first["expected"] == other["expected"]:
+        found.append("the change changes nothing")
+    return found
+
+
 def main(arguments: list[str]) -> int:
     """Make the three starts for all changes, or for the named ones, and print what did not hold."""
-    from tests.fuzz import starts
-
     with tempfile.TemporaryDirectory() as folder:
-        three = starts.starts(Path(folder), arguments)
+        three = starts(Path(folder), arguments)
     bad = 0
     for name in arguments or CHANGES:
-        if why := starts.wrong(three, name):
+        if why := wrong(three, name):
             bad += 1
             print(f"[{name}] {'; '.join(why)}")
     changed = [n for n in (arguments or CHANGES) if not CHANGES[n].loads]

@@ -73,11 +73,11 @@ class Feature:
 
     what: str
     prepare: Callable[[Any, dict[str, Any]], None] = lambda model, space: None
-    head: Sequence[str] = ()
-    lines: Sequence[str] = ()
-    ahead: Sequence[str] = ()
-    before: Sequence[str] = ()
-    after: Sequence[str] = ()
+    head: str = ""
+    lines: str = ""
+    ahead: str = ""
+    before: str = ""
+    after: str = ""
     around: str = ""
     call: str = ""
     returns: str = ""
@@ -117,8 +117,8 @@ class Stack:
         self._code: Any = None
 
     def _lines(self, name: str, indent: int) -> str:
-        lines = [line for f in self.features for line in getattr(f, name)]
-        return ("\n" + " " * indent).join("\n".join(lines).split("\n") if lines else ["pass"])
+        lines = "\n".join(filter(None, (getattr(f, name) for f in self.features))) or "pass"
+        return lines.replace("\n", "\n" + " " * indent)
 
     def make(self, decorate: Callable[[type], type] = lambda cls: cls) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         if self._code is None:
@@ -139,6 +139,19 @@ class Stack:
             feature.prepare(model, space)
         inputs = [value(model) for f in self.features for _, value in f.inputs]
         return model, (x, *inputs), space
+
+
+def puts(statements: str, ks: Sequence[int] = (0,) * LAYERS, **names: Any) -> Callable[[Any, dict[str, Any]], None]:
+    """A `prepare` that runs `statements` for each layer `s`, the i-th of model `m`, of variant k.  names: globals."""
+
+    def prepare(model: Any, space: dict[str, Any]) -> None:
+        space.update(names)
+        lines = statements.replace("\n", "\n    ") or "pass"
+        exec(f"def put(s, i, m, k):\n    {lines}", space)  # once: what it makes has the same globals in all layers
+        for i, layer in enumerate(model.layers):
+            space["put"](layer, i, model, ks[i])
+
+    return prepare
 
 
 # How layers differ: the variant of each.
@@ -220,25 +233,25 @@ def value(
     feature = Feature(
         f"{kind.name} as {where.name.replace('NAME', name)}, {ks[0]}, read by {read!r}, first by {first}"
         + (", shared" if shared else ""),
-        lines=[use.format(reading(read, "s"))],
+        lines=use.format(reading(read, "s")),
     )
     outside = reading(again, "layer")
     used = f"x = x * (1 + 0.125 * ({outside}))" if rng.random() < 0.5 else f"seen_{name} = {outside}"
     if first == "the model, before":
-        feature.before = [used]
+        feature.before = used
     elif first == "the model, the value alone":
-        feature.before = [f"seen_{name} = {reading('$', 'layer')}"]
+        feature.before = f"seen_{name} = {reading('$', 'layer')}"
     elif first == "the model, the holder alone":
         whole = where.access.startswith("@.NAME") and where.access != "@.NAME"
-        feature.before = [f"seen_{name} = layer.{name if whole else 'lin'}"]
+        feature.before = f"seen_{name} = layer.{name if whole else 'lin'}"
     elif first == "the model, after":
-        feature.after = [used]
+        feature.after = used
     elif first == "the model, ahead":
-        feature.ahead = ["for layer in self.layers:", "    " + used]
+        feature.ahead = f"for layer in self.layers:\n    {used}"
     elif first == "another module":
-        feature.before = [f"x = m.probe(x, {outside})"]
+        feature.before = f"x = m.probe(x, {outside})"
     elif first == "the layer, otherwise":
-        feature.head = [f"before_{name} = {reading(again, 's')}"] if not re.search(r"\by\b", again) else []
+        feature.head = "" if re.search(r"\by\b", again) else f"before_{name} = {reading(again, 's')}"
     if where.name == "argument":
         feature.args = [(f"a_{name}", f"layer.{name}")]
 
@@ -256,71 +269,42 @@ def value(
 # What nobody reads, and names: layers that have only this may be copied.
 
 
+# Where -> what is put there.
+UNREAD = {
+    "the layer": "s.unread, s.unread_table = i, {'a': [i]}",
+    "a submodule": "s.lin.unread = f'lin.{i}'",
+    "a deep submodule": "deep(s, 'unread', {i}, None)",
+    "a read object": "s.mixed.unread = i",
+    "functions and objects": "s.unread_function = lambda y, k=i: y * k\n"
+    "s.unread_object = Box(by=i, inner=Box(by=str(i)))",
+}
+
+
 def unread(where: str) -> Feature:
-    def prepare(model: Any, space: dict[str, Any]) -> None:
-        for i, layer in enumerate(model.layers):
-            if where == "the layer":
-                layer.unread, layer.unread_table = i, {"a": [i]}
-            elif where == "a submodule":
-                layer.lin.unread = f"lin.{i}"
-            elif where == "a deep submodule":
-                values.deep(layer, "unread", {i}, None)
-            elif where == "a read object":
-                layer.mixed.unread = i
-            else:
-                layer.unread_function = lambda y, k=i: y * k
-                layer.unread_object = kit.Box(by=i, inner=kit.Box(by=str(i)))
-
-    feature = Feature(f"unread attributes of {where}")
-    if where == "a read object":
-        feature.lines = ["y = y * s.mixed.scale"]
-
-    def both(model: Any, space: dict[str, Any]) -> None:
-        for layer in model.layers:
-            layer.mixed = kit.Box(scale=1.5)
-        prepare(model, space)
-
-    feature.prepare = both
-    return feature
+    lines = "y = y * s.mixed.scale" if where == "a read object" else ""
+    prepare = puts(f"s.mixed = Box(scale=1.5)\n{UNREAD[where]}", deep=values.deep)
+    return Feature(f"unread attributes of {where}", prepare, lines=lines)
 
 
-UNREAD = ("the layer", "a submodule", "a deep submodule", "a read object", "functions and objects")
+# What layer `s` gets, from tensor `t` -> what it computes with that.
+TENSORS = (
+    ("s.register_buffer('t', t)", "y + s.t"),
+    ("s.t = t", "y * s.t"),
+    ("s.ts = [t, t * 2]", "y * s.ts[0] + s.ts[1]"),
+    ("s.table = {'t': t}", "y * s.table['t']"),
+    ("s.norm = nn.LayerNorm(8).requires_grad_(False); s.norm.weight.copy_(t)", "s.norm(y)"),
+)
 
 
 def tensors(rng: random.Random) -> Feature:
-    which = rng.randrange(5)
-
-    def prepare(model: Any, space: dict[str, Any]) -> None:
-        for i, layer in enumerate(model.layers):
-            t = torch.full((8,), 1.0 + i)
-            if which == 0:
-                layer.register_buffer("t", t)
-            elif which == 1:
-                layer.t = t
-            elif which == 2:
-                layer.ts = [t, t * 2]
-            elif which == 3:
-                layer.table = {"t": t}
-            else:
-                layer.norm = nn.LayerNorm(8).requires_grad_(False)
-                layer.norm.weight.copy_(t)
-
-    line = ("y + s.t", "y * s.t", "y * s.ts[0] + s.ts[1]", "y * s.table['t']", "s.norm(y)")[which]
-    return Feature(f"tensors ({line})", prepare, lines=[f"y = {line}"])
+    put, line = TENSORS[rng.randrange(len(TENSORS))]
+    return Feature(f"tensors ({line})", puts(f"t = torch.full((8,), 1.0 + i); {put}"), lines=f"y = {line}")
 
 
-NAMED = Feature("a name into an op", lines=["y = attn(y, Name(s.name))"])
+NAMED = Feature("a name into an op", lines="y = attn(y, Name(s.name))")
 
 
 # What is not a value at a place.
-
-
-def each(f: Callable[[Any, int], Any]) -> Callable[[Any, dict[str, Any]], None]:
-    def prepare(model: Any, space: dict[str, Any]) -> None:
-        for i, layer in enumerate(model.layers):
-            f(layer, i)
-
-    return prepare
 
 
 def _context(rng: random.Random, ks: list[int]) -> Feature:
@@ -328,11 +312,11 @@ def _context(rng: random.Random, ks: list[int]) -> Feature:
     condition = f"n in {chosen}"
     around, lines = rng.choice(
         [
-            (f"torch.autocast('cpu', torch.bfloat16, enabled={condition})", ["y = y.float()"]),
-            (f"torch.set_grad_enabled({condition})", ["y = y * (2 if torch.is_grad_enabled() else 1)"]),
-            (f"(Doubles() if {condition} else contextlib.nullcontext())", ["y = torch.sin(y)"]),
-            (f"using({ks}[n] + 1.0)", ["y = y * Current.value"]),
-            (f"Using({ks}[n] + 1.0)", ["y = y * Current.value"]),
+            (f"torch.autocast('cpu', torch.bfloat16, enabled={condition})", "y = y.float()"),
+            (f"torch.set_grad_enabled({condition})", "y = y * (2 if torch.is_grad_enabled() else 1)"),
+            (f"(Doubles() if {condition} else contextlib.nullcontext())", "y = torch.sin(y)"),
+            (f"using({ks}[n] + 1.0)", "y = y * Current.value"),
+            (f"Using({ks}[n] + 1.0)", "y = y * Current.value"),
         ]
     )
     return Feature(f"context {around}", around=around, lines=lines)
@@ -344,26 +328,26 @@ def _switch(rng: random.Random, ks: list[int]) -> Feature:
             (
                 "torch.use_deterministic_algorithms(bool({k}))",
                 "torch.use_deterministic_algorithms(False)",
-                ["y = y * (2 if torch.are_deterministic_algorithms_enabled() else 1)"],
+                "y = y * (2 if torch.are_deterministic_algorithms_enabled() else 1)",
             ),
-            ("Current.value = {k} + 1.0", "Current.value = 1.0", ["y = y * Current.value"]),
-            ("m.value = {k}", "m.value = 1", ["y = y * s.holder[0].value"]),
-            ("layer.training = bool({k})", "layer.training = True", ["y = y * (2 if s.training else 1)"]),
-            ("layer.lin.scale = {k}", "pass", ["y = y * s.lin.scale"]),
-            ("Current.stack.append({k})", "pass", ["y = y * (1 + sum(Current.stack))"]),
-            ("Current.stack.append({k})", "Current.stack.pop()", ["y = y * (1 + Current.stack[-1])"]),
-            ("m.log.append({k})", "m.log.pop()", ["y = y * (1 + last(s.holder[0].log))"]),
-            ("global COUNT; COUNT = {k}", "pass", ["y = y * (1 + COUNT)"]),
-            ("TABLE['k'] = {k}", "pass", ["y = y * (1 + TABLE['k'])"]),
-            ("layer.late = {k} + 1", "del layer.late", ["y = y * s.late"]),
-            ("setattr(m, 'flag', {k})", "pass", ["y = y * (1 + getattr(s.holder[0], 'flag', 0))"]),
+            ("Current.value = {k} + 1.0", "Current.value = 1.0", "y = y * Current.value"),
+            ("m.value = {k}", "m.value = 1", "y = y * s.holder[0].value"),
+            ("layer.training = bool({k})", "layer.training = True", "y = y * (2 if s.training else 1)"),
+            ("layer.lin.scale = {k}", "pass", "y = y * s.lin.scale"),
+            ("Current.stack.append({k})", "pass", "y = y * (1 + sum(Current.stack))"),
+            ("Current.stack.append({k})", "Current.stack.pop()", "y = y * (1 + Current.stack[-1])"),
+            ("m.log.append({k})", "m.log.pop()", "y = y * (1 + last(s.holder[0].log))"),
+            ("global COUNT; COUNT = {k}", "pass", "y = y * (1 + COUNT)"),
+            ("TABLE['k'] = {k}", "pass", "y = y * (1 + TABLE['k'])"),
+            ("layer.late = {k} + 1", "del layer.late", "y = y * s.late"),
+            ("setattr(m, 'flag', {k})", "pass", "y = y * (1 + getattr(s.holder[0], 'flag', 0))"),
         ]
     )
     before = before.replace("{k}", f"{ks}[n]")
     feature = Feature(f"switched by {before!r}, {after!r}", lines=lines)
     if "global" in before:
-        feature.ahead, before = ["global COUNT"], before.split("; ")[1]
-    feature.before, feature.after = [before], [after]
+        feature.ahead, before = "global COUNT", before.split("; ")[1]
+    feature.before, feature.after = before, after
     return feature
 
 
@@ -398,8 +382,8 @@ def _counting(rng: random.Random, ks: list[int]) -> Feature:
             layer.shared, layer.queue, layer.numbers = shared, queue, numbers
             layer.nxt = [model.layers[(i + 1) % LAYERS]]
 
-    head = ["global COUNT"] if "COUNT" in line else []
-    return Feature(f"changes state: {line}", prepare, head=head, lines=[line])
+    head = "global COUNT" if "COUNT" in line else ""
+    return Feature(f"changes state: {line}", prepare, head=head, lines=line)
 
 
 # What it is of a layer that is asked for -> how.
@@ -457,13 +441,13 @@ def _identity(rng: random.Random, ks: list[int]) -> Feature:
             layer.some_ref = [kit.weakref.ref(chosen[0])]
             layer.hashes = [hash(chosen[0])]
 
-    return Feature(f"identity: {condition}, layers {some}", prepare, lines=[f"y = y * (2 if {condition} else 1)"])
+    return Feature(f"identity: {condition}, layers {some}", prepare, lines=f"y = y * (2 if {condition} else 1)")
 
 
 @dataclass(frozen=True)
 class Alias:
-    """put: code that prepares layer `s`, the i-th, of model `m`; `mine`: it is among SOME.  lines: some of which one is
-    chosen.  argument: what `a` is in the call, extra: what the model's argument `extra` is of the first of SOME."""
+    """put: as in `puts`; k: whether the layer is among SOME.  lines: one is chosen.  argument: what `a` is in the
+    call, extra: what the model's argument `extra` is of the first of SOME."""
 
     name: str
     put: str = ""
@@ -474,12 +458,17 @@ class Alias:
 
 _READ, _ADDED = "y = y * a + s.scale", "s.scale.add_(1); y = y * a + s.scale"
 _EITHER = (_READ, "s.scale.add_(1); y = y * a", "y = y * a; s.other.add_(a)")
-_SHARED, _VIEW = "if mine: s.scale = m.scale", "if mine: s.other = s.scale.view(8)"
+_SHARED, _VIEW = "if k: s.scale = m.scale", "if k: s.other = s.scale.view(8)"
+GIVEN = """\
+s.register_buffer("scale", torch.full((8,), 1.0 + i))
+s.register_buffer("other", torch.full((8,), 0.5 * i))
+s.lin2 = nn.Linear(8, 8).requires_grad_(False)
+"""
 ALIASES = (
-    Alias("weights tied in some", "if mine: s.lin2.weight = s.lin.weight", ("y = y + s.lin2(x)",)),
-    Alias("weights tied with the first", "if mine: s.lin.weight = m.layers[0].lin.weight"),
-    Alias("buffers shared by some", "if mine: s.other = s.scale"),
-    Alias("buffers of one storage", "s.scale, s.other = pool[i], pool[i + 6 * mine]"),
+    Alias("weights tied in some", "if k: s.lin2.weight = s.lin.weight", ("y = y + s.lin2(x)",)),
+    Alias("weights tied with the first", "if k: s.lin.weight = m.layers[0].lin.weight"),
+    Alias("buffers shared by some", "if k: s.other = s.scale"),
+    Alias("buffers of one storage", "s.scale, s.other = pool[i], pool[i + 6 * k]"),
     Alias("buffer is a view in some", _VIEW),
     Alias("the model's buffer", _SHARED),
     Alias("buffer updated in place", "", ("s.scale.add_(1); y = y * s.scale",)),
@@ -511,19 +500,15 @@ def _aliasing(rng: random.Random, ks: list[int]) -> Feature:
         model.register_buffer("scale", torch.full((8,), 3.0))
         model.square = torch.arange(64.0).div(64).reshape(8, 8)
         pool = torch.arange(1.0, 97.0).div(16).reshape(12, 8)
-        for i, layer in enumerate(model.layers):
-            layer.register_buffer("scale", torch.full((8,), 1.0 + i))
-            layer.register_buffer("other", torch.full((8,), 0.5 * i))
-            layer.lin2 = nn.Linear(8, 8).requires_grad_(False)
-            exec(alias.put, {"s": layer, "m": model, "i": i, "pool": pool, "mine": i in some, "SOME": some})
+        puts(GIVEN + alias.put, [int(i in some) for i in range(LAYERS)], pool=pool, SOME=some)(model, space)
 
-    feature = Feature(f"aliasing: {alias.name}, layers {some}: {lines}", prepare, lines=[lines])
+    feature = Feature(f"aliasing: {alias.name}, layers {some}: {lines}", prepare, lines=lines)
     if alias.argument:
         feature.args = [("a", alias.argument.replace("SOME", str(some)))]
     if alias.extra:
         feature.inputs = [("extra", lambda model: eval(alias.extra, {"layer": model.layers[some[0]]}))]
     if alias.name == "a result is a buffer":
-        feature.returns, feature.call, feature.after = "y, s.scale", "x, kept = CALL", ["x = x * kept + layer.other"]
+        feature.returns, feature.call, feature.after = "y, s.scale", "x, kept = CALL", "x = x * kept + layer.other"
     return feature
 
 
@@ -570,7 +555,6 @@ MODULES = (
     ("if k: s.more = nn.Linear(8, 8)", "y = y * (0.1 * len(list(s.parameters())))"),
 )
 HELPERS: dict[str, Any] = {
-    **vars(kit),
     "patched": lambda lin, k: lambda x: nn.functional.linear(x, lin.weight) * k,
     "scaled": lambda y: y * 3,
     "hook": lambda k: lambda s, a, o: o * k,
@@ -583,11 +567,8 @@ HELPERS: dict[str, Any] = {
 def _modules(rng: random.Random, ks: list[int]) -> Feature:
     put, lines = rng.choice(MODULES)
 
-    def change(layer: Any, i: int) -> None:
-        exec(put, {**HELPERS, "s": layer, "k": ks[i]})
-        layer.requires_grad_("trained" in put and bool(ks[i]))
-
-    return Feature(f"modules: {put}, {ks}", each(change), lines=[lines] if lines else [])
+    trained = f"s.requires_grad_({'trained' in put} and bool(k))"
+    return Feature(f"modules: {put}, {ks}", puts(f"{put}\n{trained}", ks, **HELPERS), lines=lines)
 
 
 # How the model calls its layers: a further parameter, what each layer gets (SOME: `n` is among some), what it does.
@@ -613,10 +594,10 @@ def _calls(rng: random.Random, ks: list[int]) -> Feature:
     if which == len(CALLS):
         return Feature("called twice", call="x = CALL + CALL")
     if which > len(CALLS):
-        return Feature("a flag of the model", before=[f"m.value = {ks}[n]"], lines=["y = y * (1 + s.holder[0].value)"])
+        return Feature("a flag of the model", before=f"m.value = {ks}[n]", lines="y = y * (1 + s.holder[0].value)")
     name, given, line = CALLS[which]
     given = given.replace("KS", str(ks)).replace("SOME", f"n in {some}")
-    return Feature(f"argument {name}: {given}", args=[(name, given)], lines=[line])
+    return Feature(f"argument {name}: {given}", args=[(name, given)], lines=line)
 
 
 SPECIALS: tuple[Callable[[random.Random, list[int]], Feature], ...] = (
@@ -693,7 +674,7 @@ def benign(rng: random.Random, kind: Kind) -> Stack:
     features = [value(rng, kind, rng.choice(own), ks, shared=rng.random() < 0.3)]
     if rng.random() < 0.3:
         features.append(value(rng, rng.choice(ALIKE), rng.choice(own), same(), name="w"))
-    features += [unread(w) for w in rng.sample(UNREAD, rng.randrange(1, 4))]
+    features += [unread(w) for w in rng.sample(list(UNREAD), rng.randrange(1, 4))]
     if rng.random() < 0.6:
         features.append(tensors(rng))
     if rng.random() < 0.5:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests import process
-from tests.fuzz import loads, sizes, starts
-from tests.fuzz.starts import Starts
+from tests.fuzz import loads, sizes
+from tests.fuzz.loads import Starts
 
 CHANGES = list(loads.CHANGES)[:: sizes.EVERY_CHANGE]
 pytestmark = pytest.mark.engine  # they start none, but compile
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.engine  # they start none, but compile
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Starts:
-    return starts.starts(tmp_path_factory.mktemp("loads"), CHANGES)
+    return loads.starts(tmp_path_factory.mktemp("loads"), CHANGES)
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_between_two_starts(three: Starts, name: str) -> None:
-    found = starts.wrong(three, name)
+    found = loads.wrong(three, name)
     assert not found, "; ".join(found)
 
 
@@ -31,4 +31,4 @@ def test_nothing_is_kept_without_assertions(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.output[-5000:]
     assert "error" not in outcome.value["number"], outcome.value
     assert outcome.value["number"]["kept"] == 0
-    assert not starts.wrong(starts.starts(tmp_path, ["number"]), "number"), "the next starts keep and load"
+    assert not loads.wrong(loads.starts(tmp_path, ["number"]), "number"), "the next starts keep and load"

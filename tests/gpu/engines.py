@@ -77,12 +77,8 @@ def traffic(llm: Any, temperature: float = 0.0) -> list[list[int]]:
 def about(worker: Any) -> dict[str, Any]:
     """A worker's graphs in numbers."""
     session = worker.model_runner.cudagraph_manager.session
-    counts = session.counts
     return {
-        "captured": dict(counts["captured"]),
-        "replayed": dict(counts["replayed"]),
-        "missed": dict(counts["missed"]),
-        "skipped": dict(counts["skipped"]),
+        **{what: dict(by_kind) for what, by_kind in session.counts.items()},
         "seconds": max(session.seconds, default=0),
         "shapes": len(session.policy.shapes),
         "left": len(session.policy.left),
@@ -90,6 +86,6 @@ def about(worker: Any) -> dict[str, Any]:
         "reasons": sorted(set(session.policy.barred.values())),
         "held": session.budget.held,
         "limit": session.budget.limit,
-        "source": session.need.source,
+        "source": session.budget.source,
         "guard": monitor.cudagraph_capturing_enabled,
     }

@@ -37,7 +37,7 @@ CODE = """
         '''What is remembered; captures of a decode step's and of a prompt's shape that break off; all the rest.'''
         import torch
         session = manager(llm).session
-        source, first = session.need.source, session.policy.next_idle()
+        source, first = session.budget.source, session.policy.next_idle()
         most = max(session.policy.remembered.values())
         stock = manager(llm)._create_forward_fn
         def create(desc, warmup):
@@ -114,28 +114,26 @@ def test_every_engine_serves(ran: dict[str, Any], name: str) -> None:
     assert ran[name]["error"] == ""
 
 
-def _tokens(ran: dict[str, Any], name: str, kind: str = "tokens") -> list[list[int]]:
-    tokens: list[list[int]] = ran[name]["value"][kind]
-    return tokens
-
-
-@pytest.mark.parametrize("name", ["lazy", "again", "broken", "poor", "idle"])  # "poor" has no graph at all
-def test_the_tokens_are_those_of_stock_capture(ran: dict[str, Any], name: str) -> None:
-    expected = _tokens(ran, "eager")
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        *[(name, "tokens") for name in ("lazy", "again", "broken", "poor", "idle")],  # "poor" has no graph at all
+        ("broken", "tokens of all"),  # when all is captured
+        ("lazy", "sampled"),
+    ],
+)
+def test_the_tokens_are_those_of_stock_capture(ran: dict[str, Any], name: str, what: str) -> None:
+    expected = ran["eager"]["value"]["sampled" if what == "sampled" else "tokens"]
     assert len(expected) == 200
     assert len({tuple(tokens) for tokens in expected}) > 150
-    assert _tokens(ran, name) == expected
+    assert ran[name]["value"][what] == expected
 
 
-def test_the_tokens_are_those_of_stock_capture_when_all_is_captured(ran: dict[str, Any]) -> None:
-    full = ran["broken"]["value"]["full"]
-    assert full["left"] == 0
-    assert sum(full["captured"].values()) + sum(full["skipped"].values()) == full["shapes"]
-    assert _tokens(ran, "broken", "tokens of all") == _tokens(ran, "eager")
-
-
-def test_sampled_tokens_too(ran: dict[str, Any]) -> None:
-    assert _tokens(ran, "lazy", "sampled") == _tokens(ran, "eager", "sampled")
+@pytest.mark.parametrize(("name", "when"), [("broken", "full"), ("idle", "info")])
+def test_all_is_captured_that_can_be(ran: dict[str, Any], name: str, when: str) -> None:
+    found = ran[name]["value"][when]
+    assert found["left"] == 0
+    assert sum(found["captured"].values()) + sum(found["skipped"].values()) == found["shapes"]
 
 
 def test_nothing_is_captured_at_start_and_only_what_is_asked_for_later(ran: dict[str, Any]) -> None:
@@ -147,13 +145,11 @@ def test_nothing_is_captured_at_start_and_only_what_is_asked_for_later(ran: dict
     assert after["held"] <= after["limit"]
 
 
-def test_a_capture_leaves_the_random_state_alone(ran: dict[str, Any]) -> None:
-    assert ran["lazy"]["value"]["rng"]
-
-
-def test_the_guard_is_closed_for_everyone_else(ran: dict[str, Any]) -> None:
-    assert not ran["lazy"]["value"]["before"]["guard"]
-    assert not ran["lazy"]["value"]["after"]["guard"]
+def test_a_capture_leaves_the_random_state_alone_and_the_guard_closed_for_everyone_else(ran: dict[str, Any]) -> None:
+    lazy = ran["lazy"]["value"]
+    assert lazy["rng"]
+    assert not lazy["before"]["guard"]
+    assert not lazy["after"]["guard"]
 
 
 def test_the_next_start_remembers(ran: dict[str, Any]) -> None:
@@ -186,9 +182,3 @@ def test_torch_gives_memory_back_after_a_capture_that_failed(ran: dict[str, Any]
 def test_without_a_budget_nothing_is_captured(ran: dict[str, Any]) -> None:
     assert ran["poor"]["value"]["info"]["captured"] == {}
     assert len([line for line in ran["poor"]["lines"] if "are used up" in line]) == 2  # one for each kind
-
-
-def test_idle_captures_what_memory_allows_without_a_request(ran: dict[str, Any]) -> None:
-    idle = ran["idle"]["value"]["info"]
-    assert idle["left"] == 0
-    assert sum(idle["captured"].values()) + sum(idle["skipped"].values()) == idle["shapes"]

@@ -29,9 +29,6 @@ COMMON = f"""
     def blobs(root):
         return sorted(Path(root, "compile_store").glob("v1/blobs/*/*"))
 
-    def manifests(root):
-        return sorted(Path(root, "compile_store").glob("v1/manifests/*/*.json"))
-
     def truncate(path):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -70,7 +67,7 @@ TOYS = (
     def trial(root="root", **env):
         return toys.start(root, **env).end()
 
-    out = {"cold": trial("made"), "warm": trial("made"), "blobs": [], "manifests": {}}
+    out = {"nothing": [trial("made"), trial("made")], "blobs": [], "manifests": {}}
     damages = (truncate, flip, another, symlink)
     for number in range(len(blobs("made"))):
         for damage in damages if FULL else [damages[number % 4]]:
@@ -79,7 +76,7 @@ TOYS = (
             out["blobs"].append([trial(), trial()])
     for damage in (truncate, flip, symlink, folder, newer):
         fresh()
-        for path in manifests("root"):
+        for path in sorted(Path("root", "compile_store").glob("v1/manifests/*/*.json")):
             damage(path)
         out["manifests"][damage.__name__] = trial()
 
@@ -90,15 +87,15 @@ TOYS = (
     ancient = time.time() + 10 * 365 * 86400
     for path in Path("root", "compile_store").rglob("*"):
         os.utime(path, (ancient, ancient))
-    out["clock"] = [trial(VLLM_COMPILE_STORE_MAX_GB="1"), trial(VLLM_COMPILE_STORE_MAX_GB="1")]
+    out["a clock that was set back"] = [trial(VLLM_COMPILE_STORE_MAX_GB="1"), trial(VLLM_COMPILE_STORE_MAX_GB="1")]
 
     fresh()
     os.chmod("root/compile_store", 0o777)
-    out["open to others"] = trial()
+    out["a store that others can write"] = [trial()]
 
     fresh()
     shutil.rmtree("root/compile_store/v1/blobs")
-    out["no blobs"] = [trial(), trial()]
+    out["blobs that are gone"] = [trial(), trial()]
 
     def deleted_while_serving():
         config = toys.config("root")
@@ -122,21 +119,21 @@ TOYS = (
     if len(sys.argv) > 1:
         disk = Path(sys.argv[1])
         os.environ["VLLM_COMPILE_STORE"] = str(disk / "store")
-        out["filled"] = []
+        out["a full disk"] = []
         for free in (0, 8, 40, 90) if FULL else (0, 40):  # KiB
             shutil.rmtree(disk / "store", ignore_errors=True)
             fill(disk, free)
-            out["filled"].append(trial("elsewhere"))
+            out["a full disk"].append(trial("elsewhere"))
         (disk / "filler").unlink()
         out["room again"] = [trial("elsewhere"), trial("elsewhere")]
         os.system(f"mount -o remount,ro {disk}")
-        out["read-only"] = trial("elsewhere")
+        out["a read-only disk"] = [trial("elsewhere")]
         shutil.rmtree("elsewhere", ignore_errors=True)
         os.environ["VLLM_COMPILE_STORE"] = str(disk / "none")
-        out["read-only, empty"] = trial("elsewhere")
+        out["a read-only disk"].append(trial("elsewhere"))
         # All of vLLM's cache root: stock ends with an error here.
         del os.environ["VLLM_COMPILE_STORE"]
-        out["read-only root"] = trial(str(disk / "root"))
+        out["a read-only disk"].append(trial(str(disk / "root")))
         os.system(f"mount -o remount,rw {disk}")
     report(out)
 """
@@ -163,9 +160,35 @@ def toy(disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 COLD, WARM, NOT_KEPT = [0, 3, 1], [1, 0, 0], [0, 3, 0]  # loaded, compiled, kept
 
 
-def test_without_a_fault(toy: dict[str, Any]) -> None:
-    assert (toy["cold"].counts(), toy["warm"].counts()) == (COLD, WARM)
-    assert toy["cold"].warnings() == toy["warm"].warnings() == []
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("nothing", [COLD, WARM]),
+        ("a clock that was set back", [WARM, WARM]),
+        ("a store that others can write", [NOT_KEPT]),
+        ("blobs that are gone", [COLD, WARM]),
+        ("a full disk", [NOT_KEPT] * (4 if FULL else 2)),
+        ("a read-only disk", [WARM, NOT_KEPT, NOT_KEPT]),
+    ],
+)
+def test_what_is_loaded_and_kept(toy: dict[str, Any], fault: str, expected: list[list[int]]) -> None:
+    if fault not in toy:
+        pytest.skip("mounting is not allowed here")
+    assert [trial.counts() for trial in toy[fault]] == expected
+
+
+def test_what_is_said(toy: dict[str, Any]) -> None:
+    assert [trial.warnings() for trial in toy["nothing"]] == [[], []]
+    assert any("chmod" in line for line in toy["a store that others can write"][0].warnings())
+    assert all(len(trial.warnings()) == 1 for trial in toy.get("a full disk", [])), "it is said, and not at length"
+
+
+def test_a_disk_that_has_room_again(toy: dict[str, Any]) -> None:
+    if "room again" not in toy:
+        pytest.skip("mounting is not allowed here")
+    first, second = (trial.counts() for trial in toy["room again"])
+    assert (first[0], first[2]) == (0, 1)
+    assert second == WARM
 
 
 def test_every_blob_damaged(toy: dict[str, Any]) -> None:
@@ -195,39 +218,8 @@ def test_cold_starts_at_once(toy: dict[str, Any]) -> None:
     assert loaded == len(toy["race"]) - 1, "all but one have waited and loaded"
 
 
-def test_a_clock_that_was_set_back(toy: dict[str, Any]) -> None:
-    assert [trial.counts() for trial in toy["clock"]] == [WARM, WARM]
-
-
-def test_a_store_that_others_can_write(toy: dict[str, Any]) -> None:
-    assert toy["open to others"].counts() == NOT_KEPT
-    assert any("chmod" in line for line in toy["open to others"].warnings())
-
-
-def test_blobs_that_are_gone(toy: dict[str, Any]) -> None:
-    assert [trial.counts() for trial in toy["no blobs"]] == [COLD, WARM]
-
-
 def test_deleted_while_serving(toy: dict[str, Any]) -> None:
     assert toy["deleted"].value == pytest.approx([0] * 3, abs=1e-5), toy["deleted"].output
-
-
-def test_a_full_disk(toy: dict[str, Any]) -> None:
-    if "filled" not in toy:
-        pytest.skip("mounting is not allowed here")
-    for trial in toy["filled"]:
-        assert trial.counts() == NOT_KEPT
-        assert len(trial.warnings()) == 1, "it is said, and not at length"
-    first, second = (trial.counts() for trial in toy["room again"])
-    assert (first[0], first[2]) == (0, 1)
-    assert second == WARM
-
-
-def test_a_read_only_store(toy: dict[str, Any]) -> None:
-    if "read-only" not in toy:
-        pytest.skip("mounting is not allowed here")
-    starts = ("read-only", "read-only, empty", "read-only root")
-    assert [toy[start].counts() for start in starts] == [WARM, NOT_KEPT, NOT_KEPT]
 
 
 ENGINES = (

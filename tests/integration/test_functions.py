@@ -53,7 +53,7 @@ CODE = """
     with_it = os.pathsep.join([str(noting.absolute()), os.environ["PATH"]])
 
     def counted():
-        seen = {name: value for (name, *_), value in metrics.samples().items()}
+        seen = {sample.name: sample.value for metric in metrics.collect() for sample in metric.samples}
         return [seen.get(f"vllm_compile_ext_functions_{what}_total", 0) for what in ("compiled", "loaded")]
 
     def start(path):

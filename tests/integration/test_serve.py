@@ -5,17 +5,14 @@ Both are asked the same, export their traces, and leave a record; a third start 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
 import sysconfig
 import tempfile
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ import pytest
 
 from benchmarks.serve import Server, environment
 from tests import otlp, process, recorded
-from vllm_compile_ext.cli.bench.server import HOST
 from vllm_compile_ext.record import phases
 from vllm_compile_ext.record.read import Span, Start
 
@@ -34,46 +30,22 @@ PTH = process.ROOT / "vllm_compile_ext.pth"
 INSTALLED = PTH.read_text() in [path.read_text() for path in Path(sysconfig.get_paths()["purelib"]).glob(PTH.name)]
 ARGS = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--max-model-len", "256")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"  # an orchestrator's
-GREEDY = {"model": "model", "temperature": 0, "max_tokens": 16, "ignore_eos": True}
-QUICK = {"OTEL_BSP_SCHEDULE_DELAY": "200"}  # milliseconds
+GREEDY = {"temperature": 0, "max_tokens": 16, "ignore_eos": True}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Served:
     """A start, and what it answered.  began, answered: unix ns, by who asked.  blobs: the store's, at the end."""
 
     cache: Path
-    receiver: otlp.Receiver
-    began: int = field(default_factory=time.time_ns)
-    answered: int = 0
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    metrics: str = ""
-    log: str = field(init=False)
-    received: list[otlp.Received] = field(init=False)
-    start: Start = field(init=False)
-    blobs: set[Path] = field(init=False)
-
-    def ask(self, port: int) -> None:
-        url = f"http://{HOST}:{port}"
-
-        def post(path: str, **body: Any) -> Any:
-            headers = {"Content-Type": "application/json"}
-            request = urllib.request.Request(url + path, json.dumps(GREEDY | body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return json.load(answer)["choices"][0]
-
-        post("/v1/completions", prompt="def f(x):", max_tokens=1)
-        self.answered = time.time_ns()
-        self.answers.append(post("/v1/completions", prompt="def f(x):"))
-        self.answers.append(post("/v1/chat/completions", messages=[{"role": "user", "content": "hello"}]))
-        time.sleep(2)  # exporters send what they have five times a second
-        with urllib.request.urlopen(url + "/metrics", timeout=60) as answer:
-            self.metrics = answer.read().decode()
-
-    def end(self, log: str) -> None:
-        self.log, self.received = log, list(self.receiver.spans)
-        self.start = recorded.starts(self.cache)[-1]
-        self.blobs = set(self.cache.rglob("blobs/*/*"))
+    began: int
+    answered: int
+    answers: list[dict[str, Any]]
+    metrics: str
+    log: str
+    received: list[otlp.Received]
+    start: Start
+    blobs: set[Path]
 
     def notes(self) -> dict[str, dict[str, Any]]:
         return {note.name: note.attrs for note in self.start.notes}
@@ -85,6 +57,27 @@ class Served:
         return float(found[1])
 
 
+def serve(model: Path, cache: Path, receiver: otlp.Receiver, *args: str, interrupt: bool = False, **env: str) -> Served:
+    """Start a server, ask it, and end it, by Ctrl-C or by SIGTERM."""
+    log, began = cache.parent / "log", time.time_ns()
+    with Server(model, log, cache, args=(*ARGS, *args), env=env | {"OTEL_BSP_SCHEDULE_DELAY": "200"}) as server:
+        server.wait_ready()
+        server.post("/v1/completions", GREEDY | {"prompt": "def f(x):", "max_tokens": 1})
+        answered, answers = time.time_ns(), []
+        for path, asked in (
+            ("/v1/completions", {"prompt": "def f(x):"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+        ):
+            answers += server.post(path, GREEDY | asked)["choices"]
+        time.sleep(2)  # exporters send what they have every 200 ms
+        metrics = server.get("/metrics")
+        if interrupt:
+            os.kill(server.pid, signal.SIGINT)
+            assert server.wait(server.elapsed() + 60) == 0
+    start, blobs = recorded.starts(cache)[-1], set(cache.rglob("blobs/*/*"))
+    return Served(cache, began, answered, answers, metrics, log.read_text(), list(receiver.spans), start, blobs)
+
+
 def python_path(cache: Path, *more: Path) -> dict[str, str]:
     """PYTHONPATH with this repository, with what `benchmarks.serve` needs there, and `more` before both."""
     parts = [*map(str, more), process.BASE["PYTHONPATH"], environment(cache, {})["PYTHONPATH"]]
@@ -92,41 +85,24 @@ def python_path(cache: Path, *more: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("served") / "cache"
-
-
-@pytest.fixture(scope="module")
-def cold(llama2: Path, cache: Path) -> Iterator[Served]:
-    """With imports timed, an orchestrator's trace, and vLLM told to export.  Ends by Ctrl-C."""
-    site, log = cache.parent / "site", cache.parent / "cold.log"
+def cold(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """With imports timed, an orchestrator's trace, and vLLM told to export."""
+    folder = tmp_path_factory.mktemp("served")
+    cache, site = folder / "cache", folder / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(PTH.read_text())  # as in an environment where the wheel is installed
+    env = {"TRACEPARENT": f"00-{TRACE}-{PARENT}-01"} | python_path(cache, site)
     with otlp.grpc_receiver() as receiver:
-        env = QUICK | {"TRACEPARENT": f"00-{TRACE}-{PARENT}-01"} | python_path(cache, site)
-        served = Served(cache, receiver)
-        args = (*ARGS, "--otlp-traces-endpoint", receiver.endpoint)
-        with Server(llama2, log, cache, args=args, env=env) as server:
-            server.wait_ready()
-            served.ask(server.port)
-            os.kill(server.pid, signal.SIGINT)
-            assert server.wait(server.elapsed() + 60) == 0
-        served.end(log.read_text())
-        yield served
+        endpoint = ("--otlp-traces-endpoint", receiver.endpoint)
+        return serve(llama2, cache, receiver, *endpoint, interrupt=True, **env)
 
 
 @pytest.fixture(scope="module")
-def warm(llama2: Path, cache: Path, cold: Served) -> Iterator[Served]:
+def warm(llama2: Path, cold: Served) -> Served:
     """Without the .pth file, and exporting as OpenTelemetry's own variables say."""
-    log = cache.parent / "warm.log"
     with otlp.http_receiver() as receiver:
         env = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
-        served = Served(cache, receiver)
-        with Server(llama2, log, cache, args=ARGS, env=env | QUICK | python_path(cache)) as server:
-            server.wait_ready()
-            served.ask(server.port)
-        served.end(log.read_text())
-        yield served
+        return serve(llama2, cold.cache, receiver, **env, **python_path(cold.cache))
 
 
 @pytest.fixture(params=["cold", "warm"])
@@ -177,17 +153,10 @@ def test_metrics_with_two_api_servers(llama2: Path, warm: Served, tmp_path: Path
     assert len(folders) == 1
 
 
-def test_the_front_end_says_where_the_time_went(served: Served) -> None:
-    assert served.log.count(f"(vllm-compile-ext report {served.start.id})") == 1
-
-
-def test_the_record_is_whole(served: Served) -> None:
+def test_the_record_is_whole_and_spans_the_start_as_seen_from_outside(served: Served) -> None:
     recorded.check_whole(served.start)
     kinds = Counter(one.kind for one in served.start.processes)
     assert (kinds["front end"], kinds["engine core"], kinds["worker"]) == (1, 1, 1)
-
-
-def test_the_record_spans_the_start_as_seen_from_outside(served: Served) -> None:
     span, measured = recorded.root(served.start), served.answered - served.began
     assert span.end is not None
     assert span.end - span.start == pytest.approx(measured, rel=0.05)
@@ -202,8 +171,7 @@ def test_every_phase_of_a_server_is_there(cold: Served, warm: Served) -> None:
     assert common | {"load compiled code"} <= again
     assert ("interpreter" in again) == INSTALLED
 
-
-def test_heavy_imports_are_told_apart_where_the_pth_file_is_installed(cold: Served, warm: Served) -> None:
+    # Heavy imports are told apart where the .pth file is installed.
     for pid in {one.pid for one in cold.start.processes}:
         names = {span.name for span in cold.start.spans if span.pid == pid}
         assert {"import vllm", "import torch", "import transformers"} <= names
@@ -229,7 +197,7 @@ def test_vllms_spans_and_ours_are_in_each_other(cold: Served) -> None:
     assert "EngineCore" in path
 
 
-def test_what_was_compiled_and_loaded_is_noted(cold: Served, warm: Served) -> None:
+def test_what_was_started_compiled_and_loaded_is_noted(cold: Served, warm: Served, llama2: Path) -> None:
     assert {"key", "miss", "compiled", "kept"} <= cold.notes().keys()
     assert cold.notes()["miss"]["why"] == "cache miss: nothing is stored yet"
     assert cold.notes()["compiled"]["distinct"] == 3
@@ -238,8 +206,7 @@ def test_what_was_compiled_and_loaded_is_noted(cold: Served, warm: Served) -> No
     assert warm.notes()["loaded"]["seconds"] > 0
     assert (cold.start.temperature, warm.start.temperature) == ("cold", "warm")
 
-
-def test_the_first_line_says_what_was_started(cold: Served, llama2: Path) -> None:
+    # The first line says what was started.
     start = cold.start
     assert start.model == llama2.name
     assert start.options["max_model_len"] == 256
@@ -254,7 +221,7 @@ def test_the_table_in_the_log_is_compared_with_the_start_before(cold: Served, wa
     assert "change" in next(line for line in warm.log.splitlines() if " phase " in line)
     assert cold.start.id in warm.log
     for served in (cold, warm):
-        assert f"vllm-compile-ext report {served.start.id}" in served.log
+        assert served.log.count(f"(vllm-compile-ext report {served.start.id})") == 1
         for row in phases.breakdown(served.start).rows:
             if row.seconds > 0.1:
                 assert any(row.phase in line and f"{row.seconds:.2f}" in line for line in served.log.splitlines())

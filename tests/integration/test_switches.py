@@ -1,4 +1,4 @@
-"""vLLM's own switches of its compile cache, where the store is, and what cannot be kept, with toy models."""
+"""vLLM's own switches of its compile cache, where the store is, and what cannot be copied or kept, with toy models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,26 @@ from tests import process
 
 pytestmark = pytest.mark.engine
 
+EDITED = """
+import torch
+from tests import toys
+
+class Layer(toys.Layer):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(torch.FUNCTION(x), residual)
+
+@toys.support_torch_compile
+class Model(toys.Sum):
+    kind = Layer
+"""
+
 CODE = """
     import os, shutil
     from pathlib import Path
     import msgspec
     from tests import forks, toys
-    from vllm_compile_ext.compilation import entry
+    from vllm_compile_ext.compilation import once
+    from vllm_compile_ext.compilation.start import Entry
     from vllm_compile_ext.key import factors
     from vllm_compile_ext.program import NotKept, piece as pieces
     from vllm_compile_ext.store import bundle
@@ -41,13 +55,22 @@ CODE = """
     out["files"]["cache_dir"] = [str(p) for p in Path("mine").rglob("*")]
     start("forced", "root", VLLM_FORCE_AOT_LOAD="1")
     start("forced, other", "root", toys.Plain, {"compile_sizes": [4]}, VLLM_FORCE_AOT_LOAD="1")
-    start("disabled", "root", VLLM_DISABLE_COMPILE_CACHE="1")
+    sys.dont_write_bytecode = True  # whose files have times in seconds
+    def edited():
+        import edited
+        return edited.Model()
+    for function in ("sin", "sin", "cos"):
+        Path("edited.py").write_text(sys.argv[1].replace("FUNCTION", function))
+        start("edited", "of edited", edited)
+
+    for root in ("root", "disabled"):
+        start("disabled", root, files=True, VLLM_DISABLE_COMPILE_CACHE="1")
 
     def torchs():
         import torch
         torch._inductor.config.force_disable_caches = True
         asked = []
-        entry.Entry.__init__ = lambda *args: asked.append(1)
+        Entry.__init__ = lambda *args: asked.append(1)
         error = toys.error(lambda: toys.build(toys.Plain, toys.config("root"))(toys.tokens()))
         return [error, asked]
     run("torch's", torchs)
@@ -76,6 +99,10 @@ CODE = """
     run("older", older)
     del os.environ["VLLM_USE_AOT_COMPILE"]
 
+    # The index of upstream's pieces in the user's folder numbers them differently.
+    start("upstream's index", "index 0", toys.Plain, {"cache_dir": "index"}, VLLM_USE_AOT_COMPILE="0")
+    start("upstream's index", "index 1", toys.Plain, {"cache_dir": "index"})
+
     for _ in range(2):
         start("no-mega", "no-mega", VLLM_USE_MEGA_AOT_ARTIFACT="0")
 
@@ -99,8 +126,8 @@ CODE = """
         start("an older form", "a", **elsewhere)
 
     def eager():
-        asked, real = [], entry.Entry.__init__
-        entry.Entry.__init__ = lambda *args: asked.append(1) or real(*args)
+        asked, real = [], Entry.__init__
+        Entry.__init__ = lambda *args: asked.append(1) or real(*args)
         config = toys.config("eager")
         config.compilation_config.backend = "eager"  # CPU's platform makes it inductor
         model = toys.build(toys.Plain, config)
@@ -115,16 +142,17 @@ CODE = """
             first, second = toys.build(toys.Plain, config), toys.build(toys.Plain, config)
             second.layers[3].up.weight.neg_()
             off = max(toys.off(first), toys.off(second), toys.off(first))
-        names = ("num_aot_artifacts_loaded", "num_inductor_compiles", "num_aot_artifacts_saved")
-        return [off, *(counts[name] for name in names)]
+        return [off, *(counts[name] for name in toys.COUNTS)]
     for _ in range(2):
         run("two instances", two_instances)
     out["files"]["two instances"] = [str(p.relative_to("theirs")) for p in Path("theirs").rglob("*") if p.is_file()]
 
-    def on_call():
-        Tracer.on_call = lambda *args: 1 / 0
     for _ in range(2):
-        start("given up", "given-up", toys.Plain, {}, on_call, files=True)
+        start("given up", "given-up", toys.Plain, {}, replace(Tracer, "on_call", lambda *args: 1 / 0), files=True)
+        start("refuted", "refuted", toys.Plain, {}, replace(once, "difference", lambda *graphs: "relu / sin"))
+        start("a constant", "constant", toys.Constant)
+        for count in (1, 2):
+            start(f"layers: {count}", f"few-{count}", toys.Few, {}, replace(toys.Few, "count", count))
 
     def refuse(*args):
         raise NotKept("a test does not want it")
@@ -135,7 +163,7 @@ CODE = """
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    outcome = process.run(CODE, folder=tmp_path_factory.mktemp("switches"), fork=True)
+    outcome = process.run(CODE, EDITED, folder=tmp_path_factory.mktemp("switches"), fork=True)
     assert outcome.code == 0, outcome.output[-5000:]
     return outcome.value
 
@@ -146,8 +174,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         ("cold", [[0, 3, 1]]),
         ("forced", [[1, 0, 0]]),
+        ("edited", [[0, 3, 1], [1, 0, 0], [0, 2, 1]]),  # the last piece is what it was
         # vLLM turns AOT compilation off with it, and so the plugin's own path: each of the six pieces is compiled.
-        ("disabled", [[0, 6, 0]]),
+        ("disabled", [[0, 6, 0], [0, 6, 0]]),
+        ("upstream's index", [[0, 6, 0], [0, 3, 1]]),
         # With the store elsewhere, the cache root does not matter.
         ("elsewhere", [[0, 3, 1], [1, 0, 0]]),
         ("unpacked", [[1, 0, 0]]),
@@ -155,10 +185,40 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         # On vLLM's own path it keeps one artifact for a class: the second instance loads it beside the first.
         ("two instances", [[1, 6, 1], [2, 0, 0]]),
         ("given up", [[0, 6, 1], [1, 0, 0]]),
+        ("refuted", [[0, 6, 1], [1, 0, 0]]),
+        ("a constant", [[0, 3, 1], [1, 0, 0]]),
+        ("no key", [[0, 3, 0]]),
+        ("not frozen", [[0, 3, 0]]),
+        ("pieces that cannot be mapped", [[0, 3, 1]]),
+        ("layers: 1", [[0, 2, 1], [1, 0, 0]]),
+        ("layers: 2", [[0, 3, 1], [1, 0, 0]]),
     ],
 )
 def test_what_is_loaded_compiled_and_kept(ran: dict[str, Any], name: str, expected: list[list[int]]) -> None:
     assert [ended.counts() for ended in ran[name]] == expected
+
+
+# Of a start, how many lines there are with some words.
+@pytest.mark.parametrize(
+    ("name", "number", "count", "words"),
+    [
+        ("edited", 2, 1, ["cache miss: Layer.forward has other code"]),
+        ("layers: 1", 0, 1, ["traced 0 layers and copied 0"]),
+        ("layers: 2", 0, 1, ["traced 0 layers and copied 0"]),
+        ("given up", 0, 1, ["INFO", "every layer is traced, as in stock vLLM", "ZeroDivisionError"]),
+        ("given up", 0, 1, ["cache miss"]),
+        ("given up", 1, 0, ["cache miss"]),
+        # The net under the proof: every layer is traced then, and the result is kept like any other.
+        ("refuted", 0, 1, ["WARNING", "every layer is traced: a copied one is not what tracing gives, relu / sin"]),
+        ("no key", 0, 1, ["nothing is loaded or kept: no key (ZeroDivisionError"]),
+        ("not frozen", 0, 1, ["not kept"]),
+        ("not frozen", 0, 1, ["not kept, the next start compiles again: piece 0 of 3: a test does not want it"]),
+        ("pieces that cannot be mapped", 0, 1, ["compiling again: ImportError in "]),
+        ("pieces that cannot be mapped", 0, 3, ["compiling one piece again: ImportError in "]),
+    ],
+)
+def test_what_is_said(ran: dict[str, Any], name: str, number: int, count: int, words: list[str]) -> None:
+    assert len(ran[name][number].lines(*words)) == count
 
 
 @pytest.mark.parametrize(
@@ -203,8 +263,9 @@ def test_files_for_people_are_in_the_users_cache_dir(ran: dict[str, Any]) -> Non
     assert any(name.endswith("computation_graph.py") for name in ran["files"]["cache_dir"])
 
 
-def test_a_store_elsewhere_leaves_nothing_in_the_cache_root(ran: dict[str, Any]) -> None:
-    assert not [name for name in ran["files"]["elsewhere"] if "blobs" in name]
+@pytest.mark.parametrize("name", ["elsewhere", "disabled"])
+def test_with_the_store_elsewhere_or_off_nothing_is_in_the_cache_root(ran: dict[str, Any], name: str) -> None:
+    assert not [file for file in ran["files"][name] if "compile_store" in file]
 
 
 @pytest.mark.parametrize("name", ["two instances", "given up", "not frozen"])
@@ -215,31 +276,7 @@ def test_what_is_not_the_plugins_own_is_not_in_its_store(ran: dict[str, Any], na
         assert any(file.startswith("torch_compile_cache") and file.endswith("/model") for file in files)
 
 
-def test_what_trace_once_gave_up_on_is_a_miss_once(ran: dict[str, Any]) -> None:
-    assert ["cache miss" in ended.output for ended in ran["given up"]] == [True, False]
-
-
-def test_a_piece_that_cannot_be_kept(ran: dict[str, Any]) -> None:
-    (ended,) = ran["not frozen"]
-    assert ended.counts() == [0, 3, 0]
-    (line,) = ended.lines("not kept")
-    assert "not kept, the next start compiles again: piece 0 of 3: a test does not want it" in line
-
-
 def test_the_eager_backend_has_no_part_in_it(ran: dict[str, Any]) -> None:
     """Upstream looks for an artifact at each call then."""
     (ended,) = ran["eager"]
     assert ended.value == [[pytest.approx(0, abs=1e-5)] * 3, []], ended.output[-3000:]
-
-
-def test_pieces_that_cannot_be_mapped_are_compiled(ran: dict[str, Any]) -> None:
-    (ended,) = ran["pieces that cannot be mapped"]
-    ended.counts()
-    assert "compiling again: ImportError in " in ended.output
-    assert ended.output.count("compiling one piece again: ImportError in ") == 3
-
-
-def test_without_a_key_nothing_is_kept(ran: dict[str, Any]) -> None:
-    (ended,) = ran["no key"]
-    assert ended.counts() == [0, 3, 0]
-    assert "nothing is loaded or kept: no key (ZeroDivisionError" in ended.output

@@ -187,17 +187,11 @@ def test_a_refusal_says_why_or_the_way_out(volumes: dict[str, Any], name: str, w
     assert any(all(word in line for word in words) for line in volumes[name][-1].warnings())
 
 
-def test_a_group_shares_its_volume(volumes: dict[str, Any]) -> None:
-    assert volumes["modes"] == ["0o2770 d", "0o660"]
+def test_what_commands_say(volumes: dict[str, Any]) -> None:
+    assert volumes["modes"] == ["0o2770 d", "0o660"], "of files for a group"
     mine, others = volumes["fsgroup ls"]
     assert "Single" in mine
     assert "can be written by other users" in others
     assert "removed" in volumes["fsgroup gc"]
-
-
-def test_a_folder_of_any_name_can_be_verified(volumes: dict[str, Any]) -> None:
-    assert "all digests match" in volumes["name verify"]
-
-
-def test_an_overlay_can_be_cleaned(volumes: dict[str, Any]) -> None:
     assert "removed" in volumes["overlay gc"]
+    assert "all digests match" in volumes["name verify"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,10 @@ from vllm_compile_ext import changes, finder
 from vllm_compile_ext.changes import Change
 
 done: list[str] = []
+Rows = Callable[..., None]
+
+
+# What rows name.
 
 
 def ours(stock: str, more: str = "") -> str:
@@ -33,8 +37,8 @@ def process_fails() -> None:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package with two modules, of which the second takes a name of the first; and rows of this module."""
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rows]:
+    """Sets the table, for a package of two modules, of which the second takes a name of the first."""
     (tmp_path / "changed").mkdir()
     (tmp_path / "changed" / "__init__.py").write_text("")
     (tmp_path / "changed" / "one.py").write_text("value = 'stock'\nclass A:\n    value = 'stock'\n")
@@ -42,15 +46,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(Change, "function", lambda row: globals()[row.by])
     done.clear()
-    yield
+
+    def put(*table: tuple[str, str, str] | tuple[str, str, str, str]) -> None:
+        made = [Change("now", module, attribute, by, "", given) for module, attribute, by, *given in table]
+        monkeypatch.setattr(changes, "TABLE", made)
+
+    yield put
     finder.remove()
     for name in [name for name in sys.modules if name.partition(".")[0] == "changed"]:
         del sys.modules[name]
-
-
-def rows(monkeypatch: pytest.MonkeyPatch, *table: tuple[object, ...]) -> None:
-    made = tuple(Change("now", module, attribute, by, "", given) for module, attribute, by, given in table)  # type: ignore[arg-type]
-    monkeypatch.setattr(changes, "TABLE", made)
 
 
 def test_the_docs_page_is_the_table() -> None:
@@ -58,9 +62,8 @@ def test_the_docs_page_is_the_table() -> None:
     assert page.read_text() == changes.markdown(), "run: python -m vllm_compile_ext.changes > docs/changes.md"
 
 
-@pytest.mark.usefixtures("package")
-def test_a_row_is_made_when_its_module_is_imported_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows(monkeypatch, ("changed.one", "value", "ours", ()), ("changed.one", "A.value", "ours", ("!",)))
+def test_a_row_is_made_when_its_module_is_imported_and_undone(rows: Rows) -> None:
+    rows(("changed.one", "value", "ours"), ("changed.one", "A.value", "ours", "!"))
     undos = changes.make("now")
     assert "changed.one" not in sys.modules
     assert importlib.import_module("changed.two").value == "ours, not stock"
@@ -70,55 +73,40 @@ def test_a_row_is_made_when_its_module_is_imported_and_undone(monkeypatch: pytes
     assert (one.value, one.A.value, undos) == ("stock", "stock", [])
 
 
-@pytest.mark.usefixtures("package")
-def test_a_row_is_made_at_once_where_the_module_is_imported_already(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_made_at_once_where_the_module_is_imported_already(rows: Rows) -> None:
     one = importlib.import_module("changed.one")
-    rows(monkeypatch, ("changed.one", "value", "ours", ()), ("changed.one", "value", "ours", ()))
+    rows(("changed.one", "value", "ours"), ("changed.one", "value", "ours"))
     undos = changes.make("now")
     assert one.value == "ours, not ours, not stock"
     changes.undo(undos)
     assert one.value == "stock"
 
 
-@pytest.mark.usefixtures("package")
-def test_after_the_undo_an_import_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows(monkeypatch, ("changed.one", "value", "ours", ()))
+def test_after_the_undo_an_import_changes_nothing(rows: Rows) -> None:
+    rows(("changed.one", "value", "ours"))
     changes.undo(changes.make("now"))
     assert importlib.import_module("changed.one").value == "stock"
 
 
-@pytest.mark.usefixtures("package")
-def test_other_kinds_of_rows_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows(monkeypatch, ("", "", "of_the_process", ("a",)))
-    assert changes.make("then") == []
+def test_other_kinds_of_rows_are_not_made(rows: Rows) -> None:
+    rows(("", "", "of_the_process", "a"))
+    assert changes.make("then") == done == []
 
 
-@pytest.mark.usefixtures("package")
-def test_a_failure_undoes_the_rows_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "bad", [("", "", "process_fails"), ("changed.one", "value", "failing"), ("changed.one", "no", "ours")]
+)
+def test_a_failure_undoes_the_rows_before_it(rows: Rows, bad: tuple[str, str, str]) -> None:
     one = importlib.import_module("changed.one")
-    before = [
-        ("", "", "of_the_process", ("a",)),
-        ("changed.one", "value", "ours", ()),
-        ("", "", "of_the_process", ("b",)),
-    ]
-    for bad in (
-        ("", "", "process_fails", ()),
-        ("changed.one", "value", "failing", ()),
-        ("changed.one", "no", "ours", ()),
-    ):
-        done.clear()
-        rows(monkeypatch, *before, bad)
-        with pytest.raises((RuntimeError, AttributeError)):
-            changes.make("now")
-        assert done == ["made a", "made b", "undone b", "undone a"]
-        assert one.value == "stock"
+    rows(("", "", "of_the_process", "a"), ("changed.one", "value", "ours"), ("", "", "of_the_process", "b"), bad)
+    with pytest.raises((RuntimeError, AttributeError)):
+        changes.make("now")
+    assert done == ["made a", "made b", "undone b", "undone a"]
+    assert one.value == "stock"
 
 
-@pytest.mark.usefixtures("package")
-def test_a_late_failure_costs_a_line_and_leaves_the_module(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows(monkeypatch, ("changed.one", "value", "failing", ()), ("changed.one", "A.value", "ours", ()))
+def test_a_late_failure_costs_a_line_and_leaves_the_module(rows: Rows, caplog: pytest.LogCaptureFixture) -> None:
+    rows(("changed.one", "value", "failing"), ("changed.one", "A.value", "ours"))
     undos = changes.make("now")
     one = importlib.import_module("changed.one")
     assert (one.value, one.A.value) == ("stock", "ours, not stock")

@@ -91,31 +91,24 @@ def test_a_hook_that_fails_later_is_no_matter(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", ["del sys.orig_argv", "sys.orig_argv = None", "sys.orig_argv = 3", "sys.orig_argv = []"]
+    ("line", "env", "started"),
+    [
+        *((odd, {}, False) for odd in ("del sys.orig_argv", "sys.orig_argv = None", "sys.orig_argv = []")),
+        ("del sys.orig_argv", {"VLLM_COMPILE_STARTS": "1"}, True),
+        ("sys.orig_argv = ['/opt/vllm/bin/python', 'x.py']", {}, False),  # an interpreter in a folder of that name
+        ("sys.orig_argv = ['/opt/vllm/bin/python']", {}, False),
+        # Arguments that are no strings.
+        *((f"sys.orig_argv = ['python', {odd}]", {}, "vllm" in odd) for odd in ("b'vllm'", "3, 'vllm'", "None")),
+        ("sys.orig_argv = ['python', '\\udcff vllm']", {}, True),
+    ],
 )
-def test_no_command_line(site: Path, odd: str) -> None:
-    assert python(site, before=odd) == "False"
-    assert python(site, before=odd, VLLM_COMPILE_STARTS="1") == "True"
-
-
-@pytest.mark.parametrize("odd", ["b'vllm'", "3, 'vllm'", "None", "'\\udcff vllm'", "object()"])
-def test_arguments_that_are_no_strings(site: Path, odd: str) -> None:
-    assert python(site, before=f"sys.orig_argv = ['python', {odd}]") == str("vllm" in odd)
-
-
-def test_an_interpreter_in_a_folder_of_that_name_is_not_vllms(site: Path) -> None:
-    assert python(site, before="sys.orig_argv = ['/opt/vllm/bin/python', 'x.py']") == "False"
-    assert python(site, before="sys.orig_argv = ['/opt/vllm/bin/python']") == "False"
+def test_it_looks_at_the_command_line(site: Path, line: str, env: dict[str, str], started: bool) -> None:
+    assert python(site, before=line, **env) == str(started)
 
 
 def test_nothing_is_imported_in_another_python(site: Path) -> None:
     before = "sys.orig_argv = ['python', 'x.py']; import site; was = set(sys.modules)"
     assert python(site, before=before, after="print(sorted(set(sys.modules) - was))") == "[]"
-
-
-def test_it_is_one_line() -> None:
-    (line,) = PTH.read_text().splitlines()
-    assert line.startswith("import ")
 
 
 @pytest.mark.parametrize("name", ["VLLM_COMPILE_EXT", "VLLM_COMPILE_STARTS", "VLLM_PLUGINS"])
@@ -130,5 +123,5 @@ def test_it_costs_nothing_in_another_python(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("VLLM_COMPILE_STARTS", "_VLLM_COMPILE_EXT_START"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--option", "y" * 1000])
-    line = PTH.read_text()
+    (line,) = PTH.read_text().splitlines()
     assert min(timeit.repeat(lambda: exec(line, {}), number=1, repeat=200)) < 0.001

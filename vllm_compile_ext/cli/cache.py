@@ -12,8 +12,10 @@ import typer
 from rich.table import Column, Table
 
 from vllm_compile_ext import platforms
-from vllm_compile_ext.cli import _store
-from vllm_compile_ext.cli._store import DIGITS, JsonOption, StoreOption, count, plain, size
+from vllm_compile_ext.cli import shared
+from vllm_compile_ext.cli.shared import DIGITS, JsonOption, StoreOption
+from vllm_compile_ext.harmless import plain
+from vllm_compile_ext.report.formats import ago, count, date, size
 from vllm_compile_ext.store import bundle, evict, kernels
 from vllm_compile_ext.store.bundle import Bundle
 from vllm_compile_ext.store.evict import Removed
@@ -67,16 +69,15 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List what is in the store, the most recently used first."""
-    with _store.errors():
-        opened = _store.open_store(store)
-        found = items(opened, opened.manifests())
-        whole, jit = opened.size(), kernels.size(opened.jit)
-        unreadable = len(opened.files()) - sum(len(item.shards) for item in found)
+    opened = shared.open_store(store)
+    found = items(opened, opened.manifests())
+    whole, jit = opened.size(), kernels.size(opened.jit)
+    unreadable = len(opened.files()) - sum(len(item.shards) for item in found)
     if as_json:
         data = {"store": str(opened.root), "size": whole, "jit_size": jit, "unreadable": unreadable}
-        _store.print_json(data | {"entries": found})
+        shared.print_json(data | {"entries": found})
         return
-    out = _store.console()
+    out = shared.console()
     listed = [item for item in found if pieces or item.kind != "piece"]
     if listed:
         out.print(_listing(listed, kinds=pieces))
@@ -103,57 +104,54 @@ def _listing(found: list[Item], *, kinds: bool) -> Table:
     )
     for item in found:
         names = [plain(item.kind), plain(item.model)] if kinds else [plain(item.model)]
-        used = "in use" if item.in_use else f"{_store.ago(item.used)} ago"
-        created = _store.date(item.created)[:10]
+        used = "in use" if item.in_use else f"{ago(item.used)} ago"
+        created = date(item.created)[:10]
         table.add_row(item.key[:DIGITS], *names, str(len(item.shards)), size(item.size), created, used)
     return table
 
 
 def show(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show an entry: what its key was made of, and the members of each shard."""
-    with _store.errors():
-        opened = _store.open_store(store)
-        full = _store.key(opened, key)
-        entries = [entry for entry in opened.manifests() if entry.key == full]
-        if not entries:
-            raise _store.UserError(f"the entry {full} cannot be read: see vllm-compile-ext cache verify")
-        (item,) = items(opened, entries)
+    opened = shared.open_store(store)
+    full = shared.key(opened, key)
+    entries = [entry for entry in opened.manifests() if entry.key == full]
+    if not entries:
+        raise shared.UserError(f"the entry {full} cannot be read: see vllm-compile-ext cache verify")
+    (item,) = items(opened, entries)
     factors = entries[0].factors
     if as_json:
         shards = {entry.shard: {"members": entry.members} for entry in entries}
-        _store.print_json(msgspec.to_builtins(item) | {"factors": factors, "shards": shards})
+        shared.print_json(msgspec.to_builtins(item) | {"factors": factors, "shards": shards})
         return
-    facts = {"key": full, "kind": item.kind, "model": item.model, "platform": item.platform}
-    facts |= {"created": _store.date(item.created), "size": size(item.size)}
-    facts["last use"] = "in use" if item.in_use else _store.date(item.used)
-    sections = {"": facts, "factors, which the key was made of": factors}
+    out = shared.console()
+    for name in ("key", "kind", "model", "platform"):
+        out.print(f"{name:10}{plain(getattr(item, name))}", soft_wrap=True)
+    out.print(f"created   {date(item.created)}")
+    out.print(f"last use  {'in use' if item.in_use else date(item.used)}")
+    out.print(f"size      {size(item.size)}")
+    sections = {"factors, which the key was made of": factors}
     for entry in entries:
         members = {name: f"{blob.digest[:DIGITS]}  {size(blob.size)}" for name, blob in entry.members.items()}
-        sections[f"{entry.shard}: members"] = members
-    out = _store.console()
+        sections[f"members of {entry.shard}"] = members
     for title, values in sections.items():
-        if title and values:
-            out.print(f"\n{plain(title)}", style="bold")
-        pairs = Table(
-            Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0)
-        )
+        out.print(f"\n{plain(title)}", style="bold")
+        columns = Column(overflow="fold"), Column(overflow="fold")
+        pairs = Table(*columns, show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in values.items():
             pairs.add_row(plain(name), plain(value))
-        if values:
-            out.print(pairs)
+        out.print(pairs)
 
 
 def verify(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Read everything and check its digests; exit status 1 when something is damaged."""
-    with _store.errors():
-        opened = _store.open_store(store)
-        problems = [(problem, _affected(opened, problem)) for problem in opened.verify()]
-        entries, whole = len(_store.keys(opened)), opened.size()
+    opened = shared.open_store(store)
+    problems = [(problem, _affected(opened, problem)) for problem in opened.verify()]
     if as_json:
         damaged = [{"path": str(found.path), "problem": str(found), "keys": keys} for found, keys in problems]
-        _store.print_json({"store": str(opened.root), "damaged": damaged})
+        shared.print_json({"store": str(opened.root), "damaged": damaged})
     elif not problems:
-        typer.echo(f"{count(entries, 'entry', 'entries')} and {size(whole)} in {opened.root}: all digests match")
+        entries = count(len(shared.keys(opened)), "entry", "entries")
+        typer.echo(f"{entries} and {size(opened.size())} in {opened.root}: all digests match")
     else:
         for problem, _ in problems:
             typer.echo(str(problem))
@@ -192,21 +190,19 @@ def gc(
 
     Kernels may have what the entries leave of the limit.  Those used since yesterday stay.
     """
-    with _store.errors():
-        opened = _store.open_store(store)
-        limit = opened.max_bytes if max_gb is None else int(max_gb * 2**30)
-        seconds = None if max_age is None else max_age * 86400
-        removed = evict.trim(opened, limit, seconds) if opened.root.exists() else Removed([], [], 0)
-        left = None if limit is None else max(0, limit - opened.size())
-        _print_removed(removed, kernels.trim(opened.jit, left, seconds), as_json=as_json)
+    opened = shared.open_store(store)
+    limit = opened.max_bytes if max_gb is None else int(max_gb * 2**30)
+    seconds = None if max_age is None else max_age * 86400
+    removed = evict.trim(opened, limit, seconds) if opened.root.exists() else Removed([], [], 0)
+    left = None if limit is None else max(0, limit - opened.size())
+    _print_removed(removed, kernels.trim(opened.jit, left, seconds), as_json=as_json)
 
 
 def rm(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Remove an entry and what only it needs; exit status 1 when it is in use."""
-    with _store.errors():
-        opened = _store.open_store(store)
-        removed = evict.remove(opened, _store.key(opened, key))
-        _print_removed(removed, [], as_json=as_json)
+    opened = shared.open_store(store)
+    removed = evict.remove(opened, shared.key(opened, key))
+    _print_removed(removed, [], as_json=as_json)
     if removed.in_use:
         raise typer.Exit(1)
 
@@ -214,12 +210,15 @@ def rm(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False)
 def _print_removed(removed: Removed, gone: list[Kernel], *, as_json: bool) -> None:
     freed = removed.freed + sum(kernel.size for kernel in gone)
     if as_json:
-        _store.print_json(msgspec.to_builtins(removed) | {"freed": freed, "kernels": len(gone)})
+        shared.print_json(msgspec.to_builtins(removed) | {"freed": freed, "kernels": len(gone)})
         return
-    lines = [f"removed {name}" for name in removed.manifests]
-    lines += [f"kept {name}: it is in use" for name in removed.in_use]
-    lines += [f"removed {count(len(gone), 'kernel')}"] if gone else []
-    typer.echo("\n".join([*lines, f"{size(freed)} freed"]))
+    for name in removed.manifests:
+        typer.echo(f"removed {name}")
+    for name in removed.in_use:
+        typer.echo(f"kept {name}: it is in use")
+    if gone:
+        typer.echo(f"removed {count(len(gone), 'kernel')}")
+    typer.echo(f"{size(freed)} freed")
 
 
 def pack(
@@ -237,12 +236,10 @@ def pack(
     A key pair: openssl genpkey -algorithm ed25519 -out signing.pem;
     openssl pkey -in signing.pem -pubout -out signing.pub.pem
     """
-    with _store.errors():
-        opened = _store.open_store(store)
-        wanted = {_store.key(opened, prefix) for prefix in keys} if keys else None
-        private = None if signing_key is None else bundle.private_key(signing_key)
-        made = bundle.pack(opened, out, wanted, key=private, jit=jit)
-        _print_bundle("packed", out, made, as_json=as_json)
+    opened = shared.open_store(store)
+    wanted = {shared.key(opened, prefix) for prefix in keys} if keys else None
+    private = None if signing_key is None else bundle.private_key(signing_key)
+    _print_bundle("packed", out, bundle.pack(opened, out, wanted, key=private, jit=jit), as_json=as_json)
 
 
 def unpack(
@@ -261,25 +258,21 @@ def unpack(
     as_json: JsonOption = False,
 ) -> None:
     """Put what `pack` wrote into the store, after its signature and all digests were checked."""
-    with _store.errors():
-        opened = _store.open_store(store, make=True)
-        wanted = None if any_platform else platforms.possible()
-        keys = [bundle.public_key(path) for path in trust or ()]
-        made = bundle.unpack(opened, file, keys, allow_unsigned=allow_unsigned, platforms=wanted, replace=replace)
-        _print_bundle("unpacked", file, made, as_json=as_json)
+    opened = shared.open_store(store, make=True)
+    wanted = None if any_platform else platforms.possible()
+    keys = [bundle.public_key(path) for path in trust or ()]
+    made = bundle.unpack(opened, file, keys, allow_unsigned=allow_unsigned, platforms=wanted, replace=replace)
+    _print_bundle("unpacked", file, made, as_json=as_json)
 
 
 def _print_bundle(verb: str, file: Path, made: Bundle, *, as_json: bool) -> None:
     length = file.stat().st_size
     if as_json:
-        _store.print_json({"file": str(file), "file_size": length} | msgspec.to_builtins(made))
+        shared.print_json({"file": str(file), "file_size": length} | msgspec.to_builtins(made))
         return
-    counts = (
-        count(len(made.keys), "entry", "entries"),
-        count(made.blobs, "blob"),
-        count(made.jit_files, "kernel file"),
-    )
-    typer.echo(f"{verb} {', '.join(counts)} ({size(made.size)}) for {plain(made.platform)}")
+    entries, blobs = count(len(made.keys), "entry", "entries"), count(made.blobs, "blob")
+    files = count(made.jit_files, "kernel file")
+    typer.echo(f"{verb} {entries}, {blobs}, {files} ({size(made.size)}) for {plain(made.platform)}")
     for name in made.kept:
         typer.echo(f"kept {name}: the store's was made later (--replace takes the bundle's)")
     typer.echo(f"{file}: {size(length)}, {f'signed by key {made.signed_by}' if made.signed_by else 'not signed'}")

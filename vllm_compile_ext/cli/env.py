@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -21,42 +19,26 @@ Made by `vllm-compile-ext env --markdown` from `vllm_compile_ext/settings.py`; d
 A variable that vLLM itself knows keeps vLLM's meaning. A value that is not allowed is reported in one line that names
 the variable, the value and what is allowed, and vLLM starts stock; with `VLLM_COMPILE_EXT_STRICT=1` it is an error.
 None of them changes compiled code: all stay out of vLLM's compile cache key.
+
+| variable | allowed | default | meaning |
+|---|---|---|---|
 """
 
 
 def markdown() -> str:
-    """The table as the docs page."""
-    lines = [
-        MARKDOWN_HEAD,
-        "| variable | allowed | default | meaning |",
-        "|---|---|---|---|",
-    ]
-    for row in settings.table():
-        lines.append(f"| `{row.name}` | {row.allowed} | {row.default} | {row.meaning} |")
-    return "\n".join(lines) + "\n"
+    """The docs page."""
+    rows = settings.table()
+    return MARKDOWN_HEAD + "".join(f"| `{r.name}` | {r.allowed} | {r.default} | {r.meaning} |\n" for r in rows)
 
 
-def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the docs page.")] = False,
-) -> None:
+def command(as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the docs page.")] = False) -> None:
     """Print the plugin's environment variables and what they are set to; exit status 1 when a value is not allowed."""
-    problem = None
-    try:
-        settings.load()
-    except settings.EnvError as error:
-        problem = str(error)
     if as_markdown:
         typer.echo(markdown(), nl=False)
-    elif as_json:
-        rows = [asdict(row) | {"set": os.environ.get(row.name)} for row in settings.table()]
-        typer.echo(json.dumps({"variables": rows, "problem": problem}, indent=2))
     else:
         table = Table(Column("variable", no_wrap=True), "set to", "meaning", show_lines=True)
         for row in settings.table():
             about = f"{row.meaning}\nAllowed: {row.allowed}; default {row.default}."
             table.add_row(row.name, os.environ.get(row.name, "-"), about)
         Console().print(table)
-    if problem:
-        typer.echo(problem, err=True)
-        raise typer.Exit(1)
+    settings.load()

@@ -6,16 +6,14 @@ from typing import Annotated
 
 import typer
 from rich.table import Column, Table
-from rich.text import Text
 
-from vllm_compile_ext.cli import _store
-from vllm_compile_ext.cli._store import JsonOption, StoreOption, plain
+from vllm_compile_ext.cli import shared
+from vllm_compile_ext.cli.shared import JsonOption, StoreOption
+from vllm_compile_ext.harmless import plain
 from vllm_compile_ext.key import misses
-from vllm_compile_ext.key.misses import Change, common, summary
+from vllm_compile_ext.report.formats import date
 
-_AROUND = 30  # equal characters shown on both sides of a difference in a long value
-_LONG = 120  # characters from which on a value is long
-_SHOWN = 600  # characters shown of a difference
+_WIDTH = 200  # characters of a value that are shown, from a little before the difference; --json has all
 
 
 def miss(
@@ -26,46 +24,27 @@ def miss(
     as_json: JsonOption = False,
 ) -> None:
     """Show what made the last start miss the store: each factor that differs from the closest entry."""
-    with _store.errors():
-        opened = _store.open_store(store)
-        found = next((miss for miss in misses.read(opened.tree) if miss.key.startswith(key or "")), None)
-        if as_json:
-            _store.print_json({"store": str(opened.root), "miss": found})
-            return
-        if found is None:
-            of = f" of a key that begins with {key!r}" if key else ""
-            typer.echo(f"no miss{of} is recorded in {opened.root}")
-            return
-        out = _store.console()
-        out.print(plain(summary(found.changes)), style="bold", soft_wrap=True)
-        out.print(f"{_store.date(found.time)}, {plain(found.model)}, {plain(found.shard)}", soft_wrap=True)
-        out.print(f"wanted   {found.key}", soft_wrap=True)
-        if found.closest is not None:
-            out.print(f"closest  {found.closest}", soft_wrap=True)
-        if found.changes:
-            columns = [Column(name, overflow="fold", ratio=r) for name, r in (("factor", 1), ("stored", 2), ("now", 2))]
-            table = Table(*columns, show_lines=True, expand=True)
-            for change in found.changes:
-                table.add_row(plain(change.name), *_cells(change))
-            out.print()
-            out.print(table)
-
-
-def _cells(change: Change) -> list[Text]:
-    """Both values; of long ones what differs, in bold, and a little around it."""
-    old, new = change.old, change.new
-    if old is None or new is None or max(len(old), len(new)) <= _LONG:
-        return [Text("unset", style="italic") if v is None else Text(plain(v)) for v in (old, new)]
-    start = common(old, new)
-    end = common(old[start:][::-1], new[start:][::-1])
-    return [_part(value, start, len(value) - end) for value in (old, new)]
-
-
-def _part(value: str, start: int, stop: int) -> Text:
-    before, middle, after = value[:start], value[start:stop], value[stop:]
-    text = Text("…" if len(before) > _AROUND else "")
-    text.append(plain(before[-_AROUND:]))
-    text.append(plain(middle[:_SHOWN]), style="bold")
-    if len(middle) > _SHOWN:
-        return text.append(f"…\n({len(middle) - _SHOWN} more characters: --json)")
-    return text.append(plain(after[:_AROUND]) + ("…" if len(after) > _AROUND else ""))
+    opened = shared.open_store(store)
+    found = next((miss for miss in misses.read(opened.tree) if miss.key.startswith(key or "")), None)
+    if as_json:
+        shared.print_json({"store": str(opened.root), "miss": found})
+        return
+    if found is None:
+        asked = f" of a key that begins with {key!r}" if key else ""
+        typer.echo(f"no miss{asked} is recorded in {opened.root}")
+        return
+    out = shared.console()
+    out.print(plain(misses.summary(found.changes)), style="bold", soft_wrap=True)
+    out.print(f"{date(found.time)}, {plain(found.model)}, {plain(found.shard)}", soft_wrap=True)
+    out.print(f"wanted   {found.key}", soft_wrap=True)
+    if found.closest is not None:
+        out.print(f"closest  {found.closest}", soft_wrap=True)
+    if found.changes:
+        columns = [Column(name, overflow="fold", ratio=r) for name, r in (("factor", 1), ("stored", 2), ("now", 2))]
+        table = Table(*columns, show_lines=True, expand=True)
+        for name, old, new in found.changes:
+            stored, now = misses.shorten(old or "", new or "", _WIDTH)
+            cells = "unset" if old is None else stored, "unset" if new is None else now
+            table.add_row(plain(name), *map(plain, cells))
+        out.print()
+        out.print(table)

@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 import psutil
 
-END_TIMEOUT = 15.0  # seconds for processes to vanish after SIGKILL
+END_TIMEOUT = 15.0  # seconds that a program has to end after SIGTERM, and its processes to vanish after SIGKILL
+READ_TIMEOUT = 5.0  # seconds for what is left of the output of a program that has ended
 PAUSE = 0.05  # seconds between two looks at a program
 EXCERPT = 25  # lines of a log that an error shows
 
@@ -81,7 +82,6 @@ class Program:
     """A command and all processes of its session, as a context manager.
 
     log: a file that gets the output too.  listen: called with each `Line`, from a thread of its own.
-    patience: seconds between SIGTERM and SIGKILL.
     """
 
     def __init__(
@@ -91,10 +91,8 @@ class Program:
         *,
         log: Path | None = None,
         listen: Callable[[Line], None] | None = None,
-        patience: float = 2.0,
     ) -> None:
         self.lines: list[Line] = []
-        self.patience = patience
         self._command, self._env, self._log, self._listen = list(command), dict(env), log, listen
 
     def __enter__(self) -> Self:
@@ -111,12 +109,10 @@ class Program:
         self._reader.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         try:
             self._signal(signal.SIGTERM)
-            end, signals = time.monotonic() + self.patience, len(_signals)
+            end, signals = time.monotonic() + END_TIMEOUT, len(_signals)
             while self.running and time.monotonic() < end and len(_signals) == signals:  # a second Ctrl-C: at once
                 time.sleep(PAUSE)
         finally:
@@ -145,12 +141,8 @@ class Program:
                 raise self.error(f"not done after {timeout:.0f} s")
             exit_on_signal()
             time.sleep(PAUSE)
-        self._reader.join(self.patience)  # a process that it left may keep the pipe open
+        self._reader.join(READ_TIMEOUT)  # a process that it left may keep the pipe open
         return status
-
-    def said(self, text: str) -> str | None:
-        """The first line that contains `text`, or None."""
-        return next((line.text for line in self.lines if text in line.text), None)
 
     def error(self, what: str) -> ProgramError:
         """A `ProgramError` with the output so far."""
@@ -189,6 +181,6 @@ def excerpt(lines: Sequence[str]) -> list[str]:
     """
     first = next((line for line in lines if " ERROR " in line), None)
     if first is None:
-        return list(lines[-EXCERPT:]) or ["(the log is empty)"]
+        return list(lines[-EXCERPT:])
     process = first.partition(" ERROR ")[0]
     return [line for line in lines if line.startswith(f"{process} ERROR ")][-EXCERPT:]

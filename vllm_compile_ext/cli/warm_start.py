@@ -11,15 +11,15 @@ Exit status 0: the engine was ready; the record of the start says what was kept.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_compile_ext import harmless, settings
-from vllm_compile_ext.cli.warm import REFUSED
+from vllm_compile_ext import harmless, plugin, settings
+from vllm_compile_ext.cli import doctor
+from vllm_compile_ext.cli.warm import REFUSAL, REFUSED
 from vllm_compile_ext.compilation import rules
 from vllm_compile_ext.harmless import plain
 from vllm_compile_ext.store.store import Store, UnsafeStoreError
@@ -68,26 +68,18 @@ def configure(args: Namespace) -> Any:
 
 def check_plugin() -> None:
     """Raises `RefusedError` where this plugin did not take over or keeps nothing."""
-    import vllm.envs
-
-    from vllm_compile_ext import plugin
-
     status = plugin.status()
     if status is None:
         raise RefusedError("vLLM does not load this plugin: look at VLLM_PLUGINS, or run vllm-compile-ext doctor")
     if not status.active:
         raise RefusedError(status.line)
-    if vllm.envs.VLLM_DISABLE_COMPILE_CACHE:
-        raise RefusedError("VLLM_DISABLE_COMPILE_CACHE=1: nothing is kept, every start compiles")
-    if not vllm.envs.VLLM_USE_AOT_COMPILE:
-        raise RefusedError("VLLM_USE_AOT_COMPILE=0: vLLM's older cache is used, and nothing is kept in the store")
-    folder = settings.store()
+    found = doctor.store()
+    if found.state != "ok":
+        raise RefusedError(f"nothing can be kept: {found.text}" + (f". {found.way_out}" if found.way_out else ""))
     try:
-        store = Store.open(folder)
+        Store.open(settings.store())  # made now: a failure behind the engine's start would be late
     except (UnsafeStoreError, OSError) as error:
-        raise RefusedError(f"the store {folder} cannot be used: {error}") from error
-    if not store.writable:
-        raise RefusedError(f"the store {folder} cannot be written by user {os.geteuid()}")
+        raise RefusedError(f"the store cannot be used: {error}") from error
 
 
 def check_config(config: Any, args: Namespace) -> None:
@@ -153,24 +145,21 @@ def small_kv_cache(upstream: Callable[..., list[Any]]) -> Callable[..., list[Any
 
     def get_kv_cache_configs(config: Any, specs: list[Any], available: list[int]) -> list[Any]:
         limit = 2**50 if on_cpu() else min(available, default=0)
-        size, fits = FIRST, None
+        blocks, size, fits = 2 * config.scheduler_config.max_num_seqs, FIRST, False
         while size < limit and not sizes_model(config):
             try:
                 found = upstream(config, specs, [size] * len(available))
             except ValueError:
                 pass
             else:
-                fits = fits or size
-                if on_cpu() or (size > fits and _has_room(found, config.scheduler_config.max_num_seqs)):
+                has_room = all(each.num_blocks > blocks * len(each.kv_cache_groups) for each in found)
+                if on_cpu() or (fits and has_room):
                     return found
+                fits = True
             size *= 2
         return upstream(config, specs, available)
 
     return get_kv_cache_configs
-
-
-def _has_room(found: list[Any], sequences: int) -> bool:
-    return all(each.num_blocks > 2 * sequences * len(each.kv_cache_groups) for each in found)
 
 
 async def start(config: Any) -> None:
@@ -201,13 +190,6 @@ async def ask(engine: Any) -> None:
         await asyncio.gather(*(one(f"warm {together} {number}") for number in range(together)))
 
 
-def refuse(why: str) -> int:
-    """Say why nothing is started; returns the exit status."""
-    sys.stdout.flush()
-    print(plain(f"refused: {why}"), flush=True)
-    return REFUSED
-
-
 def main() -> int:
     try:
         args = parse(sys.argv[1:])
@@ -215,13 +197,16 @@ def main() -> int:
         config = configure(args)
         check_config(config, args)
     except RefusedError as error:
-        return refuse(str(error))
+        why = str(error)
     except Exception as error:
         traceback.print_exc()
-        return refuse(f"vLLM does not start with these options ({harmless.error(error)}); --verbose shows what it says")
-    lighten(config)
-    asyncio.run(start(config))
-    return 0
+        why = f"vLLM does not start with these options ({harmless.error(error)}); --verbose shows what it says"
+    else:
+        lighten(config)
+        asyncio.run(start(config))
+        return 0
+    print(plain(f"{REFUSAL}{why}"), flush=True)
+    return REFUSED
 
 
 # Each process that vLLM spawns runs this module first, as "__mp_main__": before the engine's module takes the name.

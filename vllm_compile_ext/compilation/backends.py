@@ -67,7 +67,7 @@ class VllmBackend(upstream.VllmBackend):
     def __call__(self, graph: Any, example_inputs: Sequence[Any]) -> Any:
         from vllm_compile_ext.compilation import once
 
-        session = once.current()
+        session = once.current.get()
         if session is None:
             return super().__call__(graph, example_inputs)
         return once.compile_graph(self, graph, example_inputs, session)

@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_compile_ext.compilation import scratch, start
+from vllm_compile_ext import temporary
+from vllm_compile_ext.compilation import start
 from vllm_compile_ext.upstream import decorators as upstream
 
 _upstream_load = upstream._try_load_aot_compiled_fn
@@ -62,7 +63,7 @@ def _writable(root: str) -> str:
         with tempfile.TemporaryFile(dir=root):
             return root
     except OSError:
-        return os.fspath(scratch.folder())
+        return os.fspath(temporary.scratch())
 
 
 # `upstream` is this plugin's own copy of the module: vLLM's is not touched.

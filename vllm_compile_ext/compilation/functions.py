@@ -20,10 +20,10 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_compile_ext import harmless
-from vllm_compile_ext.compilation import entry
 from vllm_compile_ext.key import machine, torch_settings
 from vllm_compile_ext.key.factors import EXCLUDED
-from vllm_compile_ext.program import commit, program
+from vllm_compile_ext.key.seen import foreign_operator
+from vllm_compile_ext.program import commit, open_store, program
 from vllm_compile_ext.program.piece import constants
 from vllm_compile_ext.record.events import event
 from vllm_compile_ext.store import evict
@@ -51,7 +51,7 @@ def load_or_compile(
     """What Dynamo calls for `graph`.  options: of `torch.compile`, None where there are some of an unknown kind."""
     store, keys = None, dict[str, str]()
     try:
-        store = entry.store() if _models and options is not None else None
+        store = open_store() if _models and options is not None else None
         if store is not None and options is not None:
             described = _describe(graph, inputs, options)
             keys = {owner: key_of({"program": owner, "function": described}) for owner in _models}
@@ -100,18 +100,15 @@ def _describe(graph: Any, inputs: Sequence[Any], options: Mapping[str, Any]) -> 
         if applies:
             raise Unfingerprintable(why)
     state = {f"state.{name}": text for name, text in torch_settings.state().items()} | torch_settings.compilers({})
-    state |= {"threads": str(machine.threads(options)), "device": entry.device()}
+    state |= {"threads": str(machine.threads(options)), "device": machine.device()}
     switched = sorted((name, text) for name, text in state.items() if name not in EXCLUDED)
     return fingerprint(piece, graph, [str(sorted(options.items())), str(switched), *_symbols()])
 
 
 def _is_torchs(target: Any) -> bool:
     """Whether torch's version stands for what a node calls."""
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        name = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
-        return bool(name.startswith(("aten::", "prims::", "prim::")))
-    if isinstance(target, str):
-        return True
+    if isinstance(target, str | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return foreign_operator(target) is None
     return is_torchs(target.__module__) or target.__module__ in ("_operator", "math", "builtins")
 
 
@@ -175,7 +172,8 @@ def _keep(store: Store, keys: Mapping[str, str], compiled: Any) -> None:
                     continue
                 members = program.keep_code(store, AOTCompiledArtifact(compiled), (), "code")
                 members["guards"] = store.put(guards)
-                commit(store, "piece", key, shard, _models[owner], {"program": owner}, members)
+                about = {"model": _models[owner], "factors": {"program": owner}}
+                commit(store, kind="piece", key=key, shard=shard, members=members, **about)
                 line = f"kept function {key[:12]} in {store.root}"
                 event("function kept", line, level=logging.DEBUG, bytes=total(members.values()))
         evict.keep_limit(store)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,15 @@ from vllm.compilation.compiler_interface import is_compile_cache_enabled
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.partition_rules import should_split
 
-from vllm_compile_ext import harmless
-from vllm_compile_ext.compilation import rules, scratch
-from vllm_compile_ext.compilation.entry import Entry, label
+from vllm_compile_ext import harmless, temporary
+from vllm_compile_ext.compilation import rules
 from vllm_compile_ext.harmless import plain
 from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.inductor.pieces import DistinctPieces, deduplicate
 from vllm_compile_ext.key.seen import NotDescribed, Seen, collect
 from vllm_compile_ext.program.program import Program
-from vllm_compile_ext.record.events import event
-from vllm_compile_ext.record.spans import span
-from vllm_compile_ext.store.store import key_of
+from vllm_compile_ext.record.events import event, span
+from vllm_compile_ext.store.store import Store, key_of
 from vllm_compile_ext.trace import plan as plans
 from vllm_compile_ext.trace.split import decompose_sizes, extract, split
 from vllm_compile_ext.trace.stitch import difference, stitch
@@ -50,22 +49,25 @@ class Differs(Exception):  # noqa: N818 - an answer, not an error
     """A copy of a layer is not what tracing that layer gives; the message says where."""
 
 
+@dataclass
 class Session:
-    """One compilation: the model and its first call's arguments, its place in the store, and the tracer.
+    """One compilation of a model.
 
+    store: where pieces are kept, None for nowhere.  facts: what events about the model are noted with; with a store its
+    key is among them.  arguments: of its first call.  copies: whether layers may be copied.
     compiling: the graph is understood and pieces are being compiled.  An error before this point means that the model
     is traced again as upstream does it; an error after it is the user's to see.
     """
 
-    def __init__(
-        self, model: Any, entry: Entry | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, copies: bool
-    ) -> None:
-        self.model, self.entry = model, entry
-        self.arguments = args, kwargs
-        self.copies = copies
+    model: Any
+    store: Store | None
+    facts: Mapping[str, Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    copies: bool
+    compiling: bool = False
+
+    def __post_init__(self) -> None:
         self.tracer = self._tracer()
-        self.compiling = False
-        self.facts: dict[str, Any] = entry.facts if entry is not None else {"model": label(model)}  # for events
 
     def _tracer(self, skip: Collection[int] = ()) -> Tracer:
         tables = [self.model.vllm_config.compilation_config.static_forward_context]
@@ -79,13 +81,13 @@ class Session:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Trace with the tracer, and let `current` find this session."""
-        token = _current.set(self)
+        """Trace with the tracer, as the `current` session."""
+        token = current.set(self)
         try:
             with self.tracer.install():
                 yield
         finally:
-            _current.reset(token)
+            current.reset(token)
 
     def check_copies(self, graph: fx.Graph, values: Sequence[Any]) -> None:
         """Trace the model once more, with the last copy of each kind of layer traced instead of copied, and compare.
@@ -93,7 +95,7 @@ class Session:
         values: of the placeholders of `graph`, which was stitched and has its sizes decomposed.  A net under the proof
         of `trace/`: raises `Differs`.
         """
-        skip = self.tracer.last_of_each_kind()
+        skip = set(self.tracer.last_copies.values())
         if not skip:
             return
         args, kwargs = self.arguments
@@ -107,41 +109,42 @@ class Session:
             raise Differs(where)
 
 
-_current: ContextVar[Session | None] = ContextVar("vllm_compile_ext_session", default=None)
-
-
-def current() -> Session | None:
-    """The session of the compilation that runs in this context, or None for upstream's path."""
-    return _current.get()
+# The session of the compilation that runs in this context; None for upstream's path.
+current: ContextVar[Session | None] = ContextVar("vllm_compile_ext_session", default=None)
 
 
 def trace_once(
-    model: Any, entry: Entry | None, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any,
+    store: Store | None,
+    facts: Mapping[str, Any],
+    stock: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any | None:
     """Compile `model` by `stock`, upstream's `aot_compile`, with identical layers traced once.
 
-    None, after a line that says why, where upstream has to trace every layer.
+    None, after a line that says why, where upstream has to trace every layer.  store, facts: see `Session`.
     """
     tag = f"[{getattr(model, '_compile_tag', '')}] "
     if reason := rules.why_upstream(model.vllm_config):
-        _say_upstream(tag, reason, {"model": label(model)})
+        _say_upstream(tag, reason, facts)
         return None
     folder = os.environ.get(INDUCTOR_FOLDER)
-    os.environ[INDUCTOR_FOLDER] = str(scratch.inductor())
+    os.environ[INDUCTOR_FOLDER] = str(temporary.scratch() / "inductor")
     for copies in (True, False):
-        session = Session(model, entry, args, kwargs, copies=copies)
+        session = Session(model, store, facts, (args, kwargs), copies)
         try:
             with session.active(), span("trace" if copies else "trace every layer"):
                 return stock(*args, **kwargs)
         except Differs as where:
             line = f"{tag}every layer is traced: a copied one is not what tracing gives, {where}"
-            event("refuted", line, why=f"every layer is traced: {where}", **session.facts)
+            event("refuted", line, why=f"every layer is traced: {where}", **facts)
         except Exception as error:
             if session.compiling:
                 raise
             # Whatever it is, tracing as stock does it either works or gives the error that stock gives.
             logger.debug("%strace once gave up", tag, exc_info=True)
-            _say_upstream(tag, plain(harmless.error(error).partition("\n")[0]), session.facts)
+            _say_upstream(tag, plain(harmless.error(error).partition("\n")[0]), facts)
             break
     if folder is not None:  # upstream's: what it keeps names files there
         os.environ[INDUCTOR_FOLDER] = folder
@@ -166,9 +169,13 @@ def compile_graph(backend: Any, graph: fx.GraphModule, inputs: Sequence[Any], se
         decompose_sizes(graph.graph)
         operators = backend.compilation_config.splitting_ops or []
         pieces = split(graph.graph, lambda node: should_split(node, operators))
-        splitting.set(pieces=len(pieces))
+        splitting["pieces"] = len(pieces)
     with span("describe what was read"):  # before anything of the model runs and changes it
-        seen = _describe(session, graph.graph)
+        seen: Seen | NotDescribed
+        try:
+            seen = collect(session.model, session.tracer, graph.graph)
+        except NotDescribed as why:
+            seen = why
     with span("fingerprint"):
         numbers, distinct, fingerprints = deduplicate(pieces, graph)
     with span("plan"):
@@ -189,9 +196,7 @@ def compile_graph(backend: Any, graph: fx.GraphModule, inputs: Sequence[Any], se
             session.check_copies(graph.graph, [*inputs, *(extra.value for extra in extras)])
 
     _prepare(backend, plan, modules)
-    shared = DistinctPieces(backend, modules, session.facts["model"])
-    if session.entry is not None and isinstance(seen, Seen):
-        shared.share(session.entry.store, session.entry.key, _keys(session.entry.key, seen, fingerprints))
+    shared = DistinctPieces(backend, modules, session.store, _keys(session, seen, fingerprints), session.facts)
     try:
         compiled = shared.compile(check_copies)
     except Differs:
@@ -222,20 +227,15 @@ def compile_graph(backend: Any, graph: fx.GraphModule, inputs: Sequence[Any], se
     return program
 
 
-def _keys(program: str, seen: Seen, fingerprints: Sequence[str | None]) -> list[str | None]:
-    """The key of each distinct piece of the model of key `program`; None for one that is shared with nobody.
+def _keys(session: Session, seen: Seen | NotDescribed, fingerprints: Sequence[str | None]) -> list[str | None]:
+    """The key of each distinct piece; None for one that is shared with nobody.
 
     What operators do by Python (`Seen.called`) is in it; nothing is shared where that is not known.
     """
-    facts = {"program": program, "called": seen.called}
-    return [key_of(facts | {"piece": found}) if found and seen.called else None for found in fingerprints]
-
-
-def _describe(session: Session, graph: fx.Graph) -> Seen | NotDescribed:
-    try:
-        return collect(session.model, session.tracer, graph)
-    except NotDescribed as why:
-        return why
+    if session.store is None or isinstance(seen, NotDescribed) or not seen.called:
+        return [None] * len(fingerprints)
+    facts = {"program": session.facts["key"], "called": seen.called}
+    return [key_of(facts | {"piece": found}) if found else None for found in fingerprints]
 
 
 def _say_traced(tracer: Tracer, tag: str, pieces: str, started: float) -> None:

@@ -24,8 +24,10 @@ def why_upstream(vllm_config: Any) -> str | None:
         # Nothing is to be read or kept; without its caches torch does not compile ahead of time (torch 2.13.0,
         # `_dynamo/eval_frame.py: aot_compile`).
         (vllm.envs.VLLM_DISABLE_COMPILE_CACHE, "VLLM_DISABLE_COMPILE_CACHE=1"),
-        (torch._inductor.config.force_disable_caches, "torch's compile caches are off (force_disable_caches)"),
-        (options.get("force_disable_caches", False), "torch's compile caches are off (force_disable_caches)"),
+        (
+            torch._inductor.config.force_disable_caches or options.get("force_disable_caches", False),
+            "torch's compile caches are off (force_disable_caches)",
+        ),
         (compilation.mode != CompilationMode.VLLM_COMPILE, f"mode {getattr(compilation.mode, 'name', None)}"),
         (not vllm.envs.VLLM_USE_AOT_COMPILE, "VLLM_USE_AOT_COMPILE=0"),
         (not vllm.envs.VLLM_USE_MEGA_AOT_ARTIFACT, "VLLM_USE_MEGA_AOT_ARTIFACT=0"),

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from vllm_compile_ext.compilation import entry, rules, start
+from vllm_compile_ext.compilation import rules, start
 from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.key import factors
+from vllm_compile_ext.program import dump
 from vllm_compile_ext.upstream import wrapper as upstream
 
 
@@ -24,7 +25,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
         super().__init__(*args, **kwargs)
         factors.prepare()
         if rules.why_upstream(self.vllm_config) is None:
-            workers.prepare(lambda: entry.is_new(self))
+            workers.prepare(lambda: start.is_new(self))
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
         return start.compile_and_keep(self, super().aot_compile, args, kwargs)
@@ -37,7 +38,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
         if frame is None or frame.f_locals.get("self") is not self:
             return
         self._compiled_bytecode = new_code
-        start.inspect_bytecode(self, new_code)
+        dump.inspect(self, new_code)
 
 
 def _compiled_frame(old_code: CodeType) -> Any:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import vllm.envs
+from vllm.config import CUDAGraphMode
 
 from vllm_compile_ext import settings
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table in docs/cudagraphs.md.
-
-    what: an option, as people name it.  why: the reason for stock's capture.  holds: true of a `VllmConfig` with it.
-    """
+class Row(NamedTuple):
+    """One line of the table in docs/cudagraphs.md.  what: an option, as people name it.  why: the reason for stock's
+    capture.  holds: true of a `VllmConfig` with it."""
 
     what: str
     why: str
@@ -142,16 +139,13 @@ _given_up: set[int] = set()
 
 
 def stock_because(config: Any) -> str | None:
-    """The first row that holds for `config`, as a phrase; None where graphs are captured on demand."""
-    row = next((row for row in STOCK if row.holds(config)), None)
-    return None if row is None else f"{row.what}: {row.why}"
+    """The first row that holds for `config`, as a phrase; None where graphs can be captured on demand."""
+    return next((f"{row.what}: {row.why}" for row in STOCK if row.holds(config)), None)
 
 
 def on_demand(config: Any) -> bool:
     """Whether graphs are captured on demand: asked for, and covered."""
-    if id(config) in _given_up:
-        return False
-    return settings.load().VLLM_COMPILE_CUDAGRAPHS != "eager" and stock_because(config) is None
+    return _asked_for(config) and stock_because(config) is None
 
 
 def give_up(config: Any) -> None:
@@ -161,26 +155,27 @@ def give_up(config: Any) -> None:
 
 def say(config: Any) -> None:
     """Log why graphs are captured at start, where that was not asked for."""
-    if id(config) in _given_up:
-        return  # said before
-    reason = stock_because(config)
-    if reason is not None and settings.load().VLLM_COMPILE_CUDAGRAPHS != "eager":
+    if _asked_for(config) and (reason := stock_because(config)):
         logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)
+
+
+def _asked_for(config: Any) -> bool:
+    if id(config) in _given_up or settings.load().VLLM_COMPILE_CUDAGRAPHS == "eager":
+        return False
+    return bool(config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
 
 
 def _backends(config: Any) -> set[str]:
     """Names of the attention backends of the model's layers, as far as they are made."""
     layers = config.compilation_config.static_forward_context.values()
-    found = [layer.get_attn_backend() for layer in layers if hasattr(layer, "get_attn_backend")]
-    return {str(backend.get_name()) for backend in found}
+    return {str(layer.get_attn_backend().get_name()) for layer in layers if hasattr(layer, "get_attn_backend")}
 
 
 def _exchanges() -> bool:
     from vllm.distributed import parallel_state
 
     communicator = parallel_state.get_tp_group().device_communicator
-    names = ("fi_pcie_ipc_ar_comm", "aiter_ar_comm")
-    return any(getattr(communicator, name, None) is not None for name in names)
+    return any(getattr(communicator, name, None) is not None for name in ("fi_pcie_ipc_ar_comm", "aiter_ar_comm"))
 
 
 def markdown() -> str:

@@ -8,13 +8,12 @@ writes to.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from vllm.compilation import monitor
@@ -43,7 +42,6 @@ class _OneByOne(upstream.CudaGraphManager):
     def capture(self, create_forward_fn: Any, progress_bar_desc: str = "Capturing CUDA graphs") -> None:
         """At start: capture nothing, only allocate what every graph writes to; or, where that is not covered, all."""
         if not coverage.on_demand(self.vllm_config):
-            coverage.say(self.vllm_config)
             monitor.set_cudagraph_capturing_enabled(True)
             super().capture(create_forward_fn, progress_bar_desc)
             return
@@ -59,13 +57,14 @@ class _OneByOne(upstream.CudaGraphManager):
             from_first=ranks.from_first,
             keep=memory.Writer().put,
         )
+        budget = memory.take_budget(self.vllm_config)
         free, reserved = device.free(), device.reserved()
         self._allocate_outputs()
         # At most what torch took and a workspace or two: another process may take memory of the device meanwhile.
-        base = max(0, min(free - device.free(), device.reserved() - reserved + 2 * memory.BASE))
+        budget.base = max(0, min(free - device.free(), device.reserved() - reserved + 2 * memory.BASE))
         every: dict[Any, list[Any]] = self._capture_descs  # type: ignore[has-type]
         shapes = [shape_of(desc) for descs in every.values() for desc in descs]
-        self.session = Session(shapes, memory.take_need(self.vllm_config), device, base)
+        self.session = Session(shapes, budget, device)
         self._graphs_captured = True  # upstream's dispatch looks for a graph from here on
         monitor.set_cudagraph_capturing_enabled(False)
 
@@ -73,29 +72,32 @@ class _OneByOne(upstream.CudaGraphManager):
         """Upstream allocates the buffer of the model's outputs at the first forward pass: run the largest size of each
         kind, the largest of all first, and in the memory that graphs will use."""
         largest = [max(descs, key=lambda d: d.num_tokens) for descs in self._capture_descs.values()]
-        with (
-            between_steps(self._stream),
-            upstream.graph_capture(device=self.device),
-            in_pool(self.pool, self.device),
-        ):
+        with between_steps(self._stream), upstream.graph_capture(device=self.device), in_pool(self.pool):
             for desc in sorted(largest, key=lambda d: -d.num_tokens):
                 self._create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
 
-    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
+    def dispatch(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int,
+        max_query_len: int | None = None,
+        num_ubatches: int = 1,
+    ) -> Any:
         """Upstream's choice where its graph is there or is captured now, else a captured larger one, else none."""
-        best = super().dispatch(*args, **kwargs)
+        batch = (num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches)
+        best = super().dispatch(*batch)
         if self.session is None or best.cg_mode == CUDAGraphMode.NONE:
             return best
-        batch = _Batch(*args, **kwargs)._replace(num_active_loras=best.num_active_loras)
-        captured, barred = self.session.policy.captured, self.session.policy.barred
+        wanted, captured, barred = shape_of(best), self.session.policy.captured, self.session.policy.barred
 
         def fits(shape: Shape) -> bool:
             return bool(upstream._is_compatible(shape.rest, *batch))
 
         try:
-            wanted = shape_of(best)
             if wanted in barred:  # upstream's next choice, if there is one
-                others = map(shape_of, self._candidates.get((batch.num_tokens, batch.num_active_loras), ()))
+                others = map(shape_of, self._candidates.get((num_tokens, num_active_loras), ()))
                 wanted = next((shape for shape in others if fits(shape) and shape not in barred), wanted)
             chosen = self.session.choose_graph(wanted, filter(fits, captured))
         except Exception as error:  # the batch must run
@@ -105,13 +107,7 @@ class _OneByOne(upstream.CudaGraphManager):
             chosen = shape_of(best) if shape_of(best) in captured else None
         if chosen is not None:
             return chosen.rest
-        return upstream.BatchExecutionDescriptor(  # not padded
-            CUDAGraphMode.NONE,
-            batch.num_tokens,
-            batch.num_reqs,
-            num_active_loras=best.num_active_loras,
-            num_ubatches=best.num_ubatches,
-        )
+        return upstream.BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)  # not padded
 
     def capture_idle(self, *, remembered: bool = False) -> bool:
         """Capture one graph while there are no requests; see `Session.capture_idle`."""
@@ -160,18 +156,7 @@ class _OneByOne(upstream.CudaGraphManager):
         if shape.kind == PIECEWISE:
             for wrapper in list(CUDAGraphWrapper._all_instances):
                 wrapper.concrete_cudagraph_entries.pop(descriptor, None)
-        mend_pool(self.pool, self.device)
-
-
-class _Batch(NamedTuple):
-    """The arguments of `dispatch`, which `_is_compatible` takes in the same order (vLLM 0.32.0)."""
-
-    num_reqs: int
-    num_tokens: int
-    uniform_token_count: int | None
-    num_active_loras: int
-    max_query_len: int | None = None
-    num_ubatches: int = 1
+        mend_pool(self.pool)
 
 
 class OnDemandManager(upstream.ModelCudaGraphManager, _OneByOne):
@@ -221,7 +206,7 @@ def between_steps(stream: torch.cuda.Stream, changes: Iterable[tuple[Any, str, A
         (upstream, "tqdm", lambda items, **_: items),
         # Other threads of a serving worker copy outputs and wait for events meanwhile, and this one may load a kernel
         # for the first time: neither is a reason to break the capture off.
-        (torch.cuda, "graph", _RelaxedGraph),
+        (torch.cuda, "graph", partial(torch.cuda.graph, capture_error_mode="relaxed")),
         # The next steps need the caches of memory.
         (torch.cuda, "empty_cache", lambda: None),
         (torch._C, "_host_emptyCache", lambda: None),
@@ -230,43 +215,32 @@ def between_steps(stream: torch.cuda.Stream, changes: Iterable[tuple[Any, str, A
         for owner, name, value in [*state, *changes]:
             undos.callback(replace(owner, name, partial(_instead, value)))
         torch.cuda.synchronize()
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if collecting:
-                gc.enable()
-            torch.cuda.synchronize()
+        undos.callback(torch.cuda.synchronize)
+        if gc.isenabled():
+            gc.disable()
+            undos.callback(gc.enable)
+        yield
 
 
 def _instead(value: Any, stock: Any) -> Any:
     return value
 
 
-class _RelaxedGraph(torch.cuda.graph):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"capture_error_mode": "relaxed"} | kwargs)
-
-
 @contextmanager
-def in_pool(pool: Any, device: torch.device) -> Iterator[None]:
+def in_pool(pool: Any) -> Iterator[None]:
     """Allocate from the graphs' pool: what is freed again is there for graphs, the largest size first, as in stock's
     order of captures.  The pool is kept for good; releasing it would forbid captures into it."""
-    torch._C._cuda_beginAllocateCurrentThreadToPool(_index(device), pool)
+    device = torch.cuda.current_device()
+    torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
     try:
         yield
     finally:
-        torch._C._cuda_endAllocateToPool(_index(device), pool)
+        torch._C._cuda_endAllocateToPool(device, pool)
 
 
-def mend_pool(pool: Any, device: torch.device) -> None:
+def mend_pool(pool: Any) -> None:
     """After a capture that broke off: torch does not close the pool it allocated from (`CUDAGraph::capture_end` raises
     before it does, torch 2.13), and would neither take another capture into it nor give back unused memory any more."""
-    with contextlib.suppress(RuntimeError):  # it was not open
-        torch._C._cuda_endAllocateToPool(_index(device), pool)
-        torch._C._cuda_releasePool(_index(device), pool)
-
-
-def _index(device: torch.device) -> int:
-    return int(torch.cuda.current_device() if device.index is None else device.index)
+    with suppress(RuntimeError):  # it was not open
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)

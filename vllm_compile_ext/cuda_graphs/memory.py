@@ -12,20 +12,21 @@ import hashlib
 import logging
 import statistics
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from queue import SimpleQueue
+from typing import Annotated, Any
 
 import msgspec
 import torch
 import vllm.envs
-from vllm.config import CUDAGraphMode
 
 from vllm_compile_ext import harmless, settings
 from vllm_compile_ext.cuda_graphs import coverage, ranks
-from vllm_compile_ext.store.files import DamagedError, Tree, UnsafeStoreError
+from vllm_compile_ext.store.files import DamagedError, Tree
 from vllm_compile_ext.store.store import ManifestError, seal, unseal
 
 logger = logging.getLogger(__name__)
@@ -101,77 +102,122 @@ def write(root: Path, history: History) -> None:
             tree.remove("graphs", name)
 
 
-class Writer:
-    """Writes the last history it was given, `DELAY` seconds after the first."""
+class Writer(threading.Thread):
+    """Writes the last history it was given, `DELAY` seconds after the first: no step waits for the disk."""
 
     def __init__(self) -> None:
-        self._pending: History | None = None
-        self._lock = threading.Lock()
+        super().__init__(name="what graphs took", daemon=True)
+        self._given: SimpleQueue[History] = SimpleQueue()
+        self.put = self._given.put
+        with suppress(RuntimeError):  # no more threads: what graphs took is not kept
+            self.start()
 
-    def put(self, history: History) -> None:
-        """Have `history` written later; never waits for the disk, never raises."""
-        with self._lock:
-            waiting, self._pending = self._pending is not None, history
-        if waiting:
-            return
-        timer = threading.Timer(DELAY, self._write)
-        timer.daemon = True
-        try:
-            timer.start()
-        except RuntimeError as error:  # no more threads: the next one may find one
-            logger.debug("what graphs took is not kept: %s", error)
-            with self._lock:
-                self._pending = None
+    def run(self) -> None:
+        while True:
+            self.write_next()
 
-    def _write(self) -> None:
-        with self._lock:
-            history, self._pending = self._pending, None
+    def write_next(self) -> None:
+        history = self._given.get()
+        time.sleep(DELAY)
+        while not self._given.empty():
+            history = self._given.get()
         try:
-            if history is not None and not settings.store_off():
+            if not settings.store_off():
                 write(settings.store(), history)
-        except (OSError, UnsafeStoreError) as error:
-            logger.debug("what graphs took was not kept: %s", error)
+        except Exception as error:  # the next one may be kept
+            logger.debug("what graphs took was not kept (%s)", harmless.error(error))
 
 
-# --- what is kept free
+# --- what graphs may take
 
 
-class Need(NamedTuple):
-    """What a start keeps free.  key: of its history.  layers: decoder layers of the model.  base: bytes for what all
-    graphs share.  graphs: bytes for graphs alone.  source: where these are from, in words.  kept: whether the KV cache
-    was made that much smaller.  history: what earlier starts left."""
+@dataclass
+class Budget:
+    """What graphs may take, and what they took.
+
+    key: of the history.  layers: decoder layers of the model.  base: bytes for what all graphs share, taken before the
+    first.  limit: bytes that graphs may take together, beside these.  source: where the figures are from, in words.
+    kept: whether the KV cache was made that much smaller.  each, used: as in the history of earlier starts.
+
+    held: bytes that graphs take.  costs: bytes of each captured graph, by kind.
+    """
 
     key: str
     layers: int
     base: int
-    graphs: int
+    limit: int
     source: str
     kept: bool = False
-    history: History | None = None
+    each: Mapping[str, int] = field(default_factory=dict)
+    used: Mapping[int, int] = field(default_factory=dict)
+    held: int = 0
+    costs: dict[str, list[int]] = field(default_factory=dict)
+
+    def expected(self, kind: str) -> int:
+        """Bytes that the next graph of `kind` will take: the mean of those before, what is known of an earlier start
+        (or else the estimate) among them; without the largest if it took a step of torch's, which has room for more."""
+        known = sorted([self.each.get(kind, self.layers * LAYER[kind]), *self.costs.get(kind, ())])
+        return int(statistics.fmean(known[:-1] if known[-1] >= STEP and len(known) > 1 else known))
+
+    def refusal(self, kind: str, later: int = 0) -> str | None:
+        """Why one more graph of `kind` would pass the limit; None when it would not.  later: how many decode steps may
+        still ask for a graph, for a part of which room is left."""
+        reserve = int(UNASKED * later * self.expected(FULL))
+        if self.held + self.expected(kind) + reserve <= self.limit:
+            return None
+        used_up = f"the {self.limit / MIB:.0f} MiB for CUDA graphs are used up"
+        return used_up + (f" but for {reserve / MIB:.0f} MiB for decode steps" if reserve else "")
+
+    def shortage(self, kind: str, free: int) -> str | None:
+        """Why `free` bytes on the device are too few for a graph of `kind`; None when they are enough."""
+        enough = free >= self.expected(kind) + (MARGIN if self.kept else UNKEPT_MARGIN)
+        return None if enough else f"only {free / MIB:.0f} MiB are free on the device"
+
+    def add(self, kind: str, size: int, grown: int) -> int:
+        """Count a graph that took `size` bytes of the device, of which this process's allocator knows `grown`.  Returns
+        what counts of them: another process may have taken memory meanwhile."""
+        size = max(0, min(size, max(grown, 0) + ABSURD * self.layers * LAYER[kind]))
+        self.held += size
+        self.costs.setdefault(kind, []).append(size)
+        return size
+
+    def remember(self, used: Mapping[int, int], asked: Mapping[str, int], unasked: Mapping[str, int]) -> History:
+        """What the next start is to know.  It keeps memory free for the graphs that are held, for those that traffic
+        `asked` for and that were not captured, and for a part of those it did not ask for; both are numbers by kind."""
+        more = sum(count * self.expected(kind) for kind, count in asked.items())
+        rest = sum(count * self.expected(kind) for kind, count in unasked.items())
+        return History(
+            key=self.key,
+            base=self.base,
+            held=self.held,
+            graphs=sum(map(len, self.costs.values())),
+            each={kind: self.expected(kind) for kind in {**self.each, **self.costs}},
+            needed=self.held + more + int(UNASKED * rest) + STEPS,
+            used=dict(used),
+        )
 
 
 # By the configuration's id, from the profiling of memory to the start's end: between the two the KV cache takes all
 # that is not kept free, and with `--max-model-len auto` the configuration changes.
-_profiled: dict[int, Need] = {}
+_profiled: dict[int, Budget] = {}
 
 
 def profile(stock: Callable[[Any], int], runner: Any) -> int:
     """In the place of upstream's `profile_cudagraph_memory` (`stock`): bytes to keep free for graphs, at the price of
     one forward pass, or of none."""
     config = runner.vllm_config
-    if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
-        return 0
-    need, error = None, None
+    budget, error = None, None
     try:
         if coverage.on_demand(config):
-            need = find_need(config, lambda: _activations(runner))
+            budget = find_budget(config, lambda: _activations(runner))
     except Exception as caught:
         error = caught
-    if need is None and error is None:
+    if budget is None and error is None:
         return stock(runner)
-    if ranks.all_agree(error is None) and need is not None:
-        _profiled[id(config)] = need._replace(kept=bool(vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS))
-        return need.base + need.graphs
+    if ranks.all_agree(error is None) and budget is not None:
+        budget.kept = bool(vllm.envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS)
+        _profiled[id(config)] = budget
+        return budget.base + budget.limit
     coverage.give_up(config)
     why = harmless.error(error) or "another rank has no figure for them"
     logger.warning("CUDA graphs are captured at start, as in stock vLLM (%s)", why)
@@ -179,23 +225,23 @@ def profile(stock: Callable[[Any], int], runner: Any) -> int:
     return stock(runner)
 
 
-def take_need(config: Any) -> Need:
+def take_budget(config: Any) -> Budget:
     """What was kept free when memory was profiled, or, where it was not (kv_cache_memory_bytes), what graphs need."""
-    return _profiled.pop(id(config), None) or find_need(config, lambda: 0)
+    return _profiled.pop(id(config), None) or find_budget(config, lambda: 0)
 
 
-def find_need(config: Any, activations: Callable[[], int]) -> Need:
+def find_budget(config: Any, activations: Callable[[], int]) -> Budget:
     """What an earlier start of `config` left on every rank, else an estimate.  `activations()` measures a forward
     pass, on every rank or on none: a rank alone would wait for the others."""
     key, layers = history_key(config), int(config.model_config.get_total_num_hidden_layers())
     known = None if settings.store_off() else read(settings.store(), key)
     if ranks.all_agree(known is not None) and known is not None:
         source = f"{known.graphs} graphs took {known.held / GIB:.2f} GiB in an earlier start"
-        return Need(key, layers, known.base, known.needed, source, history=known)
+        return Budget(key, layers, known.base, known.needed, source, each=known.each, used=known.used)
     sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
     mode = config.compilation_config.cudagraph_mode
     per_size = mode.has_full_cudagraphs() * LAYER[FULL] + mode.has_piecewise_cudagraphs() * LAYER[PIECEWISE]
-    return Need(key, layers, BASE + activations(), sizes * layers * per_size + STEPS, "an estimate")
+    return Budget(key, layers, BASE + activations(), sizes * layers * per_size + STEPS, "an estimate")
 
 
 def history_key(config: Any) -> str:
@@ -222,56 +268,3 @@ def _activations(runner: Any) -> int:
     peak = torch.cuda.max_memory_allocated()
     torch.cuda.empty_cache()
     return int(peak - before)
-
-
-# --- room for one more
-
-
-@dataclass
-class Budget:
-    """limit: bytes that graphs may take together.  layers: decoder layers.  margin: bytes of the device that stay free.
-    base: bytes that were taken for all graphs before the first.  each: bytes of a graph in an earlier start, by kind.
-    held: bytes that graphs take.  costs: bytes of each captured graph, by kind."""
-
-    limit: int
-    layers: int
-    margin: int = MARGIN
-    base: int = 0
-    each: Mapping[str, int] = field(default_factory=dict)
-    held: int = 0
-    costs: dict[str, list[int]] = field(default_factory=dict)
-
-    def expected(self, kind: str) -> int:
-        """Bytes that the next graph of `kind` will take: the mean of those before, what is known of an earlier start
-        (or else the estimate) among them; without the largest if it took a step of torch's, which has room for more."""
-        known = sorted([self.each.get(kind, self.layers * LAYER[kind]), *self.costs.get(kind, ())])
-        return int(statistics.fmean(known[:-1] if known[-1] >= STEP and len(known) > 1 else known))
-
-    def refusal(self, kind: str, later: int = 0) -> str | None:
-        """Why one more graph of `kind` would pass the limit; None when it would not.  later: how many decode steps may
-        still ask for a graph, for a part of which room is left."""
-        reserve = int(UNASKED * later * self.expected(FULL))
-        if self.held + self.expected(kind) + reserve <= self.limit:
-            return None
-        used_up = f"the {self.limit / MIB:.0f} MiB for CUDA graphs are used up"
-        return used_up + (f" but for {reserve / MIB:.0f} MiB for decode steps" if reserve else "")
-
-    def shortage(self, kind: str, free: int) -> str | None:
-        """Why `free` bytes on the device are too few for a graph of `kind`; None when they are enough."""
-        enough = free >= self.expected(kind) + self.margin
-        return None if enough else f"only {free / MIB:.0f} MiB are free on the device"
-
-    def add(self, kind: str, size: int, grown: int) -> int:
-        """Count a graph that took `size` bytes of the device, of which this process's allocator knows `grown`.  Returns
-        what counts of them: another process may have taken memory meanwhile."""
-        size = max(0, min(size, max(grown, 0) + ABSURD * self.layers * LAYER[kind]))
-        self.held += size
-        self.costs.setdefault(kind, []).append(size)
-        return size
-
-    def needed(self, asked: Mapping[str, int], unasked: Mapping[str, int]) -> int:
-        """What the next start keeps free beside `base`: for the graphs that are held, those not captured that traffic
-        `asked` for, and a part of those it did not ask for; both are numbers by kind."""
-        more = sum(count * self.expected(kind) for kind, count in asked.items())
-        rest = sum(count * self.expected(kind) for kind, count in unasked.items())
-        return self.held + more + int(UNASKED * rest) + STEPS

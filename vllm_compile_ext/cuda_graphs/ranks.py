@@ -36,17 +36,12 @@ def all_agree(ok: bool) -> bool:
 
 def from_first(number: int) -> int:
     """The first tensor parallel rank's `number`."""
-    group = parallel_state.get_tp_group()
-    if group.world_size == 1:
-        return number
-    numbers = torch.tensor([number], dtype=torch.int64)
-    torch.distributed.broadcast(numbers, src=group.ranks[0], group=group.cpu_group)
-    return int(numbers.item())
+    return from_all(number)[0] if several() else number
 
 
 def from_all(value: _T) -> list[_T]:
-    """Each tensor parallel rank's `value`.  By broadcasts, since gloo cannot gather objects in inference mode (pytorch
-    #126032)."""
+    """Each tensor parallel rank's `value`, in the order of ranks.  By broadcasts, since gloo cannot gather objects in
+    inference mode (pytorch #126032)."""
     group, found = parallel_state.get_tp_group(), []
     for rank in group.ranks:
         objects = [value]
@@ -60,8 +55,8 @@ class Addresses:
 
     Facts from vllm/distributed/device_communicators/custom_all_reduce.py and csrc/custom_all_reduce.cuh, vLLM 0.32.0: a
     kernel that is being captured is given a place, which `register_graph_buffers` fills in later with where each rank's
-    input is.  For each of its places a rank opens what the other ranks have sent for the place of that
-    number, without looking whether they have sent as many.
+    input is.  For each of its places a rank opens what the other ranks have sent for the place of that number, without
+    looking whether they have sent as many.
 
     Every rank has to make one, and call `exchange` as often as the others.
 

@@ -3,7 +3,6 @@ is the stock one itself where there is no CUDA."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -22,10 +21,10 @@ Function = Callable[..., Any]
 def on_cuda(replacement: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Replace only where torch is built for CUDA."""
 
-    @functools.wraps(replacement)
     def replacement_on_cuda(stock: Any) -> Any:
-        torch = sys.modules.get("torch")
-        return replacement(stock) if torch is not None and torch.version.cuda else stock
+        import torch  # whatever is replaced has imported it
+
+        return replacement(stock) if torch.version.cuda else stock
 
     return replacement_on_cuda
 
@@ -47,31 +46,22 @@ def profile_cudagraph_memory(stock: Function) -> Function:
 
 @on_cuda
 def capture_model(stock: Function) -> Function:
-    """The V2 model runner's returns what is kept free instead of what was captured, which the worker's log lines
-    compare, and does not collect garbage for captures that come later."""
+    """Of both model runners.  Where graphs are captured on demand, it returns what is kept free instead of what was
+    captured, which the worker's log lines compare, and does not collect garbage for captures that come later."""
 
-    def capture(runner: Any, *, profile_only: bool = False) -> int:
-        if not coverage.on_demand(runner.vllm_config):
-            return int(stock(runner, profile_only=profile_only))
+    def capture(runner: Any, **options: bool) -> int:
+        if not hasattr(runner, "cudagraph_manager") or not coverage.on_demand(runner.vllm_config):  # V1's has none
+            if not options.get("profile_only"):
+                coverage.say(runner.vllm_config)
+            return int(stock(runner, **options))
         module = sys.modules["vllm.v1.worker.gpu.model_runner"]
         undo = replace(module, "freeze_gc_for_cudagraph_capture", lambda freeze: lambda: nullcontext())
         try:
-            stock(runner, profile_only=profile_only)
+            stock(runner, **options)
         finally:
             undo()
         session = getattr(runner.cudagraph_manager, "session", None)
         return 0 if session is None else session.budget.base + session.budget.limit
-
-    return capture
-
-
-@on_cuda
-def capture_model_v1(stock: Function) -> Function:
-    """The V1 model runner captures as ever, after the line that says so."""
-
-    def capture(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        coverage.say(runner.vllm_config)
-        return stock(runner, *args, **kwargs)
 
     return capture
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vllm_compile_ext import harmless
-from vllm_compile_ext.cuda_graphs.memory import FULL, GIB, MARGIN, MIB, PIECEWISE, UNKEPT_MARGIN, Budget, History, Need
+from vllm_compile_ext.cuda_graphs.memory import FULL, GIB, MIB, PIECEWISE, Budget, History
 from vllm_compile_ext.record import metrics
-from vllm_compile_ext.record.events import event
-from vllm_compile_ext.record.spans import span
+from vllm_compile_ext.record.events import event, span
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +91,10 @@ class Policy:
         larger = min(near, key=lambda s: (s.kind != FULL, s.tokens), default=None)
         if larger is None:
             self._without[_sizes(best)] += 1
-            due, urgent = self._without[_sizes(best)] >= BATCHES[best.kind], best.kind == FULL
+            due = self._without[_sizes(best)] >= BATCHES[best.kind]
         else:
-            due, urgent = self.asked[best] >= BATCHES_PADDED, False
+            due = self.asked[best] >= BATCHES_PADDED
+        urgent = larger is None and best.kind == FULL
         apart = urgent or self.batches - self._last >= BATCHES_BETWEEN
         waits = best in self.barred or self.batches < self._not_before.get(best, 0)
         return Plan(best if due and apart and not waits else None, larger)
@@ -153,23 +153,21 @@ class Session:
     "skipped", the shapes that will have none.  seconds: those of each capture.
     """
 
-    def __init__(self, shapes: Sequence[Shape], need: Need, device: Device, base: int = 0) -> None:
-        self.need = need
-        used, each = (need.history.used, need.history.each) if need.history else ({}, {})
-        self.policy = Policy(shapes, {shapes[number]: used[number] for number in used if number < len(shapes)})
-        self.budget = Budget(need.graphs, need.layers, MARGIN if need.kept else UNKEPT_MARGIN, base, each)
+    def __init__(self, shapes: Sequence[Shape], budget: Budget, device: Device) -> None:
+        self.policy = Policy(shapes, {shapes[n]: count for n, count in budget.used.items() if n < len(shapes)})
+        self.budget = budget
         self.counts = {what: Counter[str]() for what in ("captured", "replayed", "missed", "skipped")}
         self.seconds: list[float] = []
         self._device = device
         self._failures = 0
         self._waited = self._stopped = False
-        room = base + need.graphs
-        words = "kept free for them:" if need.kept else "of what the KV cache leaves they may take"
+        room = budget.base + budget.limit
+        words = "kept free for them:" if budget.kept else "of what the KV cache leaves they may take"
         line = (
             f"CUDA graphs are captured on demand: {len(shapes)} shapes, none at start; "
-            f"{words} {room / GIB:.2f} GiB ({need.source})"
+            f"{words} {room / GIB:.2f} GiB ({budget.source})"
         )
-        event("graphs", line, shapes=len(shapes), kept_free=room, source=need.source, kept=need.kept)
+        event("graphs", line, shapes=len(shapes), kept_free=room, source=budget.source, kept=budget.kept)
 
     def choose_graph(self, best: Shape, captured: Iterable[Shape]) -> Shape | None:
         """The graph to run a batch on, captured now if one is due; None for no graph.
@@ -278,19 +276,11 @@ class Session:
 
     def _keep(self) -> None:
         """Have the next start know what graphs took and what traffic asked for."""
-        policy, budget = self.policy, self.budget
-        used = policy.asked + policy.remembered
-        without = [s for s in policy.shapes if s not in policy.captured]
-        history = History(
-            key=self.need.key,
-            base=budget.base,
-            held=budget.held,
-            graphs=len(policy.captured),
-            each={kind: budget.expected(kind) for kind in {**budget.each, **budget.costs}},
-            needed=budget.needed(
-                asked=Counter(s.kind for s in without if used[s]),
-                unasked=Counter(s.kind for s in without if not used[s]),
-            ),
-            used={number: used[shape] for number, shape in enumerate(policy.shapes) if used[shape]},
+        used = self.policy.asked + self.policy.remembered
+        without = [s for s in self.policy.shapes if s not in self.policy.captured]
+        history = self.budget.remember(
+            used={number: used[shape] for number, shape in enumerate(self.policy.shapes) if used[shape]},
+            asked=Counter(s.kind for s in without if used[s]),
+            unasked=Counter(s.kind for s in without if not used[s]),
         )
         self._device.keep(history)

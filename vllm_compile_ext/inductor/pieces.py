@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,7 +19,7 @@ from vllm_compile_ext import harmless, settings
 from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.program import commit, program
 from vllm_compile_ext.program.piece import constants
-from vllm_compile_ext.record.spans import note, span
+from vllm_compile_ext.record.events import event, span
 from vllm_compile_ext.store.files import DamagedError
 from vllm_compile_ext.store.store import Blob, Store, total
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable, fingerprint
@@ -38,7 +38,7 @@ def deduplicate(
 
     A piece that holds something whose identity cannot be told is distinct from all others and has no fingerprint.
     """
-    known: dict[str, int] = {}
+    known: dict[str | int, int] = {}  # fingerprint, or place of a piece that has none -> number of the distinct piece
     numbers: list[int | None] = []
     distinct: list[Piece] = []
     fingerprints: list[str | None] = []
@@ -51,44 +51,42 @@ def deduplicate(
         except Unfingerprintable as why:
             logger.debug("piece %d is compiled on its own: %s", len(numbers), why)
             found = None
-        number = known.get(found, len(distinct)) if found is not None else len(distinct)
+        number = known.setdefault(found or len(numbers), len(distinct))
         if number == len(distinct):
             distinct.append(piece)
             fingerprints.append(found)
-            if found is not None:
-                known[found] = number
         numbers.append(number)
     return numbers, distinct, fingerprints
 
 
 class DistinctPieces:
-    """The distinct pieces of one model, called `model` for people: compiled here, or loaded where another process has
-    compiled them.  backend: upstream's, which compiles a piece.
+    """The distinct pieces of one model: compiled here, or loaded where another process has compiled them.
 
+    backend: upstream's, which compiles a piece.  keys: of each piece in `store`, None for one that is this process's
+    own.  facts: "model", and with keys "key", the whole model's.
     constants: the tensors that each piece holds.  Afterwards, kept: piece -> members, of those that are in the store;
     loaded, loaded_bytes: how many others had compiled, and what loading them read.
     """
 
-    def __init__(self, backend: Any, modules: Sequence[torch.fx.GraphModule], model: str) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        modules: Sequence[torch.fx.GraphModule],
+        store: Store | None,
+        keys: Sequence[str | None],
+        facts: Mapping[str, Any],
+    ) -> None:
         self.backend = backend
         self.modules = modules
-        self.model = model
         self.constants = [constants(module) for module in modules]  # before Inductor gets the modules
         self.kept: dict[int, dict[str, Blob]] = {}
         self.loaded = self.loaded_bytes = 0
-        self._store: Store | None = None
-        self._program = ""
-        self._keys: Sequence[str | None] = [None] * len(modules)
+        self._store = store
+        self._keys = keys
+        self._facts = facts
         self._made: dict[int, PiecewiseBackend] = {}
         self._lowered: list[int] = []  # compiled here, neither finished nor kept yet
         self._damaged: set[int] = set()  # pieces that a line was said about
-
-    def share(self, store: Store, program: str, keys: Sequence[str | None]) -> None:
-        """Look for the pieces in `store` and keep them there, under `keys`; None for one that is this process's own.
-
-        program: the key of the whole model.
-        """
-        self._store, self._program, self._keys = store, program, keys
 
     def compile(self, check: Callable[[], None]) -> list[PiecewiseBackend]:
         """All of them, in order.  `check` runs while compilers do; what it raises ends the compilation."""
@@ -193,10 +191,11 @@ class DistinctPieces:
             return
         try:
             members = program.keep_piece(self._store, self._made[number], self.constants[number])
-            commit(self._store, "piece", key, SHARD, self.model, {"program": self._program}, members)
+            about = {"model": self._facts["model"], "factors": {"program": self._facts["key"]}}
+            commit(self._store, kind="piece", key=key, shard=SHARD, members=members, **about)
             self.kept[number] = members
         except Exception as error:
             logger.debug("piece %d is not shared: %s", number, error)  # keeping the model will say it
 
     def _note(self, doing: str) -> None:
-        note("progress", done=len(self._made), total=len(self.modules), what=f"distinct pieces, {doing}")
+        event("progress", done=len(self._made), total=len(self.modules), what=f"distinct pieces, {doing}")

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 from vllm_compile_ext import harmless, settings
 
@@ -31,8 +32,7 @@ _preparing: threading.Thread | None = None
 
 def wanted() -> int:
     """How many kernels may compile at a time: `VLLM_COMPILE_WORKERS`, or the cores that this process may use."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return settings.load().VLLM_COMPILE_WORKERS or available or 1
+    return settings.load().VLLM_COMPILE_WORKERS or len(os.sched_getaffinity(0))
 
 
 def prepare(is_cold: Callable[[], bool]) -> None:
@@ -124,8 +124,8 @@ class Kernels:
     A kernel is a stand-in until `wait` puts the real one into the generated modules.
     """
 
-    def __init__(self, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="compile")
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
         self._made: list[tuple[dict[str, Any], _StandIn]] = []
 
     def start(self, argtypes: list[str], source: str, module: dict[str, Any]) -> _StandIn:
@@ -144,9 +144,6 @@ class Kernels:
             module.update({name: real for name, value in module.items() if value is kernel})
         self._made.clear()
 
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
 
 class _StandIn:
     def __init__(self, result: Callable[[], Any]) -> None:
@@ -162,15 +159,14 @@ def compiling(count: int) -> Iterator[Kernels]:
     from torch._inductor.async_compile import AsyncCompile
 
     wait()
-    kernels = Kernels(count)
-    stock = AsyncCompile.__dict__["cpp_pybinding"]
+    pool = ThreadPoolExecutor(count, thread_name_prefix="compile")
+    kernels = Kernels(pool)
 
     def cpp_pybinding(_: AsyncCompile, argtypes: list[str], source: str) -> _StandIn:
         return kernels.start(argtypes, source, sys._getframe(1).f_globals)
 
-    AsyncCompile.cpp_pybinding = cpp_pybinding
     try:
-        yield kernels
+        with patch.object(AsyncCompile, "cpp_pybinding", cpp_pybinding):
+            yield kernels
     finally:
-        AsyncCompile.cpp_pybinding = stock
-        kernels.close()
+        pool.shutdown(cancel_futures=True)

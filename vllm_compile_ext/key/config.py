@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import itertools
+import json
 import logging
 import re
 import sys
@@ -126,24 +127,24 @@ class _Factors:
     def add(self, part: Hashed, parts: list[Hashed]) -> None:
         """Write what one config hashed; digests of configs in it speak for themselves and are left out or named."""
         depth, kind = len(part.path), type(part.config)
-        items = {field: getattr(part.config, field, None) for field in _LISTS.get(kind.__name__, ())}
         below = {p.digest: p.path for p in parts if len(p.path) > depth and p.path[:depth] == part.path}
         name = ".".join(("config", *part.path))
+        content: Any = part.content
+        fields = _LISTS.get(kind.__name__, ())
+        values = [getattr(part.config, field, None) for field in fields]
+        if fields and content == str(values):
+            content = dict(zip(fields, values, strict=True))
         self._objects.clear()
         if not part.path:
-            self._add_users(part.content)
-        elif isinstance(part.content, dict):
+            self._add_users(content)
+        elif isinstance(content, dict):
             choices = harmless.choices(kind) if is_dataclass(kind) else frozenset()
-            if not part.content:
+            if not content:
                 self._put(name, "{}")
-            for field, value in part.content.items():
+            for field, value in content.items():
                 if f"{kind.__name__}.{field}" not in self._excluded and not (isinstance(value, str) and value in below):
                     self._add_value(f"{name}.{field}", value, choices)
-        elif items and part.content == str([*items.values()]):
-            for field, value in items.items():
-                self._add_value(f"{name}.{field}", value)
         else:
-            content: Any = part.content
             for digest, path in below.items():
                 content = content.replace(digest, ".".join(path))
             with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
@@ -173,28 +174,18 @@ class _Factors:
         for place, value in named.items():
             self._put(place, readable.hidden(place, repr(value)))
 
-    def _add_value(self, name: str, value: Any, choices: frozenset[str] = frozenset()) -> None:
+    def _add_value(self, name: str, value: Any, choices: frozenset[str]) -> None:
+        """Write a field; a JSON object once: `hf_text_config` often is `hf_config`."""
         found = readable.json_object(value)
         if found is not None:
-            self._add_object(name, _without(found, self._excluded_keys))
-        elif value is not None:
+            value, choices = _without(found, self._excluded_keys), frozenset()
+            first = self._objects.setdefault(json.dumps(value, sort_keys=True), name)
+            if first != name and len(value) > 3:
+                self._put(name, f"same as {first}")
+                return
+        if value is not None:
             for leaf, text in readable.leaves(name, value, choices):
                 self._put(leaf, text)
-
-    def _add_object(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON object once: `hf_text_config` often is `hf_config`, or a part of it."""
-        canonical = readable.text(sorted((k, repr(v)) for k, v in value.items()))
-        first = self._objects.setdefault(canonical, name)
-        if first != name and len(value) > 3:
-            self._put(name, f"same as {first}")
-            return
-        for key, item in value.items():
-            below = readable.below(name, key)
-            if isinstance(item, dict) and 0 < len(item) <= readable.MANY:
-                self._add_object(below, item)
-            else:
-                for leaf, text in readable.leaves(below, item):  # a key that is not there is a default
-                    self._put(leaf, text)
 
     def _put(self, name: str, value: str) -> None:
         while self.values.setdefault(name, value) != value:  # a second config of this name, or a key with a dot

@@ -20,17 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 class Compiled(NamedTuple):
-    """What is compiled: a decorated module that has its weights, and its `VllmConfig`."""
+    """What is compiled: a decorated module that has its weights, and its `VllmConfig`.
+
+    inductor: the settings of Inductor that the configuration overrides.
+    """
 
     config: Any
     model: Any
+    inductor: Mapping[str, Any]
     cpu: bool
-
-    @property
-    def inductor(self) -> Mapping[str, Any]:
-        """Inductor's settings that the configuration overrides."""
-        options: Mapping[str, Any] = self.config.compilation_config.inductor_compile_config
-        return options
 
 
 # Name, and what finds the text.  Of a dictionary each item is a factor, `name.item`; None is no factor.
@@ -116,7 +114,8 @@ def factors(vllm_config: Any, model: Any) -> dict[str, str]:
 
     if _preparing is not None:
         _preparing.join()
-    compiled = Compiled(vllm_config, model, current_platform.is_cpu())
+    options = vllm_config.compilation_config.inductor_compile_config
+    compiled = Compiled(vllm_config, model, options, current_platform.is_cpu())
     found: dict[str, str] = {}
     for name, find in FACTORS:
         value = find(compiled)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -95,20 +96,24 @@ def platform() -> str:
     return f"{system} {arch} {device.name}, {device.multi_processor_count} SMs"
 
 
+def device() -> str:
+    """'_cuda0': the number of this process's accelerator, which Inductor writes into the code (torch 2.13.0); or ''."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ""
+    return f"_{torch.accelerator.current_accelerator()}{torch.accelerator.current_device_index()}"
+
+
 def _instruction_sets() -> list[str]:
     """The names that `torch._inductor.cpu_vec_isa` asks for (torch 2.13.0)."""
     import torch
     from torch._inductor.cpu_vec_isa import x86_isa_checker
 
-    if python_platform.machine() in ("x86_64", "AMD64"):
-        more = {
-            "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-            "amx_fp16": torch.cpu._is_amx_fp16_supported(),
-        }
-        return [*x86_isa_checker(), *(name for name, there in more.items() if there)]
     found = torch.cpu.get_capabilities()
-    sets = [name for name in ("sve", "sve2", "bf16") if found.get(name)]
-    return [*sets, f"{found['sve_max_length']} bits"] if found.get("sve_max_length") else sets
+    more = [name for name in ("avx512_bf16", "amx_fp16", "sve", "sve2", "bf16") if found.get(name)]
+    length = [f"{found['sve_max_length']} bits"] if found.get("sve_max_length") else []
+    return [*x86_isa_checker(), *more, *length]
 
 
 @functools.cache
@@ -159,24 +164,20 @@ def compiler_in(output: str) -> str:
 
 def libc() -> str:
     """'glibc 2.36'."""
-    try:
-        return os.confstr("CS_GNU_LIBC_VERSION") or "unknown"
-    except (OSError, ValueError):
-        return "unknown"
+    return " ".join(python_platform.libc_ver())
 
 
 @functools.cache
 def packages() -> dict[str, str]:
     """The versions of the installed ones of `PACKAGES`."""
-    found = filter(_is_installed, PACKAGES.split())
-    return {module: version(DISTRIBUTIONS.get(module, module), module) for module in found}
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+    found = {}
+    for module in PACKAGES.split():
+        spec = None
+        with suppress(ImportError, ValueError):  # a package that is not there, or not as it should be
+            spec = importlib.util.find_spec(module)
+        if spec is not None:
+            found[module] = version(DISTRIBUTIONS.get(module, module), module)
+    return found
 
 
 def version(*distributions: str) -> str:

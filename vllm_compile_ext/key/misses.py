@@ -40,25 +40,25 @@ class Change(NamedTuple):
             return plain(self.name)
         if str(self.old).startswith(HIDDEN) and str(self.new).startswith(HIDDEN):
             return plain(f"{self.name.removesuffix(':')} has another value")
-        shown = (HIDDEN if str(value).startswith(HIDDEN) else value or "" for value in (self.old, self.new))
-        old, new = _shorten(*shown)
+        shown = [HIDDEN if str(value).startswith(HIDDEN) else value or "" for value in (self.old, self.new)]
+        old, new = shorten(shown[0], shown[1])
         return plain(f"{self.name} {'unset' if self.old is None else old} -> {'unset' if self.new is None else new}")
 
 
-class Miss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Miss(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An entry that a start looked for and did not find.
 
-    time: unix seconds.  factors: everything the wanted `key` was made of.  closest, changes: the key of the closest
-    entry and what differs; None when nothing was stored.
+    factors: everything the wanted `key` was made of.  closest, changes: the key of the closest entry and what differs;
+    None when nothing was stored.  time: unix seconds.
     """
 
-    time: float
     key: str
     shard: str
     model: str
     factors: dict[str, str]
     closest: str | None
     changes: list[Change] | None
+    time: float = msgspec.field(default_factory=lambda: time.time())
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
@@ -102,36 +102,19 @@ def common(one: str, other: str) -> int:
     return len(os.path.commonprefix([one, other]))  # noqa: RUF071 - of any texts
 
 
-def _shorten(old: str, new: str) -> tuple[str, str]:
-    """Both values, of long ones the part where they begin to differ."""
-    start = max(0, common(old, new) - 10) if max(len(old), len(new)) > _WIDTH else 0
+def shorten(old: str, new: str, width: int = _WIDTH) -> tuple[str, str]:
+    """Both values, of ones longer than `width` the part where they begin to differ."""
+    start = max(0, common(old, new) - 10) if max(len(old), len(new)) > width else 0
 
     def cut(value: str) -> str:
-        shown = value[start : start + _WIDTH]
-        return ("…" if start else "") + shown + ("…" if len(value) > start + _WIDTH else "")
+        shown = value[start : start + width]
+        return ("…" if start else "") + shown + ("…" if len(value) > start + width else "")
 
     return cut(old), cut(new)
 
 
-def record(
-    tree: Tree,
-    key: str,
-    shard: str,
-    model: str,
-    factors: Mapping[str, str],
-    closest_key: str | None,
-    changes: Sequence[Change] | None,
-) -> None:
+def record(tree: Tree, miss: Miss) -> None:
     """Keep a miss, and of all the last `KEPT`.  Raises `OSError` as it comes; a miss that is not kept does no harm."""
-    miss = Miss(
-        time=time.time(),
-        key=key,
-        shard=shard,
-        model=model,
-        factors=dict(factors),
-        closest=closest_key,
-        changes=None if closest_key is None else list(changes or ()),
-    )
     kept = _names(tree)
     number = int(kept[0].partition("-")[0]) + 1 if kept else 0
     tree.write("misses", f"{number:012d}-{os.getpid()}.json", data=seal(miss, FORMAT))

@@ -56,9 +56,9 @@ def cut(full: str) -> str:
     return full if len(full) <= LIMIT else f"{full[:60]}... ({len(full)} characters, {digest(full.encode())})"
 
 
-def flat(values: Mapping[str, Any], choices: Set[str] = frozenset()) -> dict[str, str]:
+def flat(values: Mapping[str, Any]) -> dict[str, str]:
     """The leaves of `values`, dotted name -> text; nothing for a None, which so equals a setting that is not there."""
-    found = (leaves(name, value, choices) for name, value in values.items() if value is not None)
+    found = (leaves(name, value) for name, value in values.items() if value is not None)
     return {name: text for each in found for name, text in each}
 
 

@@ -63,7 +63,7 @@ _IS_ONE_OF = "isinstance of"
 _NAME_OF_RUN = ("vllm.distributed.device_communicators.cpu_communicator._CPUSHMDistributed", ".group_name")
 _LONGEST = 200  # characters of a string in the code that may name an attribute; longer ones are documentation
 # Their own sources are in the key, and nobody replaces a part of a compiler while it runs.
-_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx")
+_COMPILERS = ("torch._dynamo.", "torch._inductor.", "torch._functorch.", "torch.fx.")
 
 
 def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
@@ -90,9 +90,9 @@ def collect(model: torch.nn.Module, tracer: Any, graph: fx.Graph) -> Seen:
             raise NotDescribed(f"whether {_name(pair[0])} is a {_name(pair[1])}, one of which is not found by its name")
         roots.append((_IS_ONE_OF, name))
     described = _Description(accessed, with_paths=True).add_all(model, roots)
-    for foreign in seen.foreign:
-        if foreign.fn not in tracer.lookups:
-            raise NotDescribed(f"what {getattr(foreign.fn, '__qualname__', foreign.fn)} did while the model was traced")
+    for function, _ in seen.foreign:
+        if function not in tracer.lookups:
+            raise NotDescribed(f"what {getattr(function, '__qualname__', function)} did while the model was traced")
     for function in seen.functions.values():
         module = function.__module__ or ""
         if id(function) in described.numbers or _is_in_compiler(module):
@@ -120,16 +120,22 @@ def _calls(graph: fx.Graph) -> Iterator[tuple[str, str]]:
         target: Any = node.target
         if node.op == "call_method":
             yield "torch", f"Tensor.{target}"
-        elif isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-            name = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
-            if not name.startswith(("aten::", "prims::", "prim::")):
-                yield _OPERATOR, name
+        elif (name := foreign_operator(target)) is not None:
+            yield _OPERATOR, name
         elif isinstance(target, types.FunctionType) and not is_torchs(target.__module__):
             raise NotDescribed(f"what {target.__module__}.{target.__qualname__} does, which is called without a trace")
 
 
+def foreign_operator(target: Any) -> str | None:
+    """The name of an operator that torch's version does not stand for; None for all else that a graph calls."""
+    if not isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return None
+    name: str = target.name() if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+    return None if name.startswith(("aten::", "prims::", "prim::")) else name
+
+
 def _is_in_compiler(module: str) -> bool:
-    return module.startswith(tuple(f"{name}." for name in _COMPILERS)) or module in _COMPILERS
+    return f"{module}.".startswith(_COMPILERS)
 
 
 def changes(seen: Seen, model: torch.nn.Module) -> list[Change]:

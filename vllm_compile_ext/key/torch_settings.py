@@ -14,6 +14,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from vllm_compile_ext.key import readable
 
 # Variables that torch's compilers read while they compile, past their settings (torch 2.13.0, `_inductor`).
@@ -84,7 +86,6 @@ def state() -> dict[str, str]:
     guards: what Dynamo compares before it runs code (`GlobalStateGuard`).  c: what `torch._C` answers without being
     told more.  backends: what the modules of `torch.backends` keep themselves, or ask `torch._C` with arguments.
     """
-    import torch
     from torch._C._dynamo.guards import GlobalStateGuard
 
     guards = json.loads(str(GlobalStateGuard().__getstate__()))
@@ -95,8 +96,6 @@ def state() -> dict[str, str]:
 @functools.cache
 def _getters() -> list[str]:
     """The functions of `torch._C` that read one plain value: called once, those that want arguments say so."""
-    import torch
-
     names = [name for name in dir(torch._C) if name.startswith("_get_")]
     answers = {name: _answer(getattr(torch._C, name)) for name in names}
     return [name for name, value in answers.items() if value is None or _is_plain(value)]

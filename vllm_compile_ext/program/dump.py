@@ -13,6 +13,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import CodeType
+from typing import Any
+
+from vllm_compile_ext import settings
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,67 @@ NOTICE = """\
 # Set VLLM_COMPILE_DEPYF=1 and start again to fill this file; a warm start fills it too.
 """
 _MARK = "# ---- compiled callable: "
+
+
+def inspect(model: Any, code: CodeType, artifact: str | Path | None = None) -> None:
+    """Dump Dynamo's `code` of a callable of `model`; raise `RuntimeError` if it assigns buffers and CUDA graphs are on.
+
+    The dump goes beside `artifact`, the file that the callable is or will be saved in; where upstream keeps its graph
+    elsewhere, there too; and into the debug dump folder when one is set.
+    """
+    from vllm.config import CUDAGraphMode
+
+    config = model.vllm_config
+    graph = config.compilation_config.local_cache_dir  # None in modes that keep no cache of their own
+    folders = [config.compile_debug_dump_path(), graph]
+    if artifact is not None:
+        beside = Path(artifact).parent
+        folders.append(beside)
+        if graph and Path(graph).is_relative_to(beside.parent):
+            folders.remove(graph)
+    name = f"{type(model).__qualname__}.forward [{getattr(model, '_compile_tag', '') or 'model'}]"
+    decompiled = settings.load().VLLM_COMPILE_DEPYF
+    write([Path(folder) for folder in folders if folder], name, code, decompiled=decompiled)
+    if config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        forbid_buffer_assignment(code)
+
+
+def write(folders: Iterable[Path], name: str, code: CodeType, *, decompiled: bool) -> None:
+    """Write `code` as the section `name` of `FILE` in each of `folders`.
+
+    With `decompiled` off, a file that does not exist yet gets the notice that names the variable, and one that does is
+    left alone.  A folder that cannot be written costs one warning.
+    """
+    source = decompile(code) if decompiled else None
+    for folder in dict.fromkeys(folders):
+        path = folder / FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if source is not None:
+                there = path.read_text(errors="replace") if path.exists() else ""
+                _replace(path, _with_section(there, name, source))
+            elif not path.exists():
+                _replace(path, NOTICE)
+        except OSError as error:
+            logger.warning("cannot write %s: %s", path, error)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = None
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{FILE}.", delete=False) as file:
+            partial = Path(file.name)
+            file.write(text)
+        partial.replace(path)
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def _with_section(text: str, name: str, source: str) -> str:
+    parts = [part.partition("\n") for part in text.split(_MARK)[1:]]
+    sections = {key: body for key, _, body in parts} | {name: source}
+    return "\n".join(f"{_MARK}{key}\n{body.rstrip()}\n" for key, body in sections.items())
 
 
 def decompile(code: CodeType) -> str:
@@ -38,62 +102,14 @@ def decompile(code: CodeType) -> str:
         return "".join(f"# {line}\n" for line in (f"not decompiled: {why}", *out.getvalue().splitlines()))
 
 
-def write(folders: Iterable[Path], name: str, code: CodeType, *, decompiled: bool) -> list[Path]:
-    """Write `code` as the section `name` of `FILE` in each of `folders`, and return the files written.
-
-    With `decompiled` off, a file that does not exist yet gets the notice that names the variable, and one that does is
-    left alone.  A folder that cannot be written costs one warning.
-    """
-    source = decompile(code) if decompiled else None
-    written = []
-    for folder in dict.fromkeys(folders):
-        path = folder / FILE
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if source is not None:
-                _replace(path, _with_section(path.read_text() if path.exists() else "", name, source))
-            elif path.exists():
-                continue
-            else:
-                _replace(path, NOTICE)
-            written.append(path)
-        except OSError as error:
-            logger.warning("cannot write %s: %s", path, error)
-    return written
-
-
-def _with_section(text: str, name: str, source: str) -> str:
-    parts = [part.partition("\n") for part in text.split(_MARK)[1:]]
-    sections = {key: body for key, _, body in parts} | {name: source}
-    return "\n".join(f"{_MARK}{key}\n{body.rstrip()}\n" for key, body in sections.items())
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{FILE}.", delete=False) as file:
-            partial = Path(file.name)
-            file.write(text)
-        partial.replace(path)
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-
-
-def assigns_buffers(code: CodeType) -> bool:
-    """Whether Dynamo's `code` writes module state back: it then calls a method named ``update`` (vLLM 0.32.0,
-    `compilation/wrapper.py`, looks for the same name).
-    """
-    return "update" in code.co_names
-
-
 def forbid_buffer_assignment(code: CodeType) -> None:
     """Raise `RuntimeError` when `code` assigns module buffers.  Only the message needs the code decompiled.
 
-    Dynamo writes such an assignment behind the compiled call.  A CUDA graph replay skips it, and the model would go on
-    with the old value: a silent error.
+    Dynamo writes such an assignment behind the compiled call, as a call of a method named ``update`` (vLLM 0.32.0,
+    `compilation/wrapper.py`, looks for the same name).  A CUDA graph replay skips it, and the model would go on with
+    the old value: a silent error.
     """
-    if assigns_buffers(code):
+    if "update" in code.co_names:
         raise RuntimeError(
             f"{code.co_name} assigns a buffer of its module in the forward pass, which a CUDA graph would silently "
             "skip. Change the model so that it does not, or start with --enforce-eager or "

@@ -20,9 +20,9 @@ _OFF = ("0", "false", "no", "off")
 
 def begin() -> None:
     """Time imports from here on, and record vLLM's own spans from its first on, unless a variable says no."""
-    if finder.finder.early or off():
+    if finder.finder.timing or off():
         return
-    finder.finder.early = finder.finder.timing = True
+    finder.finder.timing = True
     finder.install().after("vllm.tracing.otel", _record)
 
 

@@ -30,10 +30,11 @@ def encode(line: Mapping[str, Any]) -> bytes:
 class StartFile:
     """A start's file, open for appending."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, *, new: bool) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT | os.O_EXCL if new else 0)
         self.path = path
         self._written = 0
-        self._descriptor: int | None = descriptor
+        self._file = open(path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o600))  # noqa: SIM115
 
     @classmethod
     def create(cls, trace: str) -> StartFile | None:
@@ -47,7 +48,7 @@ class StartFile:
             path = folder / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{trace[:6]}{read.SUFFIX}"
             for old in read.recorded(folder)[: 1 - KEPT]:
                 old.unlink(missing_ok=True)
-            return cls(path, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            return cls(path, new=True)
         except OSError as error:
             _warn(folder, error)
             return None
@@ -56,24 +57,24 @@ class StartFile:
     def join(cls, path: Path) -> StartFile | None:
         """Open the file that another process of this start has made; None where it is gone."""
         try:
-            return cls(path, os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+            return cls(path, new=False)
         except OSError as error:
             logger.debug("this process is not recorded: %s", error)
             return None
 
     def write(self, data: bytes) -> None:
         """Append whole lines; after a failure, or when there are far too many, nothing more is written."""
-        if self._descriptor is None or not data:
+        if self._file.closed:
             return
         try:
-            if os.write(self._descriptor, data) != len(data):
+            if self._file.write(data) != len(data):
                 raise OSError(28, "No space left on device", str(self.path))
         except OSError as error:
             # The first process that fails marks the file, and the others keep quiet.
             warned = False
             with suppress(OSError):
-                warned = not os.fstat(self._descriptor).st_mode & stat.S_IWUSR
-                os.fchmod(self._descriptor, stat.S_IRUSR)
+                warned = not os.fstat(self._file.fileno()).st_mode & stat.S_IWUSR
+                os.fchmod(self._file.fileno(), stat.S_IRUSR)
             if not warned:
                 _warn(self.path, error)
             self.close()
@@ -83,10 +84,8 @@ class StartFile:
 
     def close(self) -> None:
         """Write nothing more."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            with suppress(OSError):
-                os.close(descriptor)
+        with suppress(OSError):
+            self._file.close()
 
 
 def _warn(where: Path, error: OSError) -> None:

@@ -1,14 +1,8 @@
 """Sends the recorded spans of a start, of all its processes, to where OpenTelemetry's traces of this process go.
 
 While a start is going on its file is the only place of its spans.  The front end reads them there when the server is
-ready, and the rest when the start is over, and hands them to
-
-- the global tracer provider where there is one: vLLM makes it when it is told ``--otlp-traces-endpoint``, or the
-  program that vLLM is part of has made its own;
-- or else an exporter to that endpoint, which vLLM does not use in the launcher of several API servers;
-- or else one to where OpenTelemetry's variables say (``OTEL_EXPORTER_OTLP_ENDPOINT``).
-
-Spans keep their ids, times, parents and attributes; the provider's sampler decides on the start as a whole.
+ready, and the rest when the start is over.  Spans keep their ids, times, parents and attributes; the provider's sampler
+decides on the start as a whole.
 """
 
 from __future__ import annotations
@@ -18,7 +12,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm_compile_ext.record import recorder
-from vllm_compile_ext.record.phases import Tree
 from vllm_compile_ext.record.read import Process, Span, Start
 
 if TYPE_CHECKING:
@@ -46,15 +39,18 @@ class Replay:
         provider = self.provider() if spans else None
         if provider is None or not _is_sampled(provider, start):
             return
-        tree = Tree(start)
+        processes = {process.pid: process for process in start.processes}
         for number, span in enumerate(spans, 1):
-            provider._active_span_processor.on_end(_readable(span, tree, provider))
+            provider._active_span_processor.on_end(_readable(span, processes[span.pid], start, provider))
             self._sent.add(span.id)
             if number % BATCH == 0 or number == len(spans):
                 provider.force_flush()
 
     def provider(self) -> TracerProvider | None:
-        """Where spans go; None: nowhere."""
+        """Where spans go: to the global provider, which vLLM or the program that it is part of has made, or to our own.
+
+        None: nowhere.
+        """
         if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
             return None
         try:
@@ -73,7 +69,10 @@ class Replay:
         return self._own
 
     def _exporter(self) -> Any:
-        """vLLM's exporter to its endpoint, else one that reads its own from OpenTelemetry's variables."""
+        """vLLM's exporter to its endpoint, else one that reads its own from OpenTelemetry's variables.
+
+        The launcher of several API servers is told the endpoint, and makes no provider for it.
+        """
         tracing: Any = sys.modules.get("vllm.tracing.otel")
         if self._endpoint is not None and tracing is not None:
             return tracing.get_span_exporter(self._endpoint)
@@ -105,31 +104,25 @@ def _context(trace: str, span: str, flags: int = 1) -> Any:
     return SpanContext(int(trace, 16), int(span, 16), is_remote=True, trace_flags=TraceFlags(flags))
 
 
-def _readable(span: Span, tree: Tree, provider: TracerProvider) -> ReadableSpan:
+def _readable(span: Span, process: Process, start: Start, provider: TracerProvider) -> ReadableSpan:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.util.instrumentation import InstrumentationScope
     from opentelemetry.trace.status import Status, StatusCode
 
-    start = tree.start
-    process = tree.processes.get(span.pid) or Process(pid=span.pid, start=span.start)
+    about = {"vllm.instrumenting_module_name": _MODULES.get(process.kind, SCOPE), "vllm.process_id": str(process.pid)}
+    if process.kind != recorder.FRONT:
+        about |= {"vllm.process_kind": process.kind.replace(" ", "_"), "vllm.process_name": process.name}
     error = span.error or ("never ended" if span.end is None else None)
     return ReadableSpan(
         span.name,
         _context(start.trace, span.id),
         _context(start.trace, span.parent) if span.parent else None,
-        provider.resource.merge(Resource(_about(process))),
+        provider.resource.merge(Resource(about)),
         # of the types that OpenTelemetry takes
         {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in span.attrs.items() if v is not None},
         status=Status(StatusCode.ERROR, error) if error else Status(),
         start_time=span.start,
-        end_time=tree.end(span),
+        end_time=start.end(span),
         instrumentation_scope=InstrumentationScope(SCOPE),
     )
-
-
-def _about(process: Process) -> dict[str, str]:
-    about = {"vllm.instrumenting_module_name": _MODULES.get(process.kind, SCOPE), "vllm.process_id": str(process.pid)}
-    if process.kind != recorder.FRONT:
-        about |= {"vllm.process_kind": process.kind.replace(" ", "_"), "vllm.process_name": process.name}
-    return about

@@ -17,37 +17,36 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
-from vllm_compile_ext.record.read import Process, Span, Start
+from vllm_compile_ext.record.read import OTHER, WAITING, Process, Span, Start
 
-OTHER = "other"
-WAITING = "spawn"  # the phase in which a process waits for one that it started
-
-# In the order in which a start goes through them.
-PHASES = (
-    "interpreter",
-    "imports",
-    "config",
-    "plugin",
-    WAITING,
-    "distributed",
-    "model construction",
-    "weights",
-    "compile",
-    "load compiled code",
-    "memory profiling",
-    "kv cache",
-    "warm-up",
-    "graph capture",
-    "api server",
-    "first request",
-    OTHER,
-)
+# In the order in which a start goes through them, with their colours: by light (dark enough for white text), and in the
+# dark and on a terminal (light enough for black text).  Neighbours are families: Python, processes, the model,
+# compiling, memory, graphs, serving.
+PHASES = {
+    "interpreter": ("#3a5a99", "#8fb3ea"),
+    "imports": ("#2563c9", "#6ba3f5"),
+    "config": ("#3b7390", "#8fb8d8"),
+    "plugin": ("#1d6f8f", "#5ab3d6"),
+    WAITING: ("#667080", "#9aa4b2"),
+    "distributed": ("#5860b8", "#98a3ee"),
+    "model construction": ("#2f7d55", "#6fbf8b"),
+    "weights": ("#1a7340", "#4fc07c"),
+    "compile": ("#b3560a", "#f0a33c"),
+    "load compiled code": ("#8d6608", "#f2c35a"),
+    "memory profiling": ("#8250c8", "#c09af0"),
+    "kv cache": ("#6f42b5", "#ab8ae6"),
+    "warm-up": ("#9a3f9a", "#d890d8"),
+    "graph capture": ("#c22f55", "#f07f9a"),
+    "api server": ("#0c7a72", "#45b8ac"),
+    "first request": ("#2a7680", "#7cc9c0"),
+    OTHER: ("#6b7280", "#a0a7b1"),
+}
 _PLACE = {phase: place for place, phase in enumerate(PHASES)}
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A stretch of the wall time and what it is attributed to; span is None where no span was open."""
 
     begin: int
@@ -56,8 +55,7 @@ class Segment:
     span: Span | None
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """share: of the wall time, 0 to 1."""
 
     phase: str
@@ -84,21 +82,7 @@ class Breakdown:
         return 1.0 - sum(row.share for row in self.rows if row.phase == OTHER)
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A phase in two starts; None where a start has no such phase."""
-
-    phase: str
-    old: float | None
-    new: float | None
-
-    @property
-    def seconds(self) -> float:
-        return (self.new or 0.0) - (self.old or 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
+class Death(NamedTuple):
     """Where a start that did not get ready ended: the innermost span, None where none was open, and why."""
 
     process: Process | None
@@ -107,104 +91,54 @@ class Death:
     error: str | None
 
 
-class Tree:
-    """The spans of a start by their parents, with an end for those that never ended."""
-
-    def __init__(self, start: Start) -> None:
-        self.start = start
-        self.spans = {span.id: span for span in start.spans}
-        self.processes = {process.pid: process for process in start.processes}
-        self._exits = {gone.pid: gone.time for gone in start.exits}
-        self._depth: dict[str, int] = {}
-        self._phase: dict[str, str] = {}
-        self._waits: dict[str, bool] = {}
-        for span in start.spans:
-            for each in reversed(self.path(span)):
-                if each.id not in self._depth:
-                    self._place(each)
-
-    def _place(self, span: Span) -> None:
-        """Find depth, phase and waiting of `span`, whose parent has been placed unless they go in a circle."""
-        outer = self.around(span)
-        outer = outer if outer is not None and outer.id in self._depth else None
-        self._depth[span.id] = self._depth[outer.id] + 1 if outer is not None else 0
-        # Of another process, what its work is for is known, what it waits for is not.
-        inherits = outer is not None and outer.pid == span.pid
-        self._phase[span.id] = span.phase or (self._phase[outer.id] if outer is not None and inherits else OTHER)
-        waits = span.attrs.get("wait")
-        if waits is None and outer is not None and inherits and not span.phase:
-            waits = self._waits[outer.id]
-        self._waits[span.id] = bool(waits) or self._phase[span.id] == WAITING
-
-    def around(self, span: Span) -> Span | None:
-        """The span that `span` is part of; None for an outermost one."""
-        return self.spans.get(span.parent) if span.parent is not None else None
-
-    def path(self, span: Span) -> list[Span]:
-        """`span` and those around it, from the inside out.  In a damaged file they may go in a circle, once."""
-        path: dict[str, Span] = {}
-        at: Span | None = span
-        while at is not None and at.id not in path:
-            path[at.id] = at
-            at = self.around(at)
-        return list(path.values())
-
-    def phase(self, span: Span) -> str:
-        """Its own phase, or the one it inherits."""
-        return self._phase[span.id]
-
-    def depth(self, span: Span) -> int:
-        return self._depth[span.id]
-
-    def waits(self, span: Span) -> bool:
-        """Whether the process does nothing meanwhile but wait for another."""
-        return self._waits[span.id]
-
-    def end(self, span: Span) -> int:
-        """Its end; of one that never ended that of its process, or of what is recorded."""
-        if span.end is not None:
-            return span.end
-        return max(span.start, self._exits.get(span.pid, self.start.last))
-
-    def _preference(self, span: Span) -> tuple[bool, bool, int, int]:
-        """Of the innermost spans of processes, the greatest is the one that the instant belongs to."""
-        named = self.phase(span) != OTHER
-        return named, named and not self.waits(span), self.processes[span.pid].depth, self.end(span)
-
-    def segments(self, spans: Iterable[Span], begin: int, end: int) -> list[Segment]:
-        """What `spans` fill of `begin` to `end` without a gap, and no two neighbours alike."""
-        edges: dict[int, tuple[list[Span], list[Span]]] = defaultdict(lambda: ([], []))
-        for span in spans:
-            opened, closed = max(span.start, begin), min(self.end(span), end)
-            if opened < closed:
-                edges[opened][0].append(span)
-                edges[closed][1].append(span)
-        open_spans: dict[int, dict[str, Span]] = defaultdict(dict)  # of each process
-        found: list[Segment] = []
-        for time, until in pairwise(sorted({begin, end, *edges})):
-            opening, closing = edges.get(time, ((), ()))
-            for span in closing:
-                del open_spans[span.pid][span.id]
-            for span in opening:
-                open_spans[span.pid][span.id] = span
-            innermost = [
-                max(each.values(), key=lambda s: (self.depth(s), s.start)) for each in open_spans.values() if each
-            ]
-            chosen = max(innermost, key=self._preference, default=None)
-            if found and found[-1].span is chosen:
-                found[-1] = Segment(found[-1].begin, until, found[-1].phase, chosen)
-            else:
-                found.append(Segment(time, until, OTHER if chosen is None else self.phase(chosen), chosen))
-        return found
-
-
-def breakdown(start: Start, begin: int | None = None, end: int | None = None) -> Breakdown:
+def breakdown(start: Start, end: int | None = None) -> Breakdown:
     """From the beginning to ready, or to the last thing recorded where it did not come to that."""
-    first = start.begin if begin is None else begin
-    last = start.ready if start.ready is not None else start.last
-    last = max(first, last if end is None else end)
-    segments = Tree(start).segments(start.spans, first, last)
-    return Breakdown(first, last, segments, _rows(segments, last - first))
+    begin = start.begin
+    end = max(begin, end or start.ready or start.last)
+    segments = _segments(start, start.spans, begin, end)
+    return Breakdown(begin, end, segments, _rows(segments, end - begin))
+
+
+def by_process(start: Start) -> dict[int, list[Row]]:
+    """Seconds by phase of each process for itself, whatever the others did; shares are of the start's wall time."""
+    whole, found = breakdown(start), {}
+    for process in start.processes:
+        spans = (span for span in start.spans if span.pid == process.pid)
+        segments = _segments(start, spans, whole.begin, whole.end)
+        found[process.pid] = _rows((one for one in segments if one.span is not None), whole.end - whole.begin)
+    return found
+
+
+def _segments(start: Start, spans: Iterable[Span], begin: int, end: int) -> list[Segment]:
+    """What `spans` fill of `begin` to `end` without a gap, and no two neighbours alike."""
+    edges: dict[int, tuple[list[Span], list[Span]]] = defaultdict(lambda: ([], []))
+    for span in spans:
+        opened, closed = max(span.start, begin), min(start.end(span), end)
+        if opened < closed:
+            edges[opened][0].append(span)
+            edges[closed][1].append(span)
+    depths = {process.pid: process.depth for process in start.processes}
+
+    def preference(span: Span) -> tuple[bool, bool, int, int]:
+        """Of the innermost spans of processes, the greatest is the one that the instant belongs to."""
+        named = span.phase != OTHER
+        return named, named and not span.waits, depths[span.pid], start.end(span)
+
+    open_spans: dict[int, dict[str, Span]] = defaultdict(dict)  # of each process
+    found: list[Segment] = []
+    for time, until in pairwise(sorted({begin, end, *edges})):
+        opening, closing = edges.get(time, ((), ()))
+        for span in closing:
+            del open_spans[span.pid][span.id]
+        for span in opening:
+            open_spans[span.pid][span.id] = span
+        innermost = [max(each.values(), key=lambda s: (s.depth, s.start)) for each in open_spans.values() if each]
+        chosen = max(innermost, key=preference, default=None)
+        if found and found[-1].span is chosen:
+            found[-1] = found[-1]._replace(end=until)
+        else:
+            found.append(Segment(time, until, OTHER if chosen is None else chosen.phase, chosen))
+    return found
 
 
 def _rows(segments: Iterable[Segment], wall: int) -> list[Row]:
@@ -214,19 +148,10 @@ def _rows(segments: Iterable[Segment], wall: int) -> list[Row]:
     return [Row(phase, total[phase] / 1e9, total[phase] / wall if wall else 0.0) for phase in _ordered(total)]
 
 
-def by_process(start: Start) -> dict[int, list[Row]]:
-    """Seconds by phase of each process for itself, whatever the others did; shares are of the start's wall time."""
-    tree, whole, found = Tree(start), breakdown(start), {}
-    for process in start.processes:
-        segments = tree.segments((one for one in start.spans if one.pid == process.pid), whole.begin, whole.end)
-        found[process.pid] = _rows((one for one in segments if one.span is not None), whole.end - whole.begin)
-    return found
-
-
-def compare(old: Breakdown, new: Breakdown) -> list[Difference]:
-    """The phases of both, in `PHASES`' order."""
+def compare(old: Breakdown, new: Breakdown) -> list[tuple[str, float | None, float | None]]:
+    """The phases of both, in `PHASES`' order, with their seconds in each; None where a start has no such phase."""
     before, after = ({row.phase: row.seconds for row in each.rows} for each in (old, new))
-    return [Difference(phase, before.get(phase), after.get(phase)) for phase in _ordered({**before, **after})]
+    return [(phase, before.get(phase), after.get(phase)) for phase in _ordered({**before, **after})]
 
 
 def _ordered(phases: Iterable[str]) -> list[str]:
@@ -241,22 +166,18 @@ def death(start: Start) -> Death | None:
     """
     if start.ready is not None:
         return None
-    tree = Tree(start)
+    processes = {process.pid: process for process in start.processes}
     errors = {gone.pid: gone.error for gone in start.exits if gone.error}
 
     def rank(span: Span) -> tuple[bool, int, bool, int, int, int]:
         failed = span.error is not None
         # An error goes from the inside out: the first to end is where it happened.  Killed: the last to begin.
         moment = -(span.end or 0) if failed else span.start
-        named = tree.phase(span) != OTHER and not tree.waits(span)
-        return named, tree.processes[span.pid].depth, failed, moment, tree.depth(span), span.start
+        named = span.phase != OTHER and not span.waits
+        return named, processes[span.pid].depth, failed, moment, span.depth, span.start
 
-    def is_fatal(span: Span) -> bool:
-        """Whether it was never left, or was left with an error that nothing around it in its process held up."""
-        return not any(one.pid == span.pid and one.end is not None and one.error is None for one in tree.path(span))
-
-    span = max(filter(is_fatal, start.spans), key=rank, default=None)
+    span = max((span for span in start.spans if span.fatal), key=rank, default=None)
     error = next(iter(errors.values()), None)
     if span is None:
         return Death(None, None, OTHER, error)
-    return Death(tree.processes[span.pid], span, tree.phase(span), span.error or errors.get(span.pid) or error)
+    return Death(processes[span.pid], span, span.phase, span.error or errors.get(span.pid) or error)

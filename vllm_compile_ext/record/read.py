@@ -7,9 +7,8 @@ off or damaged is skipped and counted, a span without an end has `end` None, and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,9 @@ from vllm_compile_ext import settings
 
 FOLDER = "_VLLM_COMPILE_EXT_STARTS"  # set by `vllm-compile-ext warm` for the start that it asks for
 SUFFIX = ".jsonl"
+
+OTHER = "other"  # the phase of what is in no named one
+WAITING = "spawn"  # the phase in which a process waits for one that it started
 
 # Depth of a kind of process: a deeper one is waited for by those above it.  A helper looks something up for one of the
 # others, which does nothing meanwhile.
@@ -34,7 +36,10 @@ class ReadError(ValueError):
     """The file is not a recorded start; the message names it."""
 
 
-class Process(Struct, frozen=True, kw_only=True, tag_field="k", tag="process", rename={"start": "t"}):
+# The kinds of lines
+
+
+class Process(Struct, kw_only=True, tag_field="k", tag="process", rename={"start": "t"}):
     """start: unix ns, as the operating system has it.  rank: of a worker, None where it is not known."""
 
     pid: int
@@ -56,8 +61,13 @@ class Process(Struct, frozen=True, kw_only=True, tag_field="k", tag="process", r
         return self.kind if self.rank is None else f"{self.kind} {self.rank}"
 
 
-class Span(Struct, frozen=True, kw_only=True, tag_field="k", tag="span", rename={"start": "t"}):
-    """start, end: unix ns; end is None where the span never ended, or had not when the file was read."""
+class Span(Struct, kw_only=True, tag_field="k", tag="span", rename={"start": "t"}):
+    """start, end: unix ns; end is None where the span never ended, or had not when the file was read.
+
+    The rest is not in the file, but comes from the spans around it in its process.  depth: how many they are, and one.
+    phase: its own or that of the nearest.  waits: the process does nothing meanwhile but wait for another.
+    fatal: it was never left, or was left with an error that nothing around it held up.
+    """
 
     id: Name
     parent: str | None = None
@@ -68,49 +78,10 @@ class Span(Struct, frozen=True, kw_only=True, tag_field="k", tag="span", rename=
     attrs: dict[str, Any] = {}
     error: str | None = None
 
-    @property
-    def phase(self) -> str | None:
-        value = self.attrs.get("phase")
-        return value if isinstance(value, str) and value else None
-
-
-class Note(Struct, frozen=True, kw_only=True, tag_field="k", tag="note", rename={"time": "t"}):
-    """A fact about what was compiled, loaded or captured."""
-
-    time: Moment
-    pid: int = 0
-    name: Name
-    attrs: dict[str, Any] = {}
-
-
-class Exit(Struct, frozen=True, kw_only=True, tag_field="k", tag="exit", rename={"time": "t"}):
-    """The end of a process that still recorded."""
-
-    time: Moment
-    pid: int = 0
-    error: str | None = None
-
-
-# The other kinds of lines.
-
-
-class _First(Struct, tag_field="k", tag="start"):
-    t: Moment
-    trace: str = ""
-    parent: str | None = None
-    model: str = ""
-    options: dict[str, Any] = {}
-    versions: dict[str, Any] = {}
-    machine: dict[str, Any] = {}
-
-
-class _Begin(Struct, tag_field="k", tag="begin"):
-    t: Moment
-    id: Name
-    pid: int
-    name: Name
-    parent: str | None = None
-    attrs: dict[str, Any] = {}
+    depth: int = 1
+    phase: str = OTHER
+    waits: bool = False
+    fatal: bool = False
 
 
 class _End(Struct, tag_field="k", tag="end"):
@@ -118,6 +89,15 @@ class _End(Struct, tag_field="k", tag="end"):
     id: Name
     attrs: dict[str, Any] = {}
     error: str | None = None
+
+
+class Note(Struct, kw_only=True, tag_field="k", tag="note", rename={"time": "t"}):
+    """A fact about what was compiled, loaded or captured."""
+
+    time: Moment
+    pid: int = 0
+    name: Name
+    attrs: dict[str, Any] = {}
 
 
 class _Ready(Struct, tag_field="k", tag="ready"):
@@ -128,31 +108,35 @@ class _FirstToken(Struct, tag_field="k", tag="first_token"):
     t: Moment
 
 
-_Line = _First | Process | _Begin | _End | Span | Note | _Ready | _FirstToken | Exit
-_decoder: msgspec.json.Decoder[_Line] = msgspec.json.Decoder(_Line)
+class Exit(Struct, kw_only=True, tag_field="k", tag="exit", rename={"time": "t"}):
+    """The end of a process that still recorded."""
+
+    time: Moment
+    pid: int = 0
+    error: str | None = None
 
 
-@dataclass(slots=True, kw_only=True)
-class Start:
-    """Everything that one file says.
+class Start(Struct, kw_only=True, tag_field="k", tag="start", rename={"time": "t"}):
+    """Everything that one file says, of which its first line says what is up to `machine`.
 
-    time: unix ns of its first line.  ready, first_token: unix ns, None where it did not come to that.
+    time: unix ns of that line.  ready, first_token: unix ns, None where it did not come to that.
     skipped: lines that could not be read.  last: unix ns of the last thing that was recorded.
     """
 
-    id: str
-    path: Path | None = None
+    time: Moment
     trace: str = ""
     parent: str | None = None
     model: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
-    time: int = 0
-    processes: list[Process] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
-    exits: list[Exit] = field(default_factory=list)
+    options: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+
+    id: str = ""
+    path: Path | None = None
+    processes: list[Process] = []
+    spans: list[Span] = []
+    notes: list[Note] = []
+    exits: list[Exit] = []
     ready: int | None = None
     first_token: int | None = None
     skipped: int = 0
@@ -165,6 +149,12 @@ class Start:
         Not a process's start: a program may have run for hours before it made an engine.
         """
         return min((self.time, *(span.start for span in self.spans)))
+
+    def end(self, span: Span) -> int:
+        """When a span ended; for one that never did, when its process ended, or the last thing was recorded."""
+        if span.end is not None:
+            return span.end
+        return max(span.start, next((gone.time for gone in self.exits if gone.pid == span.pid), self.last))
 
     @property
     def seconds(self) -> float | None:
@@ -181,6 +171,9 @@ class Start:
         """Either "cold" when it compiled something, "warm" when it only loaded, "" when it did neither."""
         names = {note.name for note in self.notes}
         return "cold" if "compiled" in names else "warm" if "loaded" in names else ""
+
+
+_decoder = msgspec.json.Decoder(Start | Process | Span | _End | Note | _Ready | _FirstToken | Exit)
 
 
 def folder() -> Path:
@@ -207,27 +200,23 @@ def read(path: Path) -> Start:
 def starts(where: Path | None = None) -> Iterator[Start]:
     """The recorded starts that can be read, newest first."""
     for path in reversed(recorded(where)):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ReadError):
             yield read(path)
 
 
 def previous(start: Start, where: Path | None = None) -> Start | None:
     """The last start of the same model before `start` that got ready; None where there is none."""
-    for path in reversed(recorded(where)):
-        if path.name.removesuffix(SUFFIX) < start.id:
-            with suppress(OSError, ValueError):
-                found = read(path)
-                if found.ready is not None and found.model == start.model:
-                    return found
+    for found in starts(where):
+        if found.id < start.id and found.ready is not None and found.spans and found.model == start.model:
+            return found
     return None
 
 
 def parse(lines: Iterable[bytes], name: str) -> Start:
-    """A `Start` with the id `name` from the lines of its file, in any order."""
-    start = Start(id=name)
+    """A `Start` with the id `name` from the lines of its file."""
+    start = Start(id=name, time=0)
     processes: dict[int, Process] = {}
     spans: dict[str, Span] = {}
-    ends: dict[str, _End] = {}
     for raw in lines:
         if not raw.strip():
             continue
@@ -237,22 +226,19 @@ def parse(lines: Iterable[bytes], name: str) -> Start:
             start.skipped += 1
             continue
         match line:
-            case _First(t=time):
-                if not start.time:
-                    start.time, start.trace, start.parent, start.model = time, line.trace, line.parent, line.model
-                    start.options, start.versions, start.machine = line.options, line.versions, line.machine
-            case Process(start=time, pid=pid):
-                # A process may say again what it is: its rank is what it may not know yet.
-                known = processes[pid].rank if pid in processes and line.rank is None else line.rank
-                processes[pid] = replace(line, rank=known)
-            case _Begin(t=time):
-                at = {"id": line.id, "parent": line.parent, "pid": line.pid, "start": time}
-                spans[line.id] = Span(**at, name=line.name, attrs=line.attrs)  # type: ignore[arg-type]
-            case _End(t=time):
-                ends[line.id] = line
+            case Start(time=time):
+                start = replace(line, id=name, skipped=start.skipped)
+            case Process(start=time):
+                processes[line.pid] = line
             case Span(start=time):
+                spans[line.id] = line
                 time = max(time, line.end or 0)
-                spans[line.id] = replace(line, end=time)
+            case _End(t=time):
+                if (span := spans.get(line.id)) is None:
+                    start.skipped += 1
+                else:
+                    span.end, span.error = max(span.start, time), line.error
+                    span.attrs |= line.attrs
             case Note(time=time):
                 start.notes.append(line)
             case Exit(time=time):
@@ -262,17 +248,25 @@ def parse(lines: Iterable[bytes], name: str) -> Start:
             case _FirstToken(t=time):
                 start.first_token = min(time, start.first_token or time)
         start.last = max(start.last, time)
-    for key, end in ends.items():
-        if (span := spans.get(key)) is not None:
-            attrs = span.attrs | end.attrs
-            spans[key] = replace(span, end=max(span.start, end.t), attrs=attrs, error=end.error)
-        else:
-            start.skipped += 1
     start.spans = sorted(spans.values(), key=lambda span: (span.start, -(span.end or span.start)))
     for span in start.spans:
+        _look_around(span, spans)
         processes.setdefault(span.pid, Process(pid=span.pid, kind="process", start=span.start))
     start.processes = sorted(processes.values(), key=lambda one: (one.depth, one.rank or 0, one.start, one.pid))
     start.notes.sort(key=lambda note: note.time)
-    times = [span.start for span in start.spans] or [process.start for process in start.processes]
-    start.time = start.time or min(times, default=0)
+    start.time = start.time or min((one.start for one in start.spans or start.processes), default=0)
     return start
+
+
+def _look_around(span: Span, spans: Mapping[str, Span]) -> None:
+    """Tell a span what it has from those around it in its process."""
+    path: list[Span] = []  # from the inside out
+    at: Span | None = span
+    while at is not None and at.pid == span.pid and at not in path:  # in a damaged file they may go in a circle
+        path.append(at)
+        at = spans.get(at.parent or "")
+    span.depth = len(path)
+    span.phase = next((str(one.attrs["phase"]) for one in path if one.attrs.get("phase")), OTHER)
+    teller = next((one for one in path if "phase" in one.attrs or "wait" in one.attrs), span)
+    span.waits = span.phase == WAITING or bool(teller.attrs.get("wait"))
+    span.fatal = not any(one.end is not None and one.error is None for one in path)

@@ -40,8 +40,21 @@ _PENDING_LINES = 5000  # in memory, while there is no file
 
 now = time.time_ns  # the clock that all processes of a machine share
 
-# Trace and id of the innermost span of `vllm_compile_ext.record.spans.span` that is open here.
-open_span: ContextVar[tuple[str, str] | None] = ContextVar("vllm_compile_ext_span", default=None)
+
+def new_id() -> str:
+    """The id of a span; `random.seed` must not repeat it."""
+    return os.urandom(8).hex()
+
+
+class OpenSpan(NamedTuple):
+    """A span that is open in this context, and the one around it."""
+
+    trace: str
+    id: str
+    around: OpenSpan | None
+
+
+open_span: ContextVar[OpenSpan | None] = ContextVar("vllm_compile_ext_span", default=None)
 
 
 class Recorder:
@@ -55,8 +68,7 @@ class Recorder:
     def __init__(self, began: int) -> None:
         self.pid = os.getpid()
         self.kind, self.name, self.rank = identify()
-        self.began = began
-        self.over = False
+        self.began, self.over = began, False
         self.ready_at: int | None = None
         self.changed = threading.Event()
         self.watcher: threading.Thread | None = None
@@ -65,17 +77,16 @@ class Recorder:
         self._lock = threading.Lock()
         self._stages: list[str] = []
         self._first_request: str | None = None
-        self._imports: dict[int, list[Interval]] = {}  # of a thread, until its outermost import is over
-        parent = inherited()
-        self.is_first = parent is None
-        if parent is not None:
-            self.trace, self.parent = parent.trace, parent.span
-            self._pending, self.file = None, StartFile.join(Path(parent.path))
+        given = inherited()
+        self.is_first = not given
+        if given:
+            self.trace, self.parent, path = given
+            self._pending, self.file = None, StartFile.join(Path(path))
             self._write_process()
         else:
             self.trace, self.parent, _ = traceparent() or (os.urandom(16).hex(), "", 1)
         self.process = self.parent
-        self.process = self.begin("start" if parent is None else self.title, {}, start=began)
+        self.process = self.begin("start" if self.is_first else self.title, {}, start=began)
         self.hand_down()
         atexit.register(self._exit)
 
@@ -94,17 +105,9 @@ class Recorder:
                 self._pending.append(data)
 
     def _write_process(self, model: str | None = None) -> None:
-        self.line(
-            "process",
-            t=process_start() or finder.STARTED,
-            pid=self.pid,
-            ppid=os.getppid(),
-            kind=self.kind,
-            name=self.name,
-            argv=harmless.arguments(sys.orig_argv, model),
-            host=os.uname().nodename,
-            rank=self.rank,
-        )
+        about = {"pid": self.pid, "ppid": os.getppid(), "kind": self.kind, "name": self.name, "rank": self.rank}
+        about |= {"argv": harmless.arguments(sys.orig_argv, model), "host": os.uname().nodename}
+        self.line("process", t=process_start() or finder.STARTED, **about)
 
     def open(self, about: dict[str, Any], model: str | None = None) -> bool:
         """Make the file of the start, whose engine is being configured; False where there is one, or none can be made.
@@ -117,7 +120,7 @@ class Recorder:
         if file is None:
             self.finish()
             return False
-        first = {"k": "start", "version": 1, "trace": self.trace, "parent": self.parent or None, "t": self.began}
+        first = {"k": "start", "trace": self.trace, "parent": self.parent or None, "t": self.began}
         with self._lock:
             file.write(b"".join([encode(first | about), *self._pending]))
             self.file, self._pending = file, None
@@ -135,28 +138,39 @@ class Recorder:
     @property
     def innermost(self) -> str:
         """Parent of a span that begins here: the open span of this context, else the innermost stage or the process."""
-        trace, span = open_span.get() or ("", "")
-        return span if trace == self.trace else self._stages[-1] if self._stages else self.process
+        span = open_span.get()
+        if span is not None and span.trace == self.trace:
+            return span.id
+        return self._stages[-1] if self._stages else self.process
 
-    def begin(self, name: str, attrs: dict[str, Any], parent: str | None = None, start: int | None = None) -> str:
-        """Record that a span begins and return its id."""
+    def begin(
+        self, name: str, attrs: dict[str, Any], parent: str = "", start: int = 0, end: int = 0, span: str = ""
+    ) -> str:
+        """Record that a span begins, now and in the innermost one if not told otherwise, and return its id.
+
+        end: of one that is over.  span: its id, where it has one already.
+        """
         self._notice_fork()
-        span, parent = os.urandom(8).hex(), parent or self.innermost or None  # random.seed() must not repeat ids
-        self.line("begin", id=span, parent=parent, pid=self.pid, name=name, t=start or now(), attrs=attrs)
+        span, start, parent = span or new_id(), start or now(), parent or self.innermost
+        about = {"id": span, "parent": parent or None, "pid": self.pid, "name": name, "attrs": attrs}
+        self.line("span", t=start, **about, **({"end": max(start, end)} if end else {}))
         return span
 
-    def end(
-        self, span: str, error: str | None = None, attrs: dict[str, Any] | None = None, time: int | None = None
-    ) -> None:
+    def end(self, span: str, error: str | None = None, attrs: dict[str, Any] | None = None, time: int = 0) -> None:
         """Record that a span has ended.  attrs: those that were not known when it began."""
         self.line("end", id=span, t=time or now(), attrs=attrs or {}, error=error)
 
-    def add(self, name: str, start: int, end: int, attrs: dict[str, Any], parent: str | None = None) -> str:
-        """Record a span that is over and return its id."""
-        self._notice_fork()
-        span, parent, end = os.urandom(8).hex(), parent or self.innermost, max(start, end)
-        self.line("span", id=span, parent=parent, pid=self.pid, name=name, t=start, end=end, attrs=attrs, error=None)
+    def enter(self, name: str, attrs: dict[str, Any]) -> str:
+        """Begin a span that becomes the parent of what begins in this context."""
+        span = self.begin(name, attrs)
+        open_span.set(OpenSpan(self.trace, span, open_span.get()))
         return span
+
+    def leave(self, span: str, error: str | None, attrs: dict[str, Any]) -> None:
+        """End the span that was entered last in this context."""
+        entered = open_span.get()
+        open_span.set(entered and entered.around)
+        self.end(span, error, attrs)
 
     def begin_stage(self, name: str, attrs: dict[str, Any]) -> str:
         """Begin a span that becomes the parent of what has none, in all threads and in processes that are started."""
@@ -165,7 +179,7 @@ class Recorder:
         self.hand_down()
         return stage
 
-    def end_stage(self, stage: str, error: str | None = None, attrs: dict[str, Any] | None = None) -> None:
+    def end_stage(self, stage: str, error: str | None, attrs: dict[str, Any]) -> None:
         """End a stage, unless it has ended with one around it or with the start."""
         if stage in self._stages:
             self.end(stage, error, attrs)
@@ -186,12 +200,11 @@ class Recorder:
         self._lock, self.changed, self.watcher = threading.Lock(), threading.Event(), None
         self._pending = None if self._pending is None else []
         self._stages, self._first_request = [], None
-        self._imports.clear()
         self.kind, self.name, self.rank = identify(forked=True)
         atexit.unregister(self._exit)
         open_span.set(None)
         self._write_process()
-        self.process = self.begin(self.title, {}, parent, process_start())
+        self.process = self.begin(self.title, {}, parent, process_start() or 0)
         self.hand_down()
 
     # Imports
@@ -199,10 +212,10 @@ class Recorder:
     def record_imports(self, loaded: int) -> None:
         """Record what came before the plugin, which is being loaded since `loaded`, and the imports from here on."""
         begin = process_start() or finder.STARTED
-        if self.began <= begin and finder.finder.early:
+        if self.began <= begin and finder.finder.timing:  # since the .pth file was read
             self._record_earlier(begin, loaded, finder.finder.intervals)
         elif self.began <= begin:  # else an older program: what it did before is not of this start
-            self.add("imports", begin, loaded, {"phase": "imports"}, self.process)
+            self.begin("imports", {"phase": "imports"}, self.process, begin, loaded)
         self.watch_imports()
 
     def watch_imports(self) -> None:
@@ -213,45 +226,39 @@ class Recorder:
 
     def _record_earlier(self, begin: int, loaded: int, intervals: list[Interval]) -> None:
         """Fill the time until `loaded` with stretches of imports, and with what was done between them."""
-        self.add("interpreter", begin, finder.STARTED, {"phase": "interpreter"}, self.process)
+        self.begin("interpreter", {"phase": "interpreter"}, self.process, begin, finder.STARTED)
         if not self.is_first:
             between = "receive configuration", "spawn"
         else:
             between = ("command line", "config") if vllm_command() else ("program", "other")
         stretches: list[list[Interval]] = []
-        for interval in sorted((i for i in intervals if i.around is None and not i.owner), key=lambda i: i.start):
+        for interval in sorted((one for one in intervals if one.around is None), key=lambda one: one.start):
             if stretches and interval.start - stretches[-1][-1].end < JOINED:
                 stretches[-1].append(interval)
             else:
                 stretches.append([interval])
-        parents: dict[int, str] = {}
         at = finder.STARTED
         for stretch in stretches:
             if stretch[0].start - at >= JOINED:
-                self.add(between[0], at, stretch[0].start, {"phase": between[1]}, self.process)
+                self.begin(between[0], {"phase": between[1]}, self.process, at, stretch[0].start)
             at = stretch[-1].end
-            span = self.add("imports", stretch[0].start, at, {"phase": "imports"}, self.process)
-            parents |= {id(interval): span for interval in stretch}
+            span = self.begin("imports", {"phase": "imports"}, self.process, stretch[0].start, at)
+            for interval in stretch:
+                interval.owner = span
         if loaded - at >= JOINED:
-            self.add(between[0], at, loaded, {"phase": between[1]}, self.process)
-        for interval in sorted(intervals, key=lambda i: (i.start, -i.end)):
-            self._add_import(interval, parents.get(id(interval)))
+            self.begin(between[0], {"phase": between[1]}, self.process, at, loaded)
+        for interval in intervals:
+            self._imported(interval)
 
     def _imported(self, interval: Interval) -> None:
-        """An import is over; those inside of it came first, and are recorded with the outermost."""
-        finished = self._imports.setdefault(threading.get_ident(), [])
-        finished.append(interval)
-        if interval.around is None:
-            del self._imports[threading.get_ident()]
-            for one in sorted(finished, key=lambda i: (i.start, -i.end)):
-                self._add_import(one)
-
-    def _add_import(self, interval: Interval, parent: str | None = None) -> None:
+        """An import is over; the one around it, which took longer, is recorded later by the id that it gets here."""
         if interval.end - interval.start >= SHORTEST:
-            parent = parent or (interval.around and interval.around.span) or interval.owner or self.process
+            parent = interval.owner or self.process
+            if interval.around is not None:
+                parent = interval.around.span = interval.around.span or new_id()
             attrs = {"phase": "plugin" if interval.name.startswith("vllm_compile_ext") else "imports"}
             attrs["module"] = interval.name
-            interval.span = self.add(f"import {interval.name}", interval.start, interval.end, attrs, parent)
+            self.begin(f"import {interval.name}", attrs, parent, interval.start, interval.end, interval.span)
 
     # The end of a start
 
@@ -275,7 +282,7 @@ class Recorder:
         self.ready()  # where nobody listens: a batch, gRPC
         time, ready = now(), self.ready_at or now()
         if time - ready >= JOINED:
-            self.add("wait for a request", ready, time, {"phase": "idle"}, self.process)
+            self.begin("wait for a request", {"phase": "idle"}, self.process, ready, time)
         self._first_request = self.begin("first request", {"phase": "first request"}, self.process, time)
 
     def first_token(self) -> None:
@@ -286,7 +293,7 @@ class Recorder:
             self.line("first_token", t=time)
             self.done(time)
 
-    def done(self, time: int | None = None) -> None:
+    def done(self, time: int = 0) -> None:
         """This process has done its part of the start."""
         self.end(self.process, time=time)
         self.finish()
@@ -298,7 +305,7 @@ class Recorder:
         while self._stages:
             self.end(self._stages.pop(), error)
         waited = self.ready_at is not None and self._first_request is None
-        self.end(self.process, None if waited else error, time=self.ready_at if waited else None)
+        self.end(self.process, None if waited else error, time=self.ready_at or 0 if waited else 0)
         self.line("exit", t=now(), pid=self.pid, error=error)
         self.finish()
         if self.watcher is not None:
@@ -336,7 +343,7 @@ def active() -> Recorder | None:
 def begin() -> Recorder | None:
     """Begin to record this process, unless it does already; None where its start is over."""
     global current
-    child = inherited() is not None
+    child = bool(inherited())
     if active() is not None or (not child and identify().kind != FRONT):
         return active()
     began, time = process_start() or finder.STARTED, now()
@@ -354,18 +361,10 @@ def forget() -> None:
         current = None
 
 
-class Inherited(NamedTuple):
-    """What the process that started this one says of the start.  span: the one that this process is part of."""
-
-    trace: str
-    span: str
-    path: str
-
-
-def inherited() -> Inherited | None:
-    """What `VARIABLE` says; None where this process is the first of a start."""
+def inherited() -> list[str]:
+    """Trace, span and file that this process is part of, by `VARIABLE`; empty where it is the first of a start."""
     pid, *parts = os.environ.get(VARIABLE, "").split(" ", 3)
-    return Inherited(*parts) if len(parts) == 3 and pid != str(os.getpid()) else None
+    return parts if len(parts) == 3 and pid != str(os.getpid()) else []
 
 
 def traceparent() -> tuple[str, str, int] | None:
@@ -396,7 +395,7 @@ def identify(*, forked: bool = False) -> Identity:
         return Identity(WORKER, name, int(rank) if rank.isdecimal() else None)
     if name.startswith("ApiServer"):
         return Identity(FRONT, name)
-    if forked or inherited() is not None:
+    if forked or inherited():
         return Identity(HELPER, "model inspection" if any("registry" in arg for arg in sys.orig_argv) else "helper")
     return Identity(FRONT, "front end")
 
@@ -414,13 +413,9 @@ def vllm_command() -> bool:
     return False
 
 
+@functools.cache
 def process_start() -> int | None:
     """Unix ns at which the operating system started this process; None where it does not say (not Linux)."""
-    return _process_start(os.getpid())
-
-
-@functools.cache
-def _process_start(pid: int) -> int | None:
     # Field 22 of /proc/self/stat counts ticks since the machine booted, sleep included (`man 5 proc`): exact to a tick,
     # 10 ms.  /proc/stat, which psutil reads, has the time of the boot in whole seconds only: two clocks are exact.
     try:
@@ -430,3 +425,6 @@ def _process_start(pid: int) -> int | None:
     except (OSError, ValueError, IndexError, AttributeError):
         return None
     return time.time_ns() - age if age >= 0 else None
+
+
+os.register_at_fork(after_in_child=process_start.cache_clear)

@@ -7,7 +7,6 @@ function from there by name.
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +17,8 @@ from typing import Any
 
 from vllm_compile_ext import harmless, platforms, versions
 from vllm_compile_ext.record import recorder
+from vllm_compile_ext.record.events import quiet, quietly, span, stage
 from vllm_compile_ext.record.recorder import Recorder
-from vllm_compile_ext.record.spans import quiet, span, stage
-
-logger = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
 
@@ -80,8 +77,15 @@ class _Tracer:
     def __init__(self, stock: Any) -> None:
         self._stock = stock
 
-    def start_as_current_span(self, name: str, *, attributes: Any = None, **_: Any) -> AbstractContextManager[Any]:
-        return _VllmSpan(name, attributes)
+    @contextmanager
+    def start_as_current_span(self, name: str, *, attributes: Any = None, **_: Any) -> Iterator[None]:
+        """A span; processes that are started inside of it are part of it, as vLLM means it."""
+        try:
+            with span(name, PHASES.get(name), **_shown(attributes)):
+                quietly(Recorder.hand_down)
+                yield
+        finally:
+            quietly(Recorder.hand_down)
 
     def start_span(self, name: str, *, start_time: int, kind: Any = None, **options: Any) -> Any:
         if kind is not None:  # of a request
@@ -89,33 +93,18 @@ class _Tracer:
         return _FinishedSpan(name, start_time)
 
 
-class _VllmSpan(span):
-    """Processes that are started inside of it are part of it, as vLLM means it."""
-
-    __slots__ = ()
-
-    def __init__(self, name: str, attributes: Any) -> None:
-        super().__init__(name, PHASES.get(name))
-        self._attrs = _shown(attributes) | self._attrs
-
-    def _open(self, to: Recorder) -> None:
-        super()._open(to)
-        to.hand_down()
-
-    def _close(self, to: Recorder, span: str, error: str | None) -> None:
-        super()._close(to, span, error)
-        to.hand_down()
-
-
 class _FinishedSpan:
+    """A span that vLLM makes when it is over."""
+
     def __init__(self, name: str, start: int) -> None:
-        self._name, self._start, self._attrs = name, start, {"phase": PHASES[name]} if name in PHASES else {}
+        self._name, self._start = name, start
+        self._attrs = {"phase": PHASES[name]} if name in PHASES else {}
 
     def set_attributes(self, attributes: Any) -> None:
         self._attrs = _shown(attributes) | self._attrs
 
     def end(self, end_time: int | None = None) -> None:
-        _quietly(lambda to: to.add(self._name, self._start, end_time or recorder.now(), self._attrs))
+        quietly(lambda to: to.begin(self._name, self._attrs, "", self._start, end_time or recorder.now()))
 
 
 def _shown(attributes: Any) -> dict[str, Any]:
@@ -129,48 +118,130 @@ def trace(stock: Any) -> Any:
     return stock if stock is None or isinstance(stock, Trace) else Trace(stock)
 
 
-# Spans around functions
+# Rows of the table of changes: what a function of vLLM runs inside of
 
 
-def within(stock: Function, make: Callable[[], AbstractContextManager[Any]]) -> Function:
-    """Runs the stock function, or coroutine, inside of what `make` returns."""
+def within(stock: Function, make: Callable[..., AbstractContextManager[Any]]) -> Function:
+    """Runs the stock function, or coroutine, inside of what `make` returns for its arguments."""
 
     async def run_async(*args: Any, **kwargs: Any) -> Any:
-        with make():
+        with make(*args, **kwargs):
             return await stock(*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with make():
+        with make(*args, **kwargs):
             return stock(*args, **kwargs)
 
     return run_async if inspect.iscoroutinefunction(stock) else run
 
 
-def _quietly(do: Callable[[Recorder], Any]) -> None:
-    to = recorder.active()
-    if to is not None:
-        with quiet:
-            do(to)
+def spanned(stock: Function, name: str, phase: str) -> Function:
+    """A span around each call."""
+    return within(stock, lambda *args, **kwargs: span(name, phase))
+
+
+def staged(stock: Function, name: str, phase: str) -> Function:
+    """A stage of the front end around each call."""
+    return within(stock, lambda *args, **kwargs: stage(name, phase))
+
+
+def row(around: Callable[..., Iterator[None]]) -> Callable[[Function], Function]:
+    """Makes a row of a generator: what is before its ``yield`` runs before the function, the rest after it."""
+    make = contextmanager(around)
+    return lambda stock: within(stock, make)
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Ends the start when the engine cannot be made."""
+    try:
+        yield
+    except BaseException as error:
+        text = harmless.error(error)
+        quietly(lambda to: to.stop(text))
+        raise
+
+
+@row
+def create_engine_config(arguments: Any, *_: Any, **__: Any) -> Iterator[None]:
+    """`EngineArgs.create_engine_config`: here an engine begins."""
+    begin(arguments)
+    # A stage, since vLLM may start a process that looks at the model's class.
+    with stage("engine configuration", "config"), stopping():
+        yield
+
+
+# The front end's side of the engine being made: everything else happens meanwhile.
+
+
+@row
+def async_engine(*_: Any, **__: Any) -> Iterator[None]:
+    """After it requests can come, or the server has yet to be built around the engine."""
+    with stage("engine client", "api server"), stopping():
+        yield
+    quietly(_async_engine_made)
+
+
+def _async_engine_made(to: Recorder) -> None:
+    if "vllm.entrypoints.launchers.api_server.entry" not in sys.modules:
+        to.ready()
+    elif to.kind == recorder.FRONT:
+        to.begin_stage("api server", {"phase": "api server"})
+
+
+@row
+def sync_engine(*_: Any, **__: Any) -> Iterator[None]:
+    with stage("engine client", "config"), stopping():
+        yield
+    quietly(Recorder.ready)
+
+
+@row
+def startup(*_: Any, **__: Any) -> Iterator[None]:
+    """`NoSignalServer.startup`: the server listens."""
+    with stage("listen", "api server"):
+        yield
+    quietly(Recorder.ready)
+
+
+@row
+def add_request(*_: Any, **__: Any) -> Iterator[None]:
+    quietly(Recorder.request)
+    yield
+
+
+@row
+def process_outputs(_processor: Any, outputs: Any, *_: Any, **__: Any) -> Iterator[None]:
+    """`OutputProcessor.process_outputs`: every token comes by here."""
+    yield
+    if recorder.active() is not None and any(one.new_token_ids or one.pooling_output is not None for one in outputs):
+        quietly(Recorder.first_token)
+
+
+@row
+def run_busy_loop(*_: Any, **__: Any) -> Iterator[None]:
+    """The engine core is up, in a process of its own."""
+    quietly(lambda to: to.done() if to.kind != recorder.FRONT else None)
+    yield
+
+
+@row
+def warm_up(*_: Any, **__: Any) -> Iterator[None]:
+    """The last thing that a worker does in a start."""
+    yield
+    quietly(lambda to: to.done() if to.kind == recorder.WORKER else None)
+
+
+def warm_up_on_cpu(stock: Function) -> Function:
+    return warm_up(spanned(stock, "warm-up", "warm-up"))
 
 
 # Where a start begins
 
 
-def create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`EngineArgs.create_engine_config`: here an engine begins."""
-
-    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
-        begin(self)
-        # A stage, since vLLM may start a process that looks at the model's class.
-        with stage("engine configuration", "config"), stopping():
-            return stock(self, *args, **kwargs)
-
-    return replacement
-
-
 def begin(arguments: Any) -> None:
     """Make the file of the start; for a second engine of the process, of a second start."""
-    with quiet:
+    with quiet():
         before = recorder.active()
         if before is not None and before.ready_at is not None:
             before.stop()  # its first request never came
@@ -179,11 +250,10 @@ def begin(arguments: Any) -> None:
             to = recorder.begin()
             if to is not None:
                 to.watch_imports()
-        if to is not None and to.open(about(arguments), getattr(arguments, "model", None)) and to.file is not None:
-            from vllm_compile_ext.record.watcher import Watcher
+        if to is not None and to.open(about(arguments), getattr(arguments, "model", None)):
+            from vllm_compile_ext.record.watcher import watch
 
-            to.watcher = Watcher(to, to.file.path, getattr(arguments, "otlp_traces_endpoint", None))
-            to.watcher.start()
+            watch(to, getattr(arguments, "otlp_traces_endpoint", None))
 
 
 def about(arguments: Any) -> dict[str, Any]:
@@ -205,131 +275,12 @@ def about(arguments: Any) -> dict[str, Any]:
     }
 
 
-# Where it ends
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """Ends the start when the engine cannot be made."""
-    try:
-        yield
-    except BaseException as error:
-        text = harmless.error(error)
-        _quietly(lambda to: to.stop(text))
-        raise
-
-
-@contextmanager
-def _engine_client(phase: str, made: Callable[[Recorder], None]) -> Iterator[None]:
-    """The front end's side of the engine being made: everything else happens meanwhile."""
-    with stage("engine client", phase), stopping():
-        yield
-    _quietly(made)
-
-
-def _async_engine_made(to: Recorder) -> None:
-    """Requests can come, or the server has yet to be built around the engine."""
-    if "vllm.entrypoints.launchers.api_server.entry" in sys.modules:
-        if to.kind == recorder.FRONT:
-            to.begin_stage("api server", {"phase": "api server"})
-    else:
-        to.ready()
-
-
-@contextmanager
-def _listening() -> Iterator[None]:
-    with stage("listen", "api server"):
-        yield
-    _quietly(Recorder.ready)
-
-
-@contextmanager
-def _first_request() -> Iterator[None]:
-    _quietly(Recorder.request)
-    yield
-
-
-def process_outputs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`OutputProcessor.process_outputs`: every token comes by here."""
-
-    def replacement(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock(self, outputs, *args, **kwargs)
-        if recorder.active() is not None and any(
-            output.new_token_ids or output.pooling_output is not None for output in outputs
-        ):
-            _quietly(Recorder.first_token)
-        return result
-
-    return replacement
-
-
-@contextmanager
-def _engine_runs() -> Iterator[None]:
-    """The engine core is up, in a process of its own."""
-    _quietly(lambda to: to.done() if to.kind != recorder.FRONT else None)
-    yield
-
-
-@contextmanager
-def _worker_warms_up() -> Iterator[None]:
-    """The last thing that a worker does in a start."""
-    yield
-    _quietly(lambda to: to.done() if to.kind == recorder.WORKER else None)
-
-
-@contextmanager
-def _cpu_worker_warms_up() -> Iterator[None]:
-    with _worker_warms_up(), span("warm-up", "warm-up"):
-        yield
-
-
-# Rows of the table of changes.
-
-
-def spanned(stock: Function, name: str, phase: str) -> Function:
-    """A span around each call."""
-    return within(stock, lambda: span(name, phase))
-
-
-def staged(stock: Function, name: str, phase: str) -> Function:
-    """A stage of the front end around each call."""
-    return within(stock, lambda: stage(name, phase))
-
-
-def run_busy_loop(stock: Function) -> Function:
-    return within(stock, _engine_runs)
-
-
-def async_engine(stock: Function) -> Function:
-    return within(stock, lambda: _engine_client("api server", _async_engine_made))
-
-
-def sync_engine(stock: Function) -> Function:
-    return within(stock, lambda: _engine_client("config", Recorder.ready))
-
-
-def add_request(stock: Function) -> Function:
-    return within(stock, _first_request)
-
-
-def startup(stock: Function) -> Function:
-    return within(stock, _listening)
-
-
-def warm_up(stock: Function) -> Function:
-    return within(stock, _worker_warms_up)
-
-
-def warm_up_on_cpu(stock: Function) -> Function:
-    return within(stock, _cpu_worker_warms_up)
-
-
 def install(loaded: int) -> Callable[[], None]:
     """Record this process, in which the plugin is being loaded since `loaded`; returns the undo."""
     to = recorder.begin()
     if to is not None:
         to.record_imports(loaded)
-        to.add("load plugin", loaded, recorder.now(), {"phase": "plugin"}, to.process)
+        to.begin("load plugin", {"phase": "plugin"}, to.process, loaded, recorder.now())
     return forget
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from pathlib import Path
 
 from vllm_compile_ext import harmless, settings
 from vllm_compile_ext.record import metrics, otlp, phases, read
-from vllm_compile_ext.record.read import Start
+from vllm_compile_ext.record.events import quiet
+from vllm_compile_ext.record.read import OTHER, Start
 from vllm_compile_ext.record.recorder import Recorder, now
 
 logger = logging.getLogger(__name__)
@@ -27,40 +27,36 @@ WORDS = {
     "graph capture": "capturing graphs",
     "load compiled code": "loading compiled code",
     "api server": "starting the server",
-    phases.OTHER: "something that no span names",
+    OTHER: "something that no span names",
 }
 
 
-class Watcher(threading.Thread):
-    """Looks at the start that `recorder` records in the file `path` until it is over.
+def watch(to: Recorder, endpoint: str | None = None) -> None:
+    """Look at the start that `to` records in its file until it is over, in a thread.
 
     endpoint: where vLLM is told to send its traces.
     """
+    to.watcher = threading.Thread(target=_watch, args=(to, endpoint), daemon=True, name="start-watcher")
+    to.watcher.start()
 
-    def __init__(self, recorder: Recorder, path: Path, endpoint: str | None = None) -> None:
-        super().__init__(daemon=True, name="start-watcher")
-        self._recorder, self._path = recorder, path
-        self._replay = otlp.Replay(endpoint)
 
-    def run(self) -> None:
-        try:
-            self._watch()
-        except Exception as error:  # serving does not depend on it
-            logger.debug("this start is watched no more: %s: %s", type(error).__name__, error)
-
-    def _watch(self) -> None:
-        progress, said = settings.load().VLLM_COMPILE_PROGRESS, False
-        while True:
+def _watch(to: Recorder, endpoint: str | None) -> None:
+    with quiet():
+        progress, replay, said = settings.load().VLLM_COMPILE_PROGRESS, otlp.Replay(endpoint), False
+        while to.file is not None:
             # With several API servers it is another process that gets ready, and its lines in the file say so.
-            self._recorder.changed.wait(None if self._recorder.ready_at is not None else EVERY)
-            self._recorder.changed.clear()
-            over = self._recorder.over
-            start = read.read(self._path)
+            to.changed.wait(None if to.ready_at is not None else EVERY)
+            to.changed.clear()
+            over = to.over
+            start = read.read(to.file.path)
             if start.ready is not None and not said:
                 said = True
                 _say_ready(start)
             if start.ready is not None or over:
-                self._export(start, over=over)
+                try:
+                    replay.send(start, over=over)
+                except Exception as error:
+                    logger.warning("spans of this start were not exported: %s", harmless.error(error))
             elif now() - start.begin > LONGEST:
                 return
             elif progress:
@@ -68,13 +64,7 @@ class Watcher(threading.Thread):
             if over:
                 return
             if start.first_token is not None:
-                self._recorder.done(start.first_token)
-
-    def _export(self, start: Start, *, over: bool) -> None:
-        try:
-            self._replay.send(start, over=over)
-        except Exception as error:
-            logger.warning("spans of this start were not exported: %s", harmless.error(error))
+                to.done(start.first_token)
 
 
 def _say_ready(start: Start) -> None:
@@ -87,13 +77,10 @@ def progress_line(start: Start, time: int) -> str:
     """What a start that is not ready is doing at `time`, and for how long."""
     start.last = max(start.last, time)
     segments = phases.breakdown(start).segments
-    phase, since = phases.OTHER, start.begin
-    if segments:
-        phase = segments[-1].phase
-        since = next((one.end for one in reversed(segments) if one.phase != phase), since)
-    line = (
-        f"starting for {(time - start.begin) / 1e9:.0f} s: {WORDS.get(phase, phase)} for {(time - since) / 1e9:.0f} s"
-    )
+    phase = segments[-1].phase if segments else OTHER
+    since = next((one.end for one in reversed(segments) if one.phase != phase), start.begin)
+    whole, part = (time - start.begin) / 1e9, (time - since) / 1e9
+    line = f"starting for {whole:.0f} s: {WORDS.get(phase, phase)} for {part:.0f} s"
     done = next((one.attrs for one in reversed(start.notes) if one.name == "progress" and one.time >= since), None)
     return line if done is None else f"{line} ({done.get('done')} of {done.get('total')} {done.get('what')})"
 
@@ -107,9 +94,9 @@ def table(start: Start, before: Start | None) -> str:
         title += f"; {before.temperature} before ({before.id}): {old.seconds:.1f} s".replace(";  ", "; ")
     head = f"  {'phase':<20} {'seconds':>8} {'share':>6}"
     lines = [f"{title} (vllm-compile-ext report {start.id})", head + (f" {'before':>8} {'change':>8}" if old else "")]
-    for row in phases.compare(old or whole, whole):
-        if max(row.new or 0.0, row.old or 0.0) >= 0.005:
-            share = (row.new or 0.0) / whole.seconds if whole.seconds else 0.0
-            line = f"  {row.phase:<20} {row.new or 0.0:>8.2f} {share:>6.1%}"
-            lines.append(line + (f" {row.old or 0.0:>8.2f} {row.seconds:>+8.2f}" if old else ""))
+    for phase, was, seconds in phases.compare(old or whole, whole):
+        a, b = was or 0.0, seconds or 0.0
+        if max(a, b) >= 0.005:
+            line = f"  {phase:<20} {b:>8.2f} {b / whole.seconds if whole.seconds else 0.0:>6.1%}"
+            lines.append(line + (f" {a:>8.2f} {b - a:>+8.2f}" if old else ""))
     return "\n".join(lines)

@@ -5,28 +5,27 @@ The terminal, the page, the Chrome trace and ``--json`` are made from this alone
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import psutil
 
 from vllm_compile_ext.record import phases
-from vllm_compile_ext.record.phases import Breakdown, Tree
+from vllm_compile_ext.record.phases import Breakdown
 from vllm_compile_ext.record.read import Note, Process, Start
 from vllm_compile_ext.report.formats import date, duration
 
-FORMAT = 1
 COMPARED = ("versions", "options", "machine")
 
 
 def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
     """Everything known of `start`; with `other`, an earlier one, also each phase's seconds there and what differs."""
-    tree, whole = Tree(start), phases.breakdown(start)
+    whole = phases.breakdown(start)
     before = phases.breakdown(other) if other else None
     rows = phases.by_process(start)
     names = titles(start)
@@ -41,13 +40,12 @@ def facts(start: Start, other: Start | None = None) -> dict[str, Any]:
             **{name: getattr(process, name) for name in ("pid", "ppid", "kind", "rank", "host", "argv")},
             "title": title,
             "name": "" if process.name in (process.kind, title) else process.name,
-            "phases": [dataclasses.asdict(row) for row in rows[process.pid]],
-            "spans": _spans(tree, process.pid, at),
+            "phases": [row._asdict() for row in rows[process.pid]],
+            "spans": _spans(start, process.pid, at),
             "exit": exits.get(process.pid),
         }
 
     return {
-        "format": FORMAT,
         **summary(start),
         "file": str(start.path) if start.path else None,
         "trace": start.trace,
@@ -77,10 +75,9 @@ def summary(start: Start) -> dict[str, Any]:
 
     died: what a start that is not ready did last, or does now; `since`: for how many seconds.
     """
-    if start.ready is not None:
-        outcome = "ready"
-    else:
-        outcome = "failed" if start.failed else "running" if _is_running(start) else "unfinished"
+    outcome = "ready" if start.ready is not None else "failed" if start.failed else "unfinished"
+    if outcome == "unfinished" and _is_running(start):
+        outcome = "running"
     end, died = phases.death(start), None
     if end is not None and (end.span is not None or end.error is not None):
         died = {
@@ -104,8 +101,8 @@ def summary(start: Start) -> dict[str, Any]:
 def outcome(line: dict[str, Any]) -> str:
     """How a start went: "ready", "failed in weights", "still running", "killed in compile"."""
     word = {"running": "still", "unfinished": "killed"}.get(line["outcome"], line["outcome"])
-    if line["died"]:
-        return f"{word} in {line['died']['phase']}"
+    if died := line["died"]:
+        return f"{word} in {died['phase']}"
     return "still running" if word == "still" else word
 
 
@@ -157,32 +154,23 @@ def titles(start: Start) -> dict[int, str]:
 def _is_running(start: Start) -> bool:
     """Whether a process that recorded it is there, on this machine, and has not said that it ends."""
     ended = {end.pid for end in start.exits}
-    return any(_exists(process) for process in start.processes if process.pid not in ended)
-
-
-def _exists(process: Process) -> bool:
-    if process.host != os.uname().nodename:
-        return False
-    try:
-        found = psutil.Process(process.pid)
-        # Numbers are used again, so the time of its beginning has to agree: within 2 s, since two clocks say it.
-        return bool(found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process.start / 1e9) < 2)
-    except (psutil.Error, ValueError):
-        return False
+    for process in start.processes:
+        if process.pid not in ended and process.host == os.uname().nodename:
+            with suppress(psutil.Error, ValueError):
+                found = psutil.Process(process.pid)
+                # Numbers are used again, so the time of its beginning has to agree: within 2 s, by two clocks.
+                if found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process.start / 1e9) < 2:
+                    return True
+    return False
 
 
 def _phases(whole: Breakdown, before: Breakdown | None) -> list[dict[str, Any]]:
     shares = {row.phase: row.share for row in whole.rows}
-    return [
-        {
-            "phase": row.phase,
-            "seconds": row.new,
-            "share": shares.get(row.phase, 0.0),
-            "other": row.old if before else None,
-            "change": row.seconds if before else None,
-        }
-        for row in phases.compare(before or whole, whole)
-    ]
+    rows: list[dict[str, Any]] = []
+    for phase, old, new in phases.compare(before or whole, whole):
+        row = {"phase": phase, "seconds": new, "share": shares.get(phase, 0.0), "other": None, "change": None}
+        rows.append(row | {"other": old, "change": (new or 0.0) - (old or 0.0)} if before else row)
+    return rows
 
 
 def _path(whole: Breakdown, at: Callable[[int], float]) -> list[list[Any]]:
@@ -195,30 +183,29 @@ def _path(whole: Breakdown, at: Callable[[int], float]) -> list[list[Any]]:
     return found
 
 
-def _spans(tree: Tree, pid: int, at: Callable[[int], float]) -> list[dict[str, Any]]:
+def _spans(start: Start, pid: int, at: Callable[[int], float]) -> list[dict[str, Any]]:
     """The spans of a process, each with its line in the timeline: below its parent, and below what overlaps it."""
     found = []
     taken: dict[int, int] = defaultdict(int)  # line -> the end of its last span
     lines: dict[str, int] = {}
-    for span in sorted((s for s in tree.start.spans if s.pid == pid), key=lambda s: (s.start, tree.depth(s))):
-        outer = tree.around(span)
-        line = lines[outer.id] + 1 if outer is not None and outer.id in lines else 0
+    for span in sorted((s for s in start.spans if s.pid == pid), key=lambda s: (s.start, s.depth)):
+        line = lines.get(span.parent or "", -1) + 1
         while taken[line] > span.start:
             line += 1
-        taken[line] = tree.end(span)
+        taken[line] = start.end(span)
         lines[span.id] = line
         # Both ends are rounded, so that what nests does so in microseconds too.
-        begin, end = at(span.start), at(tree.end(span))
+        begin, end = at(span.start), at(start.end(span))
         found.append(
             {
                 "id": span.id,
                 "parent": span.parent,
                 "name": span.name,
-                "phase": tree.phase(span),
+                "phase": span.phase,
                 "at": begin,
                 "seconds": round(end - begin, 6),
                 "line": line,
-                "waits": tree.waits(span),
+                "waits": span.waits,
                 "open": span.end is None,
                 "error": span.error,
                 "attrs": {name: value for name, value in span.attrs.items() if name not in ("phase", "wait")},
@@ -228,21 +215,16 @@ def _spans(tree: Tree, pid: int, at: Callable[[int], float]) -> list[dict[str, A
 
 
 def _note(note: Note) -> dict[str, Any]:
-    """The text of a note, which is the line that was logged (in older records name and attributes), and its attributes.
+    """The text of a note, which is the line that was logged (else its name and attributes), and its attributes.
 
     A miss always has `changes`, the differences from the closest entry as rows: name, stored, now.
     """
     attrs = {name: value for name, value in note.attrs.items() if name != "line"}
-    line = note.attrs.get("line")
-    text = line if isinstance(line, str) and line else ""
-    text = text or f"{note.name}: " + ", ".join(f"{name} {value}" for name, value in attrs.items())
+    text = str(note.attrs.get("line") or f"{note.name}: " + ", ".join(f"{name} {attrs[name]}" for name in attrs))
     if note.name == "miss":
-        changes = attrs.get("changes")
-        attrs["changes"] = [
-            ["unset" if value is None else str(value) for value in row]
-            for row in (changes if isinstance(changes, list) else [])
-            if isinstance(row, list | tuple) and len(row) == 3
-        ]
+        rows = attrs.get("changes")
+        rows = [row for row in rows if isinstance(row, list)] if isinstance(rows, list) else []  # what a file says
+        attrs["changes"] = [["unset" if value is None else str(value) for value in row] for row in rows]
     return {"text": text, "attrs": attrs}
 
 

@@ -6,28 +6,6 @@ import time
 
 from rich import filesize
 
-# Each phase by light (dark enough for white text) and in the dark, and on a terminal (light enough for black text).
-# Neighbours are families: Python, processes, the model, compiling, memory, graphs, serving.
-PHASE_COLOURS = {
-    "interpreter": ("#3a5a99", "#8fb3ea"),
-    "imports": ("#2563c9", "#6ba3f5"),
-    "config": ("#3b7390", "#8fb8d8"),
-    "plugin": ("#1d6f8f", "#5ab3d6"),
-    "spawn": ("#667080", "#9aa4b2"),
-    "distributed": ("#5860b8", "#98a3ee"),
-    "model construction": ("#2f7d55", "#6fbf8b"),
-    "weights": ("#1a7340", "#4fc07c"),
-    "compile": ("#b3560a", "#f0a33c"),
-    "load compiled code": ("#8d6608", "#f2c35a"),
-    "memory profiling": ("#8250c8", "#c09af0"),
-    "kv cache": ("#6f42b5", "#ab8ae6"),
-    "warm-up": ("#9a3f9a", "#d890d8"),
-    "graph capture": ("#c22f55", "#f07f9a"),
-    "api server": ("#0c7a72", "#45b8ac"),
-    "first request": ("#2a7680", "#7cc9c0"),
-    "other": ("#6b7280", "#a0a7b1"),
-}
-
 
 def duration(seconds: float) -> str:
     """Such as "83.6 s", "12 ms", "11.7 min"."""

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vllm_compile_ext import __version__
+from vllm_compile_ext.record.phases import PHASES
 from vllm_compile_ext.report import formats
 from vllm_compile_ext.report.facts import comparison, death, grouped, longest, outcome
 
@@ -39,7 +40,7 @@ def render(facts: dict[str, Any]) -> str:
         script=Markup(script),
         style=Markup(style),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        colours=formats.PHASE_COLOURS,
+        colours=PHASES,
         data={name: facts[name] for name in ("processes", "path", "marks", "wall")},
         plugin=__version__,
     )

@@ -46,12 +46,7 @@ def trace(facts: dict[str, Any]) -> dict[str, Any]:
         events.append(_instant("note", note["text"], note["at"], note["pid"]) | {"s": "p", "args": note["attrs"]})
 
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))
-    about = {
-        "start": facts["id"],
-        "model": facts["model"],
-        "trace": facts["trace"],
-        "begin_unix_ns": str(facts["time"]),
-    }
+    about = {"start": facts["id"], "model": facts["model"], "trace": facts["trace"], "begin_unix_s": facts["time"]}
     return {"traceEvents": heads + events, "displayTimeUnit": "ms", "otherData": about}
 
 

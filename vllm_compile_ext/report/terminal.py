@@ -11,8 +11,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from vllm_compile_ext.harmless import plain
+from vllm_compile_ext.record.phases import PHASES
+from vllm_compile_ext.record.read import OTHER
 from vllm_compile_ext.report.facts import comparison, death, grouped, longest, outcome
-from vllm_compile_ext.report.formats import PHASE_COLOURS, ago, cell, change, count, date, duration, percent, verdict
+from vllm_compile_ext.report.formats import ago, cell, change, count, date, duration, percent, verdict
 
 LINES = 4  # of a process's lane
 BAR = 18  # characters of the longest phase: the table fits into 80
@@ -141,7 +143,7 @@ def _table(*columns: Column | str) -> Table:
 
 
 def _colour(phase: str) -> str:
-    return PHASE_COLOURS.get(phase, PHASE_COLOURS["other"])[1]
+    return PHASES.get(phase, PHASES[OTHER])[1]
 
 
 def _bars(a: float | None, b: float | None, scale: float, colour: str) -> Text:

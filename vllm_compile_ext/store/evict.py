@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from vllm_compile_ext.store.files import DamagedError, UnsafeStoreError
-from vllm_compile_ext.store.store import ManifestError, Store
+from vllm_compile_ext.store.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +44,12 @@ class _Entry(NamedTuple):
     digests: frozenset[str]
 
 
-def remove(store: Store, prefix: str) -> Removed:
-    """Remove the entries whose key begins with `prefix`, except those in use, and what only they needed.
+def remove(store: Store, key: str) -> Removed:
+    """Remove the entries with this `key`, except those in use, and what only they needed.
 
-    Raises `ManifestError` when `prefix` cannot begin a key, `OSError` when the store cannot be written.
+    Raises `OSError` when the store cannot be written.
     """
-    if not re.fullmatch("[0-9a-f]{1,64}", prefix):
-        raise ManifestError(f"{prefix!r} does not begin a key: 1 to 64 lower hexadecimal digits do")
-    return _evict(store, lambda entry, total: entry.names[1].startswith(prefix))
+    return _evict(store, lambda entry, total: entry.names[1] == key)
 
 
 def keep_limit(store: Store) -> None:
@@ -64,10 +62,10 @@ def keep_limit(store: Store) -> None:
 
 
 def trim(store: Store, max_bytes: int | None = None, max_age: float | None = None) -> Removed:
-    """Remove entries until the rest takes at most `max_bytes`, least recently used first, and those not used for
-    `max_age` seconds; then what nobody needs.  Entries in use stay.
+    """Remove entries not used for `max_age` seconds, and the least recently used until the rest takes at most
+    `max_bytes`, when None the store's own limit; then what nobody needs.  Entries in use stay.
 
-    max_bytes: the store's own limit when None.  Raises `OSError` when the store cannot be written.
+    Raises `OSError` when the store cannot be written.
     """
     limit = store.max_bytes if max_bytes is None else max_bytes
 
@@ -78,10 +76,7 @@ def trim(store: Store, max_bytes: int | None = None, max_age: float | None = Non
 
 
 def _evict(store: Store, is_due: Callable[[_Entry, int], bool]) -> Removed:
-    """Remove entries, and then blobs.
-
-    is_due: called with each entry, the least recently used one first, and the bytes that all remaining ones take.
-    """
+    """is_due: called with each entry, the least recently used one first, and the bytes that all remaining ones take."""
     tree = store.tree
     with tree.lock("store", exclusive=True, timeout=0) as alone:
         now = time.time()
@@ -90,24 +85,23 @@ def _evict(store: Store, is_due: Callable[[_Entry, int], bool]) -> Removed:
         sizes = {name: status.st_size for name, status in blobs.items()}
         users = Counter(name for entry in entries for name in entry.digests)
         total = sum(entry.size for entry in entries) + sum(sizes.get(name, 0) for name in users)
-        gone: list[str] = []
-        in_use: list[str] = []
-        unneeded, freed = set(), 0
+        gone, in_use, freed = [], [], 0
         for entry in entries:
             if not is_due(entry, total):
                 continue
-            removed = tree.remove(*entry.names)
-            (gone if removed else in_use).append(f"{entry.names[1]}/{entry.names[2].removesuffix('.json')}")
-            if removed:
-                users.subtract(entry.digests)
-                last = {name for name in entry.digests if not users[name]}
-                unneeded |= last
-                freed += entry.size
-                total -= entry.size + sum(sizes.get(name, 0) for name in last)
+            shown = f"{entry.names[1]}/{entry.names[2].removesuffix('.json')}"
+            if not tree.remove(*entry.names):
+                in_use.append(shown)
+                continue
+            gone.append(shown)
+            users.subtract(entry.digests)
+            freed += entry.size
+            total -= entry.size + sum(sizes.get(name, 0) for name in entry.digests if not users[name])
         if alone:
-            stale = {name for name, status in blobs.items() if not users[name] and _age(status, now) > GRACE}
-            going = (unneeded | stale) & blobs.keys()
-            freed += sum(sizes[name] for name in going if tree.remove("blobs", name[:2], name))
+            for name, status in blobs.items():
+                may_go = name in users or _age(status, now) > GRACE
+                if not users[name] and may_go and tree.remove("blobs", name[:2], name):
+                    freed += sizes[name]
             _sweep(store, now)
     return Removed(gone, in_use, freed)
 

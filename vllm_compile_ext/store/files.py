@@ -68,8 +68,8 @@ class Tree:
     It is opened when it is first needed and stays open, wherever it is moved; one that was deleted is opened anew.
     All methods but `read`, `names`, `in_use` and `remove` raise `OSError` as it comes, and `UnsafeStoreError`.
 
-    jit: the folder of kernel compilers' caches, which do not share with other users.  group: who shares the store, by
-    VLLM_COMPILE_STORE_GROUP.  movable: a folder above in which others can put another store in its place.
+    jit: the folder of kernel compilers' caches; users have their own.  group: who shares the store, None for nobody.
+    movable: a folder above in which others can put another store in its place.
     """
 
     def __init__(self, root: Path) -> None:
@@ -87,9 +87,9 @@ class Tree:
 
     @contextmanager
     def folder(self, *names: str, make: bool = False, private: bool = False) -> Iterator[int]:
-        """A folder, open for reading; `make` makes those that are missing.
+        """A folder, open; `make` makes those that are missing.
 
-        private: check those below `jit`, too.  Libraries make folders there by the umask; nobody else gets as far.
+        private: check those below `jit`, too.  Libraries make them by the umask, but nobody else gets as far.
         """
         with ExitStack() as opened:
             with self._opening:
@@ -120,7 +120,7 @@ class Tree:
     def read(self, *names: str, size: int | None = None, most: int = sys.maxsize) -> bytes:
         """All bytes of a regular file.
 
-        Raises `DamagedError` when it is none, has another size than `size` or more than `most`, or is others' work.
+        Raises `DamagedError` when it is none, has another size than `size` or more than `most`, or others can write it.
         """
         path = self.path.joinpath(*names)
         try:
@@ -163,11 +163,6 @@ class Tree:
             # The file is in place and whole; at worst a power cut takes its name.
             with suppress(OSError):
                 os.fsync(folder)
-
-    def touch(self, *names: str) -> None:
-        """Mark a file as used now."""
-        with self.folder(*names[:-1]) as folder:
-            os.utime(names[-1], dir_fd=folder, follow_symlinks=False)
 
     def hold(self, *names: str) -> None:
         """Mark a file as used now, and as in use until this process and those it forks have ended.
@@ -229,6 +224,11 @@ class Tree:
             with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
             os.close(handle)
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether `path` is printable, relative, and stays below its folder."""
+    return path.isprintable() and "\\" not in path and not {"", ".", ".."}.intersection(path.split("/"))
 
 
 def is_writable(folder: int) -> bool:
@@ -326,7 +326,7 @@ def _share(handle: int, mode: int, group: int | None) -> None:
 
 
 class _Place(NamedTuple):
-    """An open folder on the way to the store."""
+    """An open folder on the way to the store.  mount: the number of its file system's mount, where that is known."""
 
     path: Path
     handle: int
@@ -335,21 +335,25 @@ class _Place(NamedTuple):
 
 
 def _open_v1(root: Path, make: bool) -> tuple[int, int | None, Path | None]:
-    """Open the folder ``v1`` of the store `root`; returns it, the group that shares it or None, and `Tree.movable`."""
+    """Open the folder ``v1`` of the store `root`; returns it, `Tree.group` and `Tree.movable`."""
     share = settings.store_group()
     real = Path(os.path.realpath(root))
     with ExitStack() as opened:
         way = _walk(real, opened)
-        volume = max(i for i, place in enumerate(way) if i == 0 or place.mount not in (way[i - 1].mount, None))
-        above = way[volume : len(real.parts) - 1]  # from the volume's root to the folder that the store is in
-        _check_above(above, root, share)
-        movable = above[0].path if above and _is_movable(above[0].status, share) else None
         was_there = len(way) == len(real.parts)
-        if not was_there:
-            _make_way(way, real, share, make, opened)
+        volume = max(i for i, place in enumerate(way) if i == 0 or place.mount not in (way[i - 1].mount, None))
+        _check_above(way[volume : len(real.parts) - 1], root, share)
+        for name in real.parts[len(way) :]:
+            outer, path = way[-1], way[-1].path / name
+            inherits = share and path == real and _is_mine(outer.status.st_gid)
+            mode = 0o700 if path == real else 0o755
+            handle = _enter(outer.handle, name, path, outer.status.st_gid if inherits else None, make, mode)
+            way.append(_place(path, handle, opened))
         store, outer = way[-1], way[-2:][0]
-        is_mine = share and store.status.st_mode & stat.S_IWGRP and _is_mine(store.status.st_gid)
-        group = store.status.st_gid if is_mine else None
+        above = way[volume:-1]  # from the volume's root to the folder that the store is in
+        movable = _check_above(above, root, share)  # again: somebody else may have made what was missing
+        is_shared = share and store.status.st_mode & stat.S_IWGRP and _is_mine(store.status.st_gid)
+        group = store.status.st_gid if is_shared else None
         # A volume's root may be everyone's, as Kubernetes makes an emptyDir: then what is in it has to be ours.
         if share and was_there and not above and store.status.st_uid == 0:
             movable = root if _is_everyones(store.status) else None
@@ -373,18 +377,6 @@ def _walk(real: Path, opened: ExitStack) -> list[_Place]:
             break
         way.append(_place(way[-1].path / name, handle, opened))
     return way
-
-
-def _make_way(way: list[_Place], real: Path, share: bool, make: bool, opened: ExitStack) -> None:
-    """Make what is missing of the folders to `real`, and put it at the end of `way`."""
-    for name in real.parts[len(way) :]:
-        outer = way[-1]
-        path = outer.path / name
-        if not make:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        group = outer.status.st_gid if share and path == real and _is_mine(outer.status.st_gid) else None
-        handle = _enter(outer.handle, name, path, group, make, 0o700 if path == real else 0o755)
-        way.append(_place(path, handle, opened))
 
 
 def _place(path: Path, handle: int, opened: ExitStack) -> _Place:
@@ -457,9 +449,10 @@ def _check(path: Path, found: os.stat_result, group: int | None, root: Path, *, 
     raise UnsafeStoreError(f"{path} {why}, and what is in it would be run. {' Or: '.join(ways)}")
 
 
-def _check_above(above: Sequence[_Place], root: Path, share: bool) -> None:
-    """Raises `UnsafeStoreError` where others can put another store in the place of `root`, in one of the folders
-    `above` it but the first, which is the root of a volume.
+def _check_above(above: Sequence[_Place], root: Path, share: bool) -> Path | None:
+    """Check the folders `above` the store `root`; returns the first, a volume's root, where others can move the store.
+
+    Raises `UnsafeStoreError` where they can do so in one of the others.
     """
     me = os.geteuid()
     for outer, (path, _, found, _) in itertools.pairwise(above):
@@ -473,11 +466,11 @@ def _check_above(above: Sequence[_Place], root: Path, share: bool) -> None:
             f"{path} {why}: another store could be put in the place of {root}. To mend it, {mend}name a folder "
             "elsewhere in VLLM_COMPILE_STORE"
         )
-
-
-def _is_movable(found: os.stat_result, share: bool) -> bool:
-    """Whether others can move what is in a volume's root."""
-    return not found.st_mode & stat.S_ISVTX and _others_write(found, _group_above(found, share))
+    if not above:
+        return None
+    volume = above[0].status
+    is_movable = not volume.st_mode & stat.S_ISVTX and _others_write(volume, _group_above(volume, share))
+    return above[0].path if is_movable else None
 
 
 def _group_above(found: os.stat_result, share: bool) -> int | None:

@@ -1,34 +1,34 @@
 """Kernels that Triton and other libraries compile while serving starts: where they lie, what goes, how they travel.
 
-Each library keeps its kernels in a folder that an environment variable names.  Left alone, these folders lie in the
-home folder, which a container loses, and Triton's is a moving one: the first kernel that Inductor compiles in a process
-sets ``TRITON_CACHE_DIR``, where it is unset, to a folder of that model, and whatever Triton compiles later in that
-process, the sampler's kernels too, goes there (torch 2.13.0, `CachingAutotuner.__init__` in
-`_inductor/runtime/triton_heuristics.py`).  A warm start unpickles Inductor's kernels, sets nothing, and looks in the
+Each library keeps its kernels in a folder that an environment variable names, by default in the home folder, which a
+container loses.  Triton's moves: the first kernel that Inductor compiles in a process sets ``TRITON_CACHE_DIR``, where
+it is unset, to a folder of that model, and the sampler's kernels, compiled later, go there too (torch 2.13.0,
+`CachingAutotuner.__init__` in `_inductor/runtime/triton_heuristics.py`).  A warm start sets nothing, and looks in the
 home folder.  A variable that is set is respected by Inductor, by vLLM and by Triton, which reads it for each kernel.
-Inductor's own kernels lie there as well then; its artifacts carry them, and put back what is missing.
 
 So `use` names ``<store>/v1/jit/<name>/...``.  What lies there is run, so it is made owner-only, and left alone where
-others can write.  A library writes and reads there on its own and names what it makes by a digest of what it was made
-from; here, whole kernels are only counted, removed, and carried to another store.  What is missing is compiled again.
+others can write.  A library names what it makes by a digest of what it was made from; here, whole kernels are only
+counted, removed, and carried to another store.  What is missing is compiled again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import logging
 import os
+import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vllm_compile_ext import settings
-from vllm_compile_ext.store.files import Tree, UnsafeStoreError, is_writable
+from vllm_compile_ext.replace import Undo
+from vllm_compile_ext.store.files import Tree, UnsafeStoreError, is_plain_path, is_writable
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +40,11 @@ FREE = 256 * 2**20
 
 def _host() -> tuple[str, ...]:
     """What host code depends on that is compiled here: processor, Python, C library."""
-    try:
-        libc = os.confstr("CS_GNU_LIBC_VERSION") or "libc"  # "glibc 2.36"
-    except ValueError:
-        libc = "libc"
-    return (os.uname().machine, sys.implementation.cache_tag or "python", libc.replace(" ", "-"))
+    return (os.uname().machine, str(sys.implementation.cache_tag), *platform.libc_ver())
 
 
 def _toolkit() -> tuple[str, ...]:
-    """`_host`, and the CUDA toolkit that compiles and is linked: its folder's real name, such as "cuda-13.0"."""
+    """`_host`, and the CUDA toolkit that compiles and is linked: the real name of its folder, such as "cuda-13.0"."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return (*_host(), Path(named).resolve().name)
 
@@ -74,9 +70,8 @@ class Cache:
 
 # The caches on disk that the warm-up of vLLM 0.32.0 fills, laid out as by Triton 3.7.1, FlashInfer 0.7.0, DeepGEMM as
 # vLLM has it, TileLang 0.1.12 and Humming 0.1.17.  The first `*` of most is `apart`.  Not here: CuTe DSL (vLLM's
-# `cute.compile` keeps kernels in memory), QuACK (vLLM takes helpers from it, no kernels), the driver's CUDA_CACHE_PATH
-# (PTX of wheels older than the GPU; the driver bounds it), and what vLLM keeps in its cache root itself: FlashInfer's
-# autotuning, as JSON.
+# `cute.compile` keeps kernels in memory), QuACK (vLLM takes no kernels from it), the driver's CUDA_CACHE_PATH (PTX of
+# wheels older than the GPU; the driver bounds it), and FlashInfer's autotuning, which vLLM keeps as JSON.
 CACHES = (
     # Sampler, attention, LoRA, MoE, input preparation.  Kernels are keyed by all that they are made from; the launchers
     # around them are C, keyed by their source and the processor (3.7.1, `runtime/build.py`).
@@ -110,57 +105,61 @@ CACHES = (
 # --- where they lie
 
 
-def folder(environ: Mapping[str, str] = os.environ) -> Path:
+def folder() -> Path:
     """The folder below which the caches lie; `find`, `size` and `trim` take it."""
-    return Tree(settings.store(environ)).jit
+    return Tree(settings.store()).jit
 
 
-def use() -> Callable[[], None]:
-    """Set the variables that the user did not set; returns the undo."""
-    return _set(_wanted)
-
-
-def leave() -> Callable[[], None]:
-    """Take away what a parent process set of the variables; returns the undo."""
-    return _set(lambda environ: {})
-
-
-def _set(choose: Callable[[Mapping[str, str]], dict[str, str]]) -> Callable[[], None]:
-    """Set what `choose` returns for the environment without what a parent process set.
-
-    The undo restores the environment, except for variables that somebody else has changed since.
-    """
-    before = {name: os.environ[name] for name in (*_inherited(), MARK) if name in os.environ}
-    wanted = choose({k: v for k, v in os.environ.items() if k not in before})
-    for name in before.keys() - wanted.keys():
+def leave() -> Undo:
+    """Take away the variables that a parent process set; returns the undo."""
+    inherited = _inherited()
+    for name in inherited:
         del os.environ[name]
-    os.environ.update(wanted)
 
     def undo() -> None:
-        for name in before.keys() | wanted.keys():
-            if os.environ.get(name) != wanted.get(name):
-                continue
-            if name in before:
-                os.environ[name] = before[name]
-            else:
+        for name, value in inherited.items():
+            os.environ.setdefault(name, value)
+
+    return undo
+
+
+def use() -> Undo:
+    """Set the variables that the user did not set; returns the undo, which leaves alone what was changed since."""
+    undo_leave = leave()
+    try:
+        ours = _usable_places()
+    except BaseException:
+        undo_leave()
+        raise
+    if ours:
+        ours[MARK] = "\n".join(f"{name}={value}" for name, value in ours.items())
+    os.environ.update(ours)
+
+    def undo() -> None:
+        for name, value in ours.items():
+            if os.environ.get(name) == value:
                 del os.environ[name]
+        undo_leave()
 
     return undo
 
 
 def _inherited() -> dict[str, str]:
-    """The variables that a parent process set and that nobody has changed since."""
-    pairs = [line.partition("=") for line in os.environ.get(MARK, "").splitlines()]
-    return {name: value for name, _, value in pairs if os.environ.get(name) == value}
+    """What a parent process set and nobody has changed since, and the mark."""
+    mark = os.environ.get(MARK)
+    if mark is None:
+        return {}
+    pairs = [line.partition("=") for line in mark.splitlines()]
+    return {name: value for name, _, value in pairs if os.environ.get(name) == value} | {MARK: mark}
 
 
-def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set, with the mark; nothing when the user wants no store or its folder cannot be used."""
-    if settings.store_off(environ):
+def _usable_places() -> dict[str, str]:
+    """The variables to set; none when the user wants no store or its folder cannot be used, which a line says."""
+    if settings.store_off():
         return {}
     try:
-        tree = Tree(settings.store(environ))
-        places = _places(environ, tree.jit)
+        tree = Tree(settings.store())
+        places = _places(tree.jit)
         for place in places.values():
             with tree.folder(*place.relative_to(tree.path).parts, make=True, private=True) as handle:
                 if not is_writable(handle):
@@ -186,23 +185,23 @@ def _wanted(environ: Mapping[str, str]) -> dict[str, str]:
             why = f"{error.filename}: {error.strerror}; name another folder in VLLM_COMPILE_STORE"
         logger.warning("compiled kernels of Triton and others are kept where stock vLLM keeps them: %s", why)
         return {}
-    found = {variable: str(place) for variable, place in places.items()}
-    return found | {MARK: "\n".join(f"{name}={value}" for name, value in found.items())} if found else {}
+    return {variable: str(place) for variable, place in places.items()}
 
 
-def _places(environ: Mapping[str, str], jit: Path) -> dict[str, Path]:
+def _places(jit: Path) -> dict[str, Path]:
     """The variables that are ours to set, and the folders to name in them."""
     places = {}
     for cache in CACHES:
         place = jit.joinpath(cache.name, "-".join(cache.apart()))
-        chosen = any(name in environ for name in (cache.variable, *cache.also))
-        if not chosen and (place.exists() or not _filled(cache, environ)):
+        chosen = any(name in os.environ for name in (cache.variable, *cache.also))
+        if not chosen and (place.exists() or not _is_filled(cache)):
             places[cache.variable] = place
     return places
 
 
-def _filled(cache: Cache, environ: Mapping[str, str]) -> bool:
-    root = glob.escape(str(settings.cache_root(environ)))
+def _is_filled(cache: Cache) -> bool:
+    """Whether the cache has been used at its usual place."""
+    root = glob.escape(str(settings.cache_root()))
     patterns = [os.path.expanduser(pattern.format(cache_root=root)) for pattern in cache.filled]  # noqa: PTH111
     return any(next(glob.iglob(pattern), None) for pattern in patterns)  # noqa: PTH207
 
@@ -216,7 +215,7 @@ SPARED = 25 * 3600.0
 # tells of their use, and nothing is removed for this many seconds after it.
 STAMP = ".started"
 _STARTING = 3600.0
-_LEAVING = ".leaving-"
+_LEAVING = ".leaving-"  # prefix of the folders that hold kernels while they are removed
 
 
 @dataclass(frozen=True)
@@ -241,50 +240,38 @@ def size(folder: Path) -> int:
     return sum(status.st_size for status in _files(folder))
 
 
-def trim(
-    folder: Path, max_bytes: int | None = None, max_age: float | None = None, spared: float = SPARED
-) -> list[Kernel]:
+def trim(folder: Path, max_bytes: int | None = None, max_age: float | None = None) -> list[Kernel]:
     """Remove kernels unused for `max_age` seconds, then the longest unused until `max_bytes` are left in `folder`.
 
-    None is no limit.  Nothing used within the last `spared` seconds is removed, even if the limits are not met then.
+    None is no limit.  Nothing used within the last `SPARED` seconds is removed, even if the limits are not met then.
     Returns what was removed; what cannot be removed is left.
     """
     gone: list[Kernel] = []
-    if not folder.is_dir() or _may_be_starting(folder):
+    now, total, stamp = time.time(), size(folder), folder / STAMP
+    if stamp.exists() and os.statvfs(folder).f_flag & os.ST_NOATIME and now - stamp.stat().st_mtime < _STARTING:
         return gone
-    now, total = time.time(), size(folder)
     for kernel in find(folder):
         age = max(0.0, now - kernel.used)  # a clock that was set back makes everything new
         too_old = max_age is not None and age > max_age
         too_much = max_bytes is not None and total > max_bytes
-        if age > spared and (too_old or too_much) and _remove(kernel.path, folder):
+        if age > SPARED and (too_old or too_much) and _remove(kernel.path, folder):
             total -= kernel.size
             gone.append(kernel)
     return gone
-
-
-def _may_be_starting(folder: Path) -> bool:
-    """Whether a process may be about to use kernels of which no time of access tells."""
-    if not os.statvfs(folder).f_flag & os.ST_NOATIME:
-        return False
-    try:
-        return time.time() - (folder / STAMP).stat().st_mtime < _STARTING
-    except FileNotFoundError:
-        return False
 
 
 def _files(folder: Path) -> Iterator[os.stat_result]:
     """Status of each file below `folder`; what vanishes meanwhile is left out, links are not followed."""
     for at, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 yield (Path(at) / name).lstat()
 
 
 def _kernel(path: Path) -> Kernel:
     files = list(_files(path))
     used = [max(status.st_mtime, status.st_atime) for status in files]
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         used.append(path.stat().st_mtime)
     return Kernel(path, sum(status.st_size for status in files), max(used, default=0.0))
 
@@ -309,9 +296,8 @@ _TRITON_WRITES = "tmp.pid_"  # how the folders begin in which Triton writes
 def check_path(path: str) -> None:
     """Raises `ValueError` unless `path` is relative, no deeper than a kernel's, and stays below its folder."""
     steps = path.split("/")
-    plain = path.isprintable() and "\\" not in path and not {"", ".", ".."}.intersection(steps)
     # Steps of over 255 bytes, and paths of over 4095, are none to Linux.
-    fits = len(steps) <= _DEEPEST and plain and len(path.encode()) <= 1000
+    fits = is_plain_path(path) and len(steps) <= _DEEPEST and len(path.encode()) <= 1000
     if not fits or max(len(step.encode()) for step in steps) > 255:
         raise ValueError(f"{path[:300]!r} is not allowed: a printable relative path of up to 1000 bytes is")
 
@@ -323,7 +309,7 @@ def paths(folder: Path) -> Iterator[str]:
         below[:] = sorted(n for n in below if not (n.startswith(_TRITON_WRITES) or (top and n.startswith("."))))
         for found in sorted(Path(place, name) for name in names):
             path = found.relative_to(folder).as_posix()
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 check_path(f"v1/jit/{path}")
                 if not top and found.is_file() and not found.is_symlink():
                     yield path

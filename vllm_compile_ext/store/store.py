@@ -20,12 +20,19 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from blake3 import blake3
 
-from vllm_compile_ext.store.files import DamagedError, MissingError, Tree, UnsafeStoreError, is_writable
+from vllm_compile_ext.store.files import (
+    DamagedError,
+    MissingError,
+    Tree,
+    UnsafeStoreError,
+    is_plain_path,
+    is_writable,
+)
 
 __all__ = ["DamagedError", "MissingError", "Store", "UnsafeStoreError"]
 
@@ -35,12 +42,12 @@ FORMAT = 3  # of manifests; raised when a reader of the old one would misread th
 MANIFEST_MAX = 4 << 20  # bytes; they have about 200 kB
 ROOMS = ("blobs", "manifests", "locks", "tmp")
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+_DIGEST = "[0-9a-f]{64}"
+_SHARD = "[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
 _T = TypeVar("_T")
 
 
-class ManifestError(ValueError):
+class ManifestError(RuntimeError):
     """Not a sealed record, a damaged one, or one with names that are not allowed; the message says what."""
 
 
@@ -50,7 +57,7 @@ def digest(data: bytes) -> str:
 
 
 def key_of(factors: dict[str, str]) -> str:
-    """64 lower hexadecimal digits; the order of `factors` does not matter."""
+    """The key of what was made from `factors`, a digest; their order does not matter."""
     return digest(msgspec.json.encode(factors, order="sorted"))
 
 
@@ -65,10 +72,7 @@ class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def seal(record: Any, made: int = FORMAT) -> bytes:
-    """The file of a record: ``{"format": 3, "seal": "<digest of the next value's bytes>", "record": {...}}``.
-
-    One flipped bit and it is damaged.
-    """
+    """The file of a record: ``{"format": 3, "seal": "<digest of the next value's bytes>", "record": {...}}``."""
     inner = msgspec.json.encode(record)
     return msgspec.json.encode(_Sealed(made, digest(inner), msgspec.Raw(inner)))
 
@@ -83,24 +87,16 @@ def unseal(data: bytes, kind: type[_T], expected: int = FORMAT) -> _T:
         if digest(bytes(sealed.record)) != sealed.seal:
             raise ManifestError("is corrupt: its digest does not match")
         return msgspec.json.decode(sealed.record, type=kind)
-    except ManifestError:
-        raise
     # msgspec raises RecursionError on deep nesting, and ValueError where text is not UTF-8.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ManifestError(f"is no record ({error})") from error
 
 
 class Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Some bytes of the store, by their blake3 `digest` (64 lower hexadecimal digits) and `size` in bytes."""
+    """Some bytes of the store, by their `digest` and `size` in bytes."""
 
-    digest: str
-    size: int
-
-    def __post_init__(self) -> None:
-        if not _DIGEST.fullmatch(self.digest):
-            raise ManifestError(f"digest {self.digest!r} is not allowed: 64 lower hexadecimal digits are")
-        if self.size < 0:
-            raise ManifestError(f"size {self.size} is not allowed: a number from 0 is")
+    digest: Annotated[str, msgspec.Meta(pattern=rf"\A{_DIGEST}\Z")]
+    size: Annotated[int, msgspec.Meta(ge=0)]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,9 +111,9 @@ def total(blobs: Iterable[Blob]) -> int:
 
 def manifest_names(key: str, shard: str) -> tuple[str, ...]:
     """Where a manifest lies in a store.  Raises `ManifestError` where a name is not allowed."""
-    if not _DIGEST.fullmatch(key):
+    if not re.fullmatch(_DIGEST, key):
         raise ManifestError(f"key {key!r} is not allowed: 64 lower hexadecimal digits are")
-    if not _SHARD.fullmatch(shard) or ".." in shard:
+    if not re.fullmatch(_SHARD, shard) or ".." in shard:
         raise ManifestError(f"shard {shard!r} is not allowed: up to 100 letters, digits and _.- are, without '..'")
     return "manifests", key, f"{shard}.json"
 
@@ -148,11 +144,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         manifest_names(self.key, self.shard)
         for name in self.members:
-            steps = name.split("/")
-            if not name.isprintable() or "\\" in name or len(name) > 200 or {"", ".", ".."}.intersection(steps):
-                raise ManifestError(
-                    f"member {name!r} is not allowed: up to 200 printable characters are, as a relative path"
-                )
+            if len(name) > 200 or not is_plain_path(name):
+                raise ManifestError(f"member {name!r} is not allowed: a relative path of up to 200 characters is")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -217,8 +210,8 @@ class Store:
         """The manifests of an entry whose shards are `shard` and a suffix after a dot, the last used first."""
         folder = manifest_names(key, shard)[:-1]
         names = [name.removesuffix(".json") for name in self.tree.names(*folder) if name.endswith(".json")]
-        found = (self.find(key, name) for name in names if name.startswith(f"{shard}.") and _SHARD.fullmatch(name))
-        return sorted((manifest for manifest in found if manifest is not None), key=self.used, reverse=True)
+        found = (self.find(key, name) for name in names if name.startswith(f"{shard}.") and re.fullmatch(_SHARD, name))
+        return sorted(filter(None, found), key=self.used, reverse=True)
 
     def files(self) -> list[tuple[str, ...]]:
         """Where the manifests lie, whether they can be read or not."""
@@ -251,13 +244,9 @@ class Store:
 
     def get(self, blob: Blob) -> bytes:
         """The bytes of `blob`, with the right digest.  Raises `DamagedError`, also when they are missing."""
-        return self._check(blob.digest, blob.size)
-
-    def _check(self, expected: str, size: int | None) -> bytes:
-        names = "blobs", expected[:2], expected
-        data = self.tree.read(*names, size=size)
-        if digest(data) != expected:
-            raise DamagedError(self.tree.path.joinpath(*names), "is corrupt: its digest does not match")
+        data = self.tree.read(*blob.names, size=blob.size)
+        if digest(data) != blob.digest:
+            raise DamagedError(self.path(blob), "is corrupt: its digest does not match")
         return data
 
     def put(self, data: bytes) -> Blob:
@@ -272,8 +261,8 @@ class Store:
         except DamagedError:
             self.tree.write(*blob.names, data=data)
         else:
-            with suppress(OSError):
-                self.tree.touch(*blob.names)  # still wanted, though perhaps by no manifest yet
+            with suppress(OSError), self.tree.folder(*blob.names[:-1]) as folder:
+                os.utime(blob.digest, dir_fd=folder, follow_symlinks=False)  # still wanted, though no entry may say so
         return blob
 
     def add(self, manifest: Manifest) -> None:
@@ -297,20 +286,21 @@ class Store:
         """
         manifest_names(key, "any")
         end = time.monotonic() + timeout
+        if not self.writable:
+            yield False
+            return
         with ExitStack() as held:
-            mine = False
-            if self.writable:
-                try:
-                    mine = held.enter_context(self.tree.lock(key, exclusive=True, timeout=timeout))
-                    if not mine and timeout > 0:  # else it was only asked
-                        line = "another process has been writing %s for over %g s: not waiting for it"
-                        logger.warning(line, key, timeout)
-                    # Afterwards: who waits for a key must not keep unneeded blobs from being removed.
-                    left = end - time.monotonic()
-                    mine &= held.enter_context(self.tree.lock("store", exclusive=False, timeout=left))
-                except (OSError, UnsafeStoreError) as error:
-                    mine = False
-                    logger.warning("the store %s cannot be locked: %s", self.root, error)
+            try:
+                mine = held.enter_context(self.tree.lock(key, exclusive=True, timeout=timeout))
+                if not mine and timeout > 0:  # else it was only asked
+                    line = "another process has been writing %s for over %g s: not waiting for it"
+                    logger.warning(line, key, timeout)
+                # Afterwards: who waits for a key must not keep unneeded blobs from being removed.
+                left = end - time.monotonic()
+                mine &= held.enter_context(self.tree.lock("store", exclusive=False, timeout=left))
+            except (OSError, UnsafeStoreError) as error:
+                mine = False
+                logger.warning("the store %s cannot be locked: %s", self.root, error)
             yield mine
 
     def use(self, manifest: Manifest) -> None:
@@ -321,17 +311,18 @@ class Store:
     def verify(self) -> list[DamagedError]:
         """Everything that is damaged or missing: manifests, their blobs, and blobs that no manifest names."""
         problems: list[DamagedError] = []
-        sizes: dict[str, int] = {}
+        needed: dict[str, Blob] = {}
         for names in self.files():
             try:
-                sizes |= {blob.digest: blob.size for blob in self._load(*names).members.values()}
+                needed |= {blob.digest: blob for blob in self._load(*names).members.values()}
             except DamagedError as error:
                 problems.append(error)
-        for found in sorted(sizes.keys() | self.blobs().keys()):
+        there = {name: Blob(name, status.st_size) for name, status in self.blobs().items()}
+        for name, blob in sorted((there | needed).items()):
             try:
-                self._check(found, sizes.get(found))
+                self.get(blob)
             except DamagedError as error:
-                if found in sizes or not isinstance(error, MissingError):  # else just removed, needed by none
+                if name in needed or not isinstance(error, MissingError):  # else just removed, needed by none
                     problems.append(error)
         return problems
 
@@ -341,7 +332,7 @@ class Store:
         for start in self.tree.names("blobs"):
             for name in self.tree.names("blobs", start):
                 # Not a file that NFS keeps for one who still reads it (.nfs0123).
-                if _DIGEST.fullmatch(name) and name.startswith(start):
+                if re.fullmatch(_DIGEST, name) and name.startswith(start):
                     with suppress(OSError):
                         found[name] = self.tree.stat("blobs", start, name)
         return found

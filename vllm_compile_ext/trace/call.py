@@ -50,29 +50,17 @@ class Opaque:
 class Body:
     """What one traced call added to the graph.
 
-    args: the nodes of the tensors it was called with.  outputs: the description of what it returned.  inputs: the
-    placeholders it reads, each with its tensor or Opaque, or None where every copy reads the same one.
+    args: the nodes of the tensors it was called with.  outputs: the description of what it returned; results: its own
+    nodes in that, each once, in order.  inputs: the placeholders it reads, each with its tensor or Opaque, or None
+    where every copy reads the same one.
     """
 
     layer: torch.nn.Module
     nodes: list[fx.Node]
     args: list[fx.Node]
     outputs: Any = None
+    results: list[fx.Node] = field(default_factory=list)
     inputs: dict[fx.Node, torch.Tensor | Opaque | None] = field(default_factory=dict)
-
-    def results(self) -> list[fx.Node]:
-        """The body's own nodes among its results, each once, in order."""
-        found: dict[fx.Node, None] = {}
-
-        def visit(output: Any) -> None:
-            if output[0] == "node":
-                found[output[1]] = None
-            elif output[0] == "seq":
-                for item in output[2]:
-                    visit(item)
-
-        visit(self.outputs)
-        return list(found)
 
 
 @dataclass
@@ -180,7 +168,8 @@ class Arguments:
 
 
 def describe_results(variable: Any, body: Body) -> Any:
-    """The description of what a body returned.  Raises `NotOnce` when a later call cannot return the like of it."""
+    """The description of what a body returned; notes the body's own nodes among it.  Raises `NotOnce` when a later call
+    cannot return the like of it."""
     from torch._dynamo import variables as kinds
 
     v = variable.realize()
@@ -191,6 +180,8 @@ def describe_results(variable: Any, body: Body) -> Any:
         if node not in body.nodes:
             raise NotOnce("returns a tensor from outside")
         if type(v) is kinds.TensorVariable:
+            if node not in body.results:
+                body.results.append(node)
             return ("node", node)
     if isinstance(v, kinds.ConstantVariable):
         return ("const", v.value)
@@ -202,7 +193,7 @@ def describe_results(variable: Any, body: Body) -> Any:
 def check_results(body: Body) -> None:
     """Raises `NotOnce` unless a new tensor can stand in for each result: no view of another one, no gradient."""
     taken = {storage(n) for n in (*body.args, *body.inputs)}
-    for node in body.results():
+    for node in body.results:
         value = value_of(node)
         if type(value) is not FakeTensor or value.layout != torch.strided or value.is_conj() or value.is_neg():
             raise NotOnce(f"returns a tensor of kind {type(value).__name__}")

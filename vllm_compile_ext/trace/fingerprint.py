@@ -9,6 +9,7 @@ nor on the data of tensors, on the name that a layer-name object holds, or on wh
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vllm_compile_ext.trace import names
 from vllm_compile_ext.trace.call import storage, value_of
-from vllm_compile_ext.trace.split import Piece, attribute
+from vllm_compile_ext.trace.split import Piece
 from vllm_compile_ext.trace.stitch import STORAGE
 
 _READABLE = ("cpu", torch.strided)
@@ -39,7 +40,10 @@ def fingerprint(piece: Piece, owner: torch.nn.Module, extra: Iterable[str] = ())
     writer = _Writer(owner, _Symbols())
     lines = [f"extra {e!r}" for e in extra]
     lines += [writer.input(node) for node in piece.inputs]
-    lines += [writer.node(node) for node in piece.nodes]
+    try:
+        lines += [writer.node(node) for node in piece.nodes]
+    except names.Unnameable as why:
+        raise Unfingerprintable(f"it holds {why}") from None
     lines += [f"out {writer.argument(node)} {writer.value(value_of(node))}" for node in piece.outputs]
     lines += writer.symbols.facts()
     return blake3("\n".join(lines).encode()).hexdigest()
@@ -95,7 +99,7 @@ class _Writer:
 
     def node(self, node: fx.Node) -> str:
         if node.op == "get_attr":
-            line = f"attribute {self._attribute(attribute(self.owner, str(node.target)), str(node.target))}"
+            line = f"attribute {self._attribute(str(node.target))}"
         elif node.op in ("call_function", "call_method"):
             kwargs = ", ".join(f"{k}={self.argument(v)}" for k, v in sorted(node.kwargs.items()))
             line = f"{node.op} {self._target(node)} {self.argument(node.args)} {kwargs}"
@@ -116,15 +120,9 @@ class _Writer:
         if isinstance(target, torch._ops.HigherOrderOperator) and "triton_kernel" in target.name():
             # Kernel and constants are numbers of a table of this process (torch 2.13.0, `triton_kernel_wrap.py`).
             raise Unfingerprintable(f"a Triton kernel of the model's own, {node.name}")
-        name = self._name(target, "target")
+        name = names.name(target)
         # What an operator mutates is in its schema.
         return f"{name} {target._schema}" if isinstance(target, torch._ops.OpOverload) else name
-
-    def _name(self, value: Any, what: str) -> str:
-        try:
-            return names.name(value)
-        except names.Unnameable as why:
-            raise Unfingerprintable(f"{what} {why}") from None
 
     def value(self, value: Any) -> str:
         """What is known of an input or output."""
@@ -153,20 +151,15 @@ class _Writer:
             return f"enum {_name(type(value))}.{value.name}"
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self.value(value)
-        return self._name(value, "constant")
+        return names.name(value)
 
-    def _attribute(self, value: Any, path: str) -> str:
+    def _attribute(self, path: str) -> str:
+        value = operator.attrgetter(path)(self.owner)
         if isinstance(value, fx.GraphModule):  # what a higher-order op runs; its own attributes are its owner's
             inner = _Writer(value, self.symbols)
-            lines = []
-            for node in value.graph.nodes:
-                if node.op == "placeholder":
-                    lines.append(inner.input(node))
-                elif node.op == "output":
-                    lines.append(f"out {inner.argument(node.args[0])}")
-                else:
-                    lines.append(inner.node(node))
-            return f"graph {{{'; '.join(lines)}}}"
+            *nodes, output = value.graph.nodes
+            lines = [inner.input(n) if n.op == "placeholder" else inner.node(n) for n in nodes]
+            return f"graph {{{'; '.join(lines)}; out {inner.argument(output.args[0])}}}"
         if type(value) in (torch.Tensor, torch.nn.Parameter) and (value.device.type, value.layout) == _READABLE:
             data = value.detach().contiguous().flatten()
             if data.nbytes <= _LARGEST_CONSTANT:

@@ -1,7 +1,7 @@
 """The kinds of sources and guards that Dynamo records of a trace, and what each of them means for a copy.
 
-The tables are closed: what is not in them refuses.  `tests/contract/test_trace_kinds.py` compares them with the classes
-and methods of the installed torch, so that a new torch fails a test and not a user.
+What is in no table refuses.  `tests/contract/test_trace_kinds.py` has those that are left out on purpose and compares
+all with the classes and methods of the installed torch, so that a new torch fails a test and not a user.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_compile_ext.trace.call import NotOnce
-
 # What a source of the kind leads to is compared (values.py): an attribute, an item, a closure's cell, a type, ...
-COMPARED = [
+COMPARED = {
     "AttrSource", "CallFunctionNoArgsSource", "CellContentsSource", "ClosureSource", "CodeSource",
     "ConstDictKeySource", "ConstantSource", "ConvertIntSource", "DataclassFieldsSource", "DefaultsSource",
     "DictGetItemSource", "DictSubclassGetItemSource", "GenericAttrSource", "GetItemSource", "GlobalSource",
@@ -21,19 +19,10 @@ COMPARED = [
     "ShapeEnvSource", "SkipGuardSource", "SyntheticLocalSource", "TempLocalSource", "TensorPropertySource",
     "TorchFunctionModeStackSource", "TupleIteratorGetItemSource", "TypeDictSource", "TypeMROSource", "TypeSource",
     "UnspecializedBuiltinNNModuleSource", "UnspecializedNNModuleSource", "UnspecializedParamBufferSource",
-]  # fmt: skip
-# These lead to values that change without the layer (random numbers, gradients, weak references, other processes'
-# modules), or that have not been met in a layer.
-REFUSED = [
-    "AttrProxySource", "BackwardStateSource", "CallMethodItemSource", "CurrentStreamSource", "DynamicScalarSource",
-    "EphemeralSource", "FSDPNNModuleSource", "FlattenScriptObjectSource", "FloatTensorSource", "GlobalWeakRefSource",
-    "GradSource", "IndexedSource", "NumpyTensorSource", "OptimizerSource", "RandomValueSource",
-    "ScriptObjectQualifiedNameSource", "SubclassAttrListSource", "WeakRefCallSource",
-]  # fmt: skip
-SOURCES = dict.fromkeys(COMPARED, True) | dict.fromkeys(REFUSED, False)
+}  # fmt: skip
 
 # The guard's value is compared, or it is about the state of torch (call.py).
-VALUE = [
+VALUE = {
     "AUTOGRAD_SAVED_TENSORS_HOOKS", "BOOL_MATCH", "BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "CONSTANT_MATCH",
     "CONSTANT_SUBCLASS_MATCH", "DEFAULT_DEVICE", "DETERMINISTIC_ALGORITHMS", "DICT_CONTAINS", "DICT_KEYS_MATCH",
     "DICT_NOT_CONTAINS", "DISPATCH_KEY_SET_MATCH", "DUPLICATE_INPUT", "EMPTY_NN_MODULE_HOOKS_DICT", "EQUALS_MATCH",
@@ -41,12 +30,9 @@ VALUE = [
     "MODULE_MATCH", "NN_MODULE", "NONE_MATCH", "NOT_NONE_MATCH", "NOT_PRESENT_IN_GENERIC_DICT",
     "OPAQUE_OBJ_GUARD_FN_MATCH", "RANGE_ITERATOR_MATCH", "COUNT_ITERATOR_MATCH", "SEQUENCE_LENGTH", "SET_CONTAINS",
     "SET_NOT_CONTAINS", "SHAPE_ENV", "TENSOR_MATCH", "TORCH_FUNCTION_STATE", "TUPLE_ITERATOR_LEN", "TYPE_MATCH",
-]  # fmt: skip
+}  # fmt: skip
 # The trace depends on which object it is.
-IDENTITY = ["ID_MATCH", "WEAKREF_ALIVE"]
-REFUSING = ["DICT_VERSION", "DTENSOR_SPEC_MATCH", "DUAL_LEVEL", "FAKE_SCRIPT_TYPE_MATCH", "FSDP_TRAINING_STATE"]
-REFUSING += ["TENSOR_SUBCLASS_METADATA_MATCH"]
-GUARDS = dict.fromkeys(VALUE, "value") | dict.fromkeys(IDENTITY, "identity") | dict.fromkeys(REFUSING, "refused")
+IDENTITY = {"ID_MATCH", "WEAKREF_ALIVE"}
 
 
 def guards(tx: Any) -> set[Any]:
@@ -58,26 +44,6 @@ def bases(source: Any) -> Iterator[Any]:
     """What a source is read from, one step after the other; the last is a local or a global."""
     while (source := getattr(source, "base", None)) is not None:
         yield source
-
-
-def first(source: Any) -> Any:
-    """The local or global that a source starts from."""
-    return [source, *bases(source)][-1]
-
-
-def check_source(source: Any) -> None:
-    """Raises `NotOnce` unless every step of a source is of a kind that is compared."""
-    for step in (source, *bases(source)):
-        if not SOURCES.get(type(step).__name__, False):
-            raise NotOnce(f"reads {step.name}, a {type(step).__name__}")
-
-
-def is_identity(guard: Any) -> bool:
-    """Whether a guard says which object something is.  Raises `NotOnce` for a kind that is not known."""
-    kind = GUARDS.get(guard.create_fn_name(), "refused")
-    if kind == "refused":
-        raise NotOnce(f"Dynamo guards {guard.name} by {guard.create_fn_name()}")
-    return kind == "identity"
 
 
 def last_step(source: Any) -> tuple[Any, Any]:

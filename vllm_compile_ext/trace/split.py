@@ -160,13 +160,9 @@ def extract(piece: Piece, owner: torch.nn.Module) -> fx.GraphModule:
         env[node] = graph.node_copy(node, lambda n: env[n])
     out = graph.output(tuple(env[n] for n in piece.outputs))
     out.meta["example_value"] = tuple(value_of(n) for n in piece.outputs)
-    attributes = {str(n.target): attribute(owner, str(n.target)) for n in piece.nodes if n.op == "get_attr"}
+    paths = [str(n.target) for n in piece.nodes if n.op == "get_attr"]
+    attributes = {path: operator.attrgetter(path)(owner) for path in paths}
     return fx.GraphModule(attributes or torch.nn.Module(), graph)
-
-
-def attribute(owner: Any, path: str) -> Any:
-    """What a get_attr node of `path` gives."""
-    return operator.attrgetter(path)(owner)
 
 
 class _StandIns:

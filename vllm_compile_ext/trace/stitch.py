@@ -109,11 +109,10 @@ class _Stitch:
                     if storages.get(key) is None:
                         storages[key] = next(self.numbers)
                     copy.meta[STORAGE] = storages[key]
-        results = body.results()
         for user in list(marker.users):
             if user.op != "call_function" or len(user.args) != 2 or not isinstance(user.args[1], int):
                 raise NotOnce(f"{user.name} uses a marker as a whole")
-            result = env[results[user.args[1]]]
+            result = env[body.results[user.args[1]]]
             # Views that were taken of a stand-in are views of what it stood for.
             old, new = user.meta.get(STORAGE), result.meta.get(STORAGE)
             if old is not None and old != new:
@@ -138,7 +137,7 @@ class _Stitch:
         body.args = list(map(current, body.args))
         body.inputs = {current(n): v for n, v in body.inputs.items()}
         body.nodes = [n for n in body.nodes if not n._erased]
-        if any(n._erased for n in (*body.args, *body.results())):
+        if any(n._erased for n in (*body.args, *body.results)):
             raise NotOnce("Dynamo has erased an argument or a result of a body")
         if any(n.graph is not self.graph for n in body.nodes):
             raise NotOnce("a body is in another graph")
@@ -190,12 +189,12 @@ def difference(a: fx.Graph, a_inputs: Sequence[Any], b: fx.Graph, b_inputs: Sequ
     its expression, whichever node has it: Dynamo merges equal ones when it finishes a graph.
     """
     words: dict[fx.Node, str] = {}  # what a node is called in both graphs
-    names: dict[Any, str] = {}
+    inputs: dict[Any, str] = {}
     for node, value in zip(b.find_nodes(op="placeholder"), b_inputs, strict=True):
-        words[node] = names.setdefault(_key(value, node), f"input {len(names)}")  # two inputs of one value are one
+        words[node] = inputs.setdefault(_key(value, node), f"input {len(inputs)}")  # two inputs of one value are one
     for node, value in zip(a.find_nodes(op="placeholder"), a_inputs, strict=True):
-        if (key := _key(value, node)) in names:
-            words[node] = names[key]
+        if (key := _key(value, node)) in inputs:
+            words[node] = inputs[key]
         elif node.users:
             return f"no input for {node.name}"
     left, right = ([n for n in g.nodes if n.op != "placeholder" and _size(n) is None] for g in (a, b))

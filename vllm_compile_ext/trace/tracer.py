@@ -51,15 +51,6 @@ from vllm_compile_ext.trace.same_kind import Different, Reach, Same, compare, st
 from vllm_compile_ext.trace.values import Accessed
 
 
-def find_groups(root: torch.nn.Module, least: int = 3) -> dict[int, int]:
-    """id of every module in a ModuleList that holds at least `least` of its class -> number of the list."""
-    groups: dict[int, int] = {}
-    for number, module in enumerate(m for m in root.modules() if isinstance(m, torch.nn.ModuleList)):
-        count = collections.Counter(map(type, module))
-        groups.update((id(child), number) for child in module if count[type(child)] >= least)
-    return groups
-
-
 class Tracer:
     """One capture of `root`.  `traced` and `stamped` count the calls of repeated layers, `reasons` says why calls were
     traced that might have been stamped.
@@ -78,7 +69,10 @@ class Tracer:
         skip: Collection[int] = (),
     ) -> None:
         self.root = root
-        self.groups = find_groups(root, least)
+        self.groups: dict[int, int] = {}  # id of a layer that may be copied -> number of its ModuleList
+        for number, modules in enumerate(m for m in root.modules() if isinstance(m, torch.nn.ModuleList)):
+            count = collections.Counter(map(type, modules))
+            self.groups.update((id(layer), number) for layer in modules if count[type(layer)] >= least)
         self.lookups = lookups
         self.tables = tables
         self.skip = frozenset(skip)
@@ -98,7 +92,7 @@ class Tracer:
         self.accessed = Accessed()
         self.seen = self.part = watch.Seen()  # of the whole trace; of the body that is traced
         self._inputs: dict[fx.Node, tuple[int | None, int | None]] = {}
-        self.calls: list[tuple[int, _Kind]] = []  # id of each layer that was stamped, and its kind
+        self.last_copies: dict[_Kind, int] = {}  # id of the last layer of a kind that was stamped
         self.traced = 0
         self.stamped = 0
 
@@ -122,7 +116,7 @@ class Tracer:
             # This expression is all that finds the layer's tensors later: it must lead back to this very object.
             if resolve(tx, module.source) is not layer:
                 raise NotOnce("has no access expression")
-            if resolve(tx, kinds.first(module.source)) is not self.root:
+            if resolve(tx, [module.source, *kinds.bases(module.source)][-1]) is not self.root:
                 raise NotOnce("is not reached from the model")
             arguments, state = Arguments(tx, args, kwargs), State(tx)
         except NotOnce as why:
@@ -136,7 +130,7 @@ class Tracer:
                 self.reasons.append(f"{name}: {why}")
                 continue
             self.stamped += 1
-            self.calls.append((id(layer), kind))
+            self.last_copies[kind] = id(layer)
             return _stamp(tx, call, arguments)
         self.traced += 1
         return self._record(tx, known, module, arguments, state, trace)
@@ -182,16 +176,12 @@ class Tracer:
                 self._inputs[node] = storage(node), memory
         return {fake: memory for fake, memory in self._inputs.values() if fake and memory}
 
-    def last_of_each_kind(self) -> set[int]:
-        """ids of the last stamped layer of each body."""
-        return set({id(kind): layer for layer, kind in self.calls}.values())
-
 
 @dataclass(eq=False)
 class _Kind:
-    """A kind of call: the body that was traced of its first one, and the proof that another call is of it.
+    """Calls that share a trace: the body that was traced for the first one, and the proof that another is one of them.
 
-    seen, sources: what that trace looked at, and what Dynamo has recorded of it.
+    seen, sources: what that trace looked at, and the sources that Dynamo recorded of it.
     """
 
     tracer: Tracer
@@ -202,7 +192,7 @@ class _Kind:
     seen: watch.Seen
     sources: set[Any]
     opaque: list[Opaque] = field(default_factory=list)
-    # What can be reached by code that says what was said until `changes`: from an object, by its id; from outside.
+    # What code can reach from an object, by its id, and from outside.  Void once `Accessed.changes` is not `changes`.
     reached: dict[int, Reach] = field(default_factory=dict)
     outside: Reach | None = None
     changes: int = -1
@@ -211,13 +201,17 @@ class _Kind:
         """Raises `NotOnce` where Dynamo recorded something of a kind that is not known, or a look at an argument."""
         arguments = {v.source for v in self.arguments.variables if v.source is not None}
         for source in self.sources:
-            kinds.check_source(source)
+            for step in (source, *kinds.bases(source)):
+                if type(step).__name__ not in kinds.COMPARED:
+                    raise NotOnce(f"reads {step.name}, a {type(step).__name__}")
             if not arguments.isdisjoint(kinds.bases(source)):
                 raise NotOnce(f"reads {source.name} of an argument")
         for guard in guards:
-            if kinds.is_identity(guard):
+            if guard.create_fn_name() in kinds.IDENTITY:
                 value = resolve(self.tx, guard.originating_source, watch.UNKNOWN)
                 self.seen.identities.append((value, value))
+            elif guard.create_fn_name() not in kinds.VALUE:
+                raise NotOnce(f"Dynamo guards {guard.name} by {guard.create_fn_name()}")
 
     def complete(self, result: Any, before: set[fx.Node]) -> None:
         """Describe inputs and results of the body.  Raises `NotOnce` when copies cannot have their like."""
@@ -230,17 +224,17 @@ class _Kind:
         check_results(body)
         check_symbols(body)
         self.opaque = [what for what in body.inputs.values() if isinstance(what, Opaque)]
-        for foreign in self.seen.foreign:
-            if foreign.fn not in self.tracer.lookups:
-                raise NotOnce(f"a function runs while it is traced: {getattr(foreign.fn, '__name__', foreign.fn)}")
-            self.opaque += [made for v in foreign.variables if (made := _unused_opaque(tx, v)) is not None]
+        for function, variables in self.seen.foreign:
+            if function not in self.tracer.lookups:
+                raise NotOnce(f"a function runs while it is traced: {getattr(function, '__name__', function)}")
+            self.opaque += [made for v in variables if (made := _unused_opaque(tx, v)) is not None]
         if self.seen.inspected and any(what.origins for what in self.opaque):
             raise NotOnce("looks at an opaque object that it made of the layer's name")
-        results = tuple(fx.Proxy(n, tx.output.root_tracer) for n in body.results())
+        results = tuple(fx.Proxy(n, tx.output.root_tracer) for n in body.results)
         tx.output.create_proxy("call_function", keep_alive, results, {})
 
     def call(self, layer: torch.nn.Module, source: str, arguments: Arguments, state: State) -> Call:
-        """The call of `layer` as one of this kind.  Raises `Different` or `NotOnce` unless it is proven to be one."""
+        """The call of `layer` as a copy of the body.  Raises `Different` or `NotOnce` unless it is proven to be one."""
         if self.arguments.description != arguments.description:
             where = first_difference(self.arguments.description, arguments.description)
             raise NotOnce(f"called differently: {where}")
@@ -336,8 +330,8 @@ _ONLY_OUTSIDE = {"_base", "_is_view", "_version", "is_inference", "is_leaf", "gr
 
 
 def _check_like_made(tensor: torch.Tensor, accessed: Accessed) -> None:
-    """Raises `NotOnce` unless code that has `accessed` what it has cannot tell an argument from outside from one that
-    the trace made: the first layer often gets the former, the others the latter."""
+    """Raises `NotOnce` where the traced code may tell an argument from outside from one that the trace made: the first
+    layer often gets the former, the others the latter."""
     said = sorted(_ONLY_OUTSIDE & accessed.said)
     own = [k for k, _ in accessed.select(torch.nn.Parameter, vars(tensor)) if not k.startswith("_dynamo")]
     if said or own or type(tensor) is not torch.Tensor:
@@ -416,7 +410,7 @@ def _stamp(tx: Any, call: Call, arguments: Arguments) -> Any:
     proxies = tuple(fx.Proxy(n, tx.output.root_tracer) for n in arguments.nodes)
     marker = tx.output.create_proxy("call_function", region, proxies, {})
     marker.node.meta[CALL] = call
-    results = call.body.results()
+    results = call.body.results
     with tx.fake_mode:
         fakes = [value_of(node) for node in results]
         values = [torch.empty_strided(f.shape, f.stride(), dtype=f.dtype, device=f.device) for f in fakes]

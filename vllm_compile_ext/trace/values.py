@@ -43,7 +43,7 @@ WHOLE = frozenset({ALL, "__dir__", "__getstate__", "__reduce__", "__reduce_ex__"
 
 
 class Accessed:
-    """The attributes that a trace has accessed so far, or may have: an attribute that is not among them was not.
+    """What a trace may have accessed so far: it has accessed no attribute and no variable that is not in here.
 
     by_kind: class -> names that were read of an object of exactly this class; None -> of something whose class is not
     known.  strings: all strings in the code that was traced.  said: all names in it, and all that was read.
@@ -162,7 +162,7 @@ def atom(value: Any) -> tuple[Any, ...]:
 
 
 def look(value: Any, accessed: Accessed) -> Look | None:
-    """What can be seen of `value` by code that has `accessed` what it has; None for a value of an unknown type."""
+    """What the code of a trace could see of `value`; None for a value of an unknown type."""
     kind: Any = type(value)
     return _looker(kind)(value, accessed)
 
@@ -396,7 +396,7 @@ def _default(v: Any) -> tuple[Any, ...]:
 
 
 _KNOWN: dict[type, Any] = {
-    **dict.fromkeys((torch.dtype, torch.device, torch.layout, torch.memory_format, np.dtype), _as(str)),
+    **dict.fromkeys((torch.dtype, torch.device, torch.layout, torch.memory_format), _as(str)),
     **dict.fromkeys((types.GenericAlias, types.UnionType), _as(str)),
     **dict.fromkeys((datetime.date, datetime.datetime, datetime.time, datetime.timedelta, decimal.Decimal), _as(repr)),
     **dict.fromkeys(

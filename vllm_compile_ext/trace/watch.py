@@ -17,25 +17,17 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.fx as fx
 
 from vllm_compile_ext.replace import replace
 from vllm_compile_ext.trace.call import keep_alive, region, resolve
-from vllm_compile_ext.trace.values import ALL, HEAP_TYPE, OWN_OF_MODULES, PLAIN_METACLASSES, Accessed, is_atom
+from vllm_compile_ext.trace.values import ALL, HEAP_TYPE, OWN_OF_MODULES, PLAIN_METACLASSES, is_atom
 
 UNKNOWN: Any = object()  # a value that cannot be found again
 NEW: Any = object()  # a value that the trace made
-
-
-@dataclass
-class Foreign:
-    """A call of a function that ran while tracing (`assume_constant_result`), with Dynamo's variables."""
-
-    fn: Callable[..., Any]
-    variables: list[Any]
 
 
 @dataclass
@@ -45,13 +37,14 @@ class Seen:
     functions: those that were traced into.  globals: (name of a Python module, attribute or global of it) that was
     read, with its value, None for one that is not there; the name is None where the globals are of no module.
     identities: two objects of which the trace asked whether they are one, or twice the same one whose identity it used;
-    `UNKNOWN` where that cannot be said.
+    `UNKNOWN` where that cannot be said.  foreign: each function that ran while tracing (`assume_constant_result`), with
+    Dynamo's variables for its arguments.
     """
 
     functions: dict[int, types.FunctionType] = field(default_factory=dict)
     globals: dict[tuple[str | None, str], Any] = field(default_factory=dict)
     identities: list[tuple[Any, Any]] = field(default_factory=list)
-    foreign: list[Foreign] = field(default_factory=list)
+    foreign: list[tuple[Callable[..., Any], list[Any]]] = field(default_factory=list)
     listed: set[type] = field(default_factory=set)  # classes whose `__subclasses__` were asked for
     asked: set[tuple[type, type]] = field(default_factory=set)  # is this class one of that ABC's?
     inspected: bool = False  # an opaque object was looked at, not only handed to an operator
@@ -72,32 +65,20 @@ class Seen:
         yield from self.globals.values()
 
 
-class Listener(Protocol):
-    """A `vllm_compile_ext.trace.tracer.Tracer`: decides about calls, and keeps what is looked at."""
-
-    accessed: Accessed
-    part: Seen
-
-    def on_call(
-        self, module: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], trace: Callable[[], Any]
-    ) -> Any: ...
-
-
 class _Listeners(threading.local):
     def __init__(self) -> None:
-        self.stack: list[Listener] = []
+        self.stack: list[Any] = []
 
 
 _local = _Listeners()
 _lock = threading.Lock()
 _users = 0
 _undo = contextlib.ExitStack()
-_installed = False
 
 
 @contextlib.contextmanager
-def listening(tracer: Listener) -> Iterator[None]:
-    """Ask `tracer.on_call` about calls, and note in its `accessed` and `part` what is looked at, on this thread."""
+def listening(tracer: Any) -> Iterator[None]:
+    """Ask `tracer.on_call` about calls, and tell its `accessed` and `part` what this thread's traces look at."""
     global _users
     with _lock:
         if _users == 0:
@@ -112,29 +93,23 @@ def listening(tracer: Listener) -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                _remove()
+                _undo.close()
 
 
 def installed() -> bool:
     """Whether Dynamo is hooked now."""
-    return _installed
+    return _users > 0
 
 
 def _install() -> None:
-    global _undo, _installed
+    global _undo
     with contextlib.ExitStack() as undo:  # takes back what was done where a place to hook is missing
         for owner, name, replacement in _hooks():
             undo.callback(replace(owner, name, replacement))
         for marker in (keep_alive, region):  # dead code elimination must not drop them
             fx.node._side_effectful_functions.add(marker)
             undo.callback(fx.node._side_effectful_functions.discard, marker)
-        _undo, _installed = undo.pop_all(), True
-
-
-def _remove() -> None:
-    global _installed
-    _undo.close()
-    _installed = False
+        _undo = undo.pop_all()
 
 
 Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -225,7 +200,7 @@ def _opaque_made(stock: Callable[..., Any]) -> Callable[..., Any]:
 _ENVIRONMENT = {f.__code__ for f in vars(type(os.environ)).values() if isinstance(f, types.FunctionType)}
 
 
-def _code_inlined(tracer: Listener, parent: Any, func: Any, args: Any, *_: Any, **__: Any) -> None:
+def _code_inlined(tracer: Any, parent: Any, func: Any, args: Any, *_: Any, **__: Any) -> None:
     code = func.get_code()
     tracer.accessed.add_code(code)
     fn = getattr(func, "fn", None)
@@ -236,11 +211,11 @@ def _code_inlined(tracer: Listener, parent: Any, func: Any, args: Any, *_: Any, 
         tracer.accessed.add_variable(args[1].as_python_constant() if one else None)
 
 
-def _foreign_call(tracer: Listener, tx: Any, fn: Any, name: str, args: Any, kwargs: Any) -> None:
-    tracer.part.foreign.append(Foreign(fn, [*args, *kwargs.values()]))
+def _foreign_call(tracer: Any, tx: Any, fn: Any, name: str, args: Any, kwargs: Any) -> None:
+    tracer.part.foreign.append((fn, [*args, *kwargs.values()]))
 
 
-def _attribute_read(tracer: Listener, _: Any, tx: Any, args: Any, kwargs: Any) -> None:
+def _attribute_read(tracer: Any, _: Any, tx: Any, args: Any, kwargs: Any) -> None:
     if len(args) > 1 and tx.f_code not in OWN_OF_MODULES:
         name = args[1].as_python_constant() if args[1].is_python_constant() else None
         if type(name) is str:
@@ -249,13 +224,13 @@ def _attribute_read(tracer: Listener, _: Any, tx: Any, args: Any, kwargs: Any) -
             tracer.accessed.add(None, ALL)
 
 
-def _dict_read(tracer: Listener, table: Any, *key: Any) -> None:
+def _dict_read(tracer: Any, table: Any, *key: Any) -> None:
     """An object's `__dict__` is read."""
     name = table._maybe_unwrap_key(*key) if key else ALL
     tracer.accessed.add(_kind(table.item), name if type(name) is str else ALL)
 
 
-def _global_read(tracer: Listener, frame: Any, inst: Any) -> None:
+def _global_read(tracer: Any, frame: Any, inst: Any) -> None:
     name = frame.f_globals.get("__name__") or ""
     if not name.startswith("namedtuple_"):  # which has what `namedtuple` made for it alone
         module = name if getattr(sys.modules.get(name), "__dict__", None) is frame.f_globals else None
@@ -264,7 +239,7 @@ def _global_read(tracer: Listener, frame: Any, inst: Any) -> None:
             tracer.part.globals["builtins", inst.argval] = getattr(builtins, inst.argval, None)
 
 
-def _module_read(tracer: Listener, module: Any, tx: Any, name: str) -> None:
+def _module_read(tracer: Any, module: Any, tx: Any, name: str) -> None:
     tracer.part.globals[module.value.__name__, name] = getattr(module.value, name, None)
 
 
@@ -272,13 +247,13 @@ def _module_read(tracer: Listener, module: Any, tx: Any, name: str) -> None:
 _SHARED_BY_CHANCE = (int, float, complex, str, bytes, tuple, frozenset, range)
 
 
-def _compared(tracer: Listener, tx: Any, args: Any, kwargs: Any) -> None:
+def _compared(tracer: Any, tx: Any, args: Any, kwargs: Any) -> None:
     values = [found_value(a) for a in args]
     if all(isinstance(v, _SHARED_BY_CHANCE) and type(v) is not bool for v in values):
         tracer.part.identities.append((UNKNOWN, UNKNOWN))
 
 
-def _identity_asked(tracer: Listener, *args: Any) -> None:
+def _identity_asked(tracer: Any, *args: Any) -> None:
     from torch._dynamo.variables import VariableTracker
 
     values = [found_value(a) for a in args if isinstance(a, VariableTracker)]
@@ -287,14 +262,14 @@ def _identity_asked(tracer: Listener, *args: Any) -> None:
         tracer.part.identities.append((values[0], values[-1]))
 
 
-def _hashed(tracer: Listener, tx: Any, variable: Any) -> None:
+def _hashed(tracer: Any, tx: Any, variable: Any) -> None:
     value = found_value(variable)
     # Dynamo traces into a `__hash__` of Python, and asks for the hashes of a dataclass's fields.
     if value is not NEW and not is_atom(value) and type(type(value).__hash__) is not types.FunctionType:
         tracer.part.identities.append((value, value))
 
 
-def _builtin_called(tracer: Listener, builtin: Any, tx: Any, args: Any, kwargs: Any) -> None:
+def _builtin_called(tracer: Any, builtin: Any, tx: Any, args: Any, kwargs: Any) -> None:
     """Some builtins tell more of their arguments than attributes."""
     fn = builtin.fn
     if not args:
@@ -321,12 +296,12 @@ def _builtin_called(tracer: Listener, builtin: Any, tx: Any, args: Any, kwargs: 
                     tracer.part.asked.add((one, kind))
 
 
-def _class_method_called(tracer: Listener, kind: Any, tx: Any, name: str, args: Any, kwargs: Any) -> None:
+def _class_method_called(tracer: Any, kind: Any, tx: Any, name: str, args: Any, kwargs: Any) -> None:
     if name == "__subclasses__":
         tracer.part.listed.add(kind.value)
 
 
-def _opaque_inspected(tracer: Listener, *args: Any, **kwargs: Any) -> None:
+def _opaque_inspected(tracer: Any, *args: Any, **kwargs: Any) -> None:
     tracer.part.inspected = True
 
 
@@ -338,7 +313,7 @@ _WITHOUT_ORDER = {
 }  # fmt: skip
 
 
-def _set_used(name: str, tracer: Listener, self: Any, *args: Any, **kwargs: Any) -> None:
+def _set_used(name: str, tracer: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     method = name == "call_method"
     if method and args[1] in ("__contains__", "__len__"):
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -19,8 +19,7 @@ from tests.process import ROOT
 from tests.unit.cli.test_program import gone, ignore
 from vllm_compile_ext.cli import app, bench
 from vllm_compile_ext.cli.bench import figures, server, starts
-from vllm_compile_ext.cli.bench.figures import Summary
-from vllm_compile_ext.cli.bench.starts import Start, order
+from vllm_compile_ext.cli.bench.starts import Start
 
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_vllm.py"))]
 
@@ -43,18 +42,10 @@ def started(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "started").read_text().splitlines()]
 
 
-def test_stock_and_ours_take_turns() -> None:
-    found = [(start.round, start.kind, start.side) for start in order(2, ("warm", "cold"))]
-    assert found == [
-        *((1, "cold", "stock"), (1, "cold", "ours"), (1, "warm", "stock"), (1, "warm", "ours")),
-        *((2, "cold", "ours"), (2, "cold", "stock"), (2, "warm", "ours"), (2, "warm", "stock")),
-    ]
-
-
 def test_everything(tmp_path: Path, temporary_folder: Path) -> None:
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
-    drawn = ["--chart", str(picture)] if importlib.util.find_spec("matplotlib") else []
-    result = invoke(*("org/model", "--runs", "2", "-tp", "2", "--json", str(out), "-cc.mode=3"), *drawn)
+    files = ["--json", str(out), "--chart", str(picture)]
+    result = invoke("org/model", "--runs", "2", "-tp", "2", *files, "-cc.mode=3")
     assert result.exit_code == 0, result.output
     ran = started(tmp_path)
     kinds = ["eager" if each["eager"] else "cold" if each["cold"] else "warm" for each in ran]
@@ -80,7 +71,9 @@ def test_everything(tmp_path: Path, temporary_folder: Path) -> None:
     text = " ".join(result.stdout.split())
     assert "ours cold" in text
     assert "1.50 s (1.50-1.50) 0.15x" in text
-    assert picture.exists() == bool(drawn)
+    drawn = [element.text for element in ElementTree.parse(picture).iter() if element.text]
+    assert "vllm serve model: ready" in drawn
+    assert {f"{kind}, {side}" for kind in starts.KINDS for side in starts.SIDES} <= set(drawn)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +97,7 @@ def test_a_start_that_fails_ends_it(
     out = tmp_path / "out.json"
     result = invoke("m", "--json", str(out), *arguments)
     assert result.exit_code == 1
-    assert f"error: {why}" in result.stderr
+    assert f"vllm-compile-ext: {why}" in result.stderr
     if what != "hang":
         assert result.stderr.index("ERROR no such kernel") < result.stderr.index("ERROR really")
     assert not out.exists()
@@ -164,15 +157,28 @@ def test_caches_are_new_and_the_rest_is_the_users(tmp_path: Path) -> None:
     assert starts.environment(tmp_path, "stock", {"HF_HOME": "/h"})["HF_HOME"] == "/h"
 
 
-def summary(kind: Any, side: Any, *values: float) -> Summary:
-    made = [Start(n, kind, side, {"ready": value}) for n, value in enumerate(values)]
-    return figures.summaries(made, starts.SERVE)[0]
-
-
-def test_median_and_spread() -> None:
-    stock, ours = summary("cold", "stock", 40.0, 90.0, 41.0), summary("cold", "ours", 4.123)
+def test_median_spread_and_ratio() -> None:
+    measured = [Start(n, "cold", "stock", {"ready": seconds}) for n, seconds in enumerate((40.0, 90.0, 41.0))]
+    stock, ours = figures.summaries([*measured, Start(0, "cold", "ours", {"ready": 4.123})], starts.SERVE)
     assert (stock.median, stock.least, stock.most, stock.count) == (41.0, 40.0, 90.0, 3)
     assert figures.cell(stock, None) == "41.0 s (40.0-90.0)"
     assert figures.cell(ours, stock) == "4.12 s 0.10x"
     assert figures.cell(None, stock) == "-"
     assert figures.seconds(0.0214) == "0.021"
+
+
+def test_a_chart_shows_names_as_they_are_and_may_be_a_png(tmp_path: Path) -> None:
+    made = figures.summaries([Start(1, "cold", "stock", {"ready": 120.0})], starts.SERVE)
+    figures.draw(tmp_path / "x.svg", made, "<m> & $more$", ["machine"])
+    text = {element.text for element in ElementTree.parse(tmp_path / "x.svg").iter()}
+    assert {"<m> & $more$", "120.0 s", "machine"} <= text
+    figures.draw(tmp_path / "x.png", made, "m", [])
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chart_without_matplotlib_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    result = invoke("m", "--chart", "x.svg")
+    assert result.exit_code == 2
+    assert 'pip install "vllm-compile-ext[chart]"' in " ".join(result.stderr.replace("\u2502", "").split())
+    assert not (tmp_path / "started").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch._dynamo.decorators import mark_unbacked
 
-from vllm_compile_ext.compilation import entry, functions, hooks
+from vllm_compile_ext.compilation import functions, hooks
 from vllm_compile_ext.key import machine
+from vllm_compile_ext.program import open_store
 from vllm_compile_ext.store.store import Manifest
 from vllm_compile_ext.trace.fingerprint import Unfingerprintable
 
@@ -44,6 +46,7 @@ def _data(*sizes: int) -> torch.Tensor:
 
 
 X = _data(4, 6)
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, check_stride=True)
 
 
 def _of_any_batch(count: int) -> tuple[Any, ...]:
@@ -91,7 +94,7 @@ class Starts:
             return [(code(*args), args) for args in (call() for call in calls)]
 
     def kept(self) -> list[Manifest]:
-        store = entry.store()
+        store = open_store()
         assert store is not None
         return sorted(store.manifests(), key=lambda manifest: manifest.created)
 
@@ -102,22 +105,14 @@ def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Starts]:
     torch._dynamo.reset()
 
 
-def equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right) and left.dtype == right.dtype and left.stride() == right.stride()
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(equal, left, right))
-    return bool(left == right)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_next_start_loads_it_and_the_answers_are_stocks(case: str, starts: Starts) -> None:
     function, dynamic, calls = CASES[case]
     stock = starts.run(function, calls, dynamic=dynamic, stock=True)
     graphs = starts.compiled
-    assert equal(starts.run(function, calls, dynamic=dynamic), stock)
+    same(starts.run(function, calls, dynamic=dynamic), stock)
     assert starts.compiled == len(starts.kept()) == graphs
-    assert equal(starts.run(function, calls, dynamic=dynamic), stock)
+    same(starts.run(function, calls, dynamic=dynamic), stock)
     assert starts.compiled == 0
     assert all(made.factors == {"program": PROGRAM} and made.model == "model" for made in starts.kept())
 
@@ -129,9 +124,9 @@ def test_what_compiling_assumed_of_sizes_is_guarded_where_it_was_loaded(starts: 
     assert starts.compiled == 2
     first, second = starts.kept()
     assert (first.key == second.key, first.shard == second.shard) == (True, False)
-    assert equal(starts.run(_softmax, [small, large], dynamic=True), expected)
+    same(starts.run(_softmax, [small, large], dynamic=True), expected)
     assert starts.compiled == 0
-    assert equal(starts.run(_softmax, [large], dynamic=True), expected[1:])
+    same(starts.run(_softmax, [large], dynamic=True), expected[1:])
     assert starts.compiled == 0
     starts.run(_softmax, [lambda: (_data(3, 4999), 3)], dynamic=True)
     assert starts.compiled == 0
@@ -212,7 +207,7 @@ def test_what_is_trained_is_stocks(starts: Starts) -> None:
 
 @pytest.mark.parametrize("why", ["no program", "read-only", "full disk", "saved ahead of time"])
 def test_where_nothing_can_be_kept_it_is_compiled(starts: Starts, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    store = entry.store()
+    store = open_store()
     assert store is not None
     match why:
         case "no program":
@@ -240,10 +235,10 @@ def test_a_function_is_kept_for_each_program_of_the_process(starts: Starts) -> N
 def test_a_damaged_one_is_compiled_again(starts: Starts, caplog: pytest.LogCaptureFixture) -> None:
     (expected,) = starts.run(torch.sin, [lambda: (X,)])
     (made,) = starts.kept()
-    store = entry.store()
+    store = open_store()
     assert store is not None
     store.path(made.members["code"]).write_bytes(b"")
-    assert equal(starts.run(torch.sin, [lambda: (X,)]), [expected])
+    same(starts.run(torch.sin, [lambda: (X,)]), [expected])
     assert starts.compiled == 1
     assert "compiling a function again: " in caplog.text
     starts.run(torch.sin, [lambda: (X,)])
@@ -257,7 +252,7 @@ def test_without_a_compiler_it_is_loaded_or_runs_as_it_is(
     (expected,) = starts.run(torch.sin, [lambda: (X,)])
     monkeypatch.setattr(machine, "compiler", lambda: "none")
     with caplog.at_level(logging.INFO):
-        assert equal(starts.run(torch.sin, [lambda: (X,)]), [expected])
+        same(starts.run(torch.sin, [lambda: (X,)]), [expected])
         assert "uncompiled" not in caplog.text
         for function in (torch.cos, lambda x: _softmax(x, 3)):
             ((found, (x,)),) = starts.run(function, [lambda: (X,)])

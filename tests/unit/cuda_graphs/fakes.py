@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from vllm_compile_ext.cuda_graphs.memory import FULL, MIB, PIECEWISE, History, Need
+from vllm_compile_ext.cuda_graphs.memory import FULL, MIB, PIECEWISE, Budget, History
 from vllm_compile_ext.cuda_graphs.ranks import RanksDifferError
 from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape
 
@@ -32,10 +33,13 @@ def fits(best: Shape, captured: Iterable[Shape]) -> list[Shape]:
     return [s for s in captured if s.tokens >= best.tokens and (best.kind == FULL or s.kind == PIECEWISE)]
 
 
-def past(used: dict[Shape, int] | None = None, each: dict[str, int] | None = None) -> History:
-    """What an earlier start left: how often shapes were used, and what a graph took."""
-    known = {ALL.index(shape): count for shape, count in (used or {}).items()}
-    return History(key="key", base=0, held=0, graphs=0, each=each or {}, needed=0, used=known)
+def places(used: dict[Shape, int]) -> dict[int, int]:
+    """What earlier starts used, as a `Budget` has it."""
+    return {ALL.index(shape): count for shape, count in used.items()}
+
+
+def budget(limit: int = MUCH, layers: int = 1, **options: Any) -> Budget:
+    return Budget("key", layers, limit=limit, source="an estimate", **({"base": 0, "kept": True} | options))
 
 
 class Gpu:
@@ -69,13 +73,11 @@ class Gpu:
     def session(
         self,
         limit: int = MUCH,
-        history: History | None = None,
-        kept: bool = True,
-        base: int = 0,
         agree: Callable[[bool], bool] = bool,
         from_first: Callable[[int], int] = int,
+        **options: Any,
     ) -> Session:
-        """A session of a model with one layer on this device, which captures where every rank agrees that it could."""
+        """A session with ``budget(limit, **options)``, which captures where every rank agrees that it could."""
 
         def capture(shape: Shape) -> Exception | None:
             error = self.capture(shape)
@@ -84,7 +86,7 @@ class Gpu:
         device = Device(
             capture, lambda: self.memory, lambda: self.reserved, self.give_back, agree, from_first, self.kept.append
         )
-        return Session(ALL, Need("key", 1, 0, limit, "an estimate", kept, history), device, base)
+        return Session(ALL, budget(limit, **options), device)
 
 
 def ask(made: Session, best: Shape) -> Shape | None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import CUDAGraphMode
 
 from vllm_compile_ext import settings
 from vllm_compile_ext.cuda_graphs import coverage, memory, session
@@ -23,13 +24,13 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def config(one: bool = False, two: bool = False) -> Any:
-    return SimpleNamespace(one=one, two=two)
+def config(one: bool = False, two: bool = False, mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> Any:
+    return SimpleNamespace(one=one, two=two, compilation_config=SimpleNamespace(cudagraph_mode=mode))
 
 
 def test_the_first_line_that_holds_is_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    for made in (config(), config(two=True), config(one=True, two=True)):
+    for made in (config(), config(two=True), config(one=True, two=True), config(one=True, mode=CUDAGraphMode.NONE)):
         coverage.say(made)
     assert [coverage.on_demand(made) for made in (config(), config(two=True))] == [True, False]
     said = "CUDA graphs are captured at start, as in stock vLLM, with"

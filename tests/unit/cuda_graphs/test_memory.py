@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,30 +13,16 @@ import msgspec
 import pytest
 import torch
 
-from tests.unit.cuda_graphs.fakes import MUCH, SIZES
+from tests.unit.cuda_graphs.fakes import SIZES, budget
 from vllm_compile_ext.cuda_graphs import coverage, memory
-from vllm_compile_ext.cuda_graphs.memory import (
-    BASE,
-    FULL,
-    LAYER,
-    MIB,
-    PIECEWISE,
-    STEP,
-    STEPS,
-    Budget,
-    History,
-    Writer,
-    read,
-    write,
-)
+from vllm_compile_ext.cuda_graphs.memory import FULL, LAYER, MIB, PIECEWISE, STEP, STEPS, Budget, History, read, write
 from vllm_compile_ext.store.files import UnsafeStoreError
 from vllm_compile_ext.store.store import seal
 
 LAYERS = 80
 PASS = 5 * MIB
-STOCK = 77
 KEY, OTHER = "a" * 32, "b" * 32
-MADE = History(key=KEY, base=100, held=300, graphs=12, each={FULL: 3}, needed=400, used={0: 7, 50: 1})
+MADE = History(key=KEY, base=5, held=1 << 30, graphs=7, each={FULL: 3}, needed=2 << 30, used={0: 7, 50: 1})
 
 
 def changed(**changes: Any) -> History:
@@ -51,8 +38,6 @@ def measured() -> list[int]:
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]) -> Path:
     """The store's folder, not made yet, on a device with a name, where a forward pass takes 5 MiB."""
-    Timer.made, Timer.threads = [], True
-    monkeypatch.setattr(memory.threading, "Timer", Timer)
     monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path / "store"))
     for variable in ("VLLM_DISABLE_COMPILE_CACHE", "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS"):
         monkeypatch.delenv(variable, raising=False)
@@ -82,10 +67,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "other number": lambda data: data.replace(b'"needed":', b'"needed":9'),
     "other format": lambda data: seal(MADE, memory.FORMAT + 1),
     "negative bytes": inside(needed=-1),
-    "huge": inside(needed=1 << 63),
-    "a fraction": inside(held=1.5),
     "negative batches": inside(used={"1": -1}),
-    "no place": inside(used={"one": 1}),
     "one field more": inside(more=1),
     "another model's": inside(key=OTHER),
 }
@@ -111,58 +93,50 @@ def test_the_oldest_go(store: Path) -> None:
     assert [read(store, key) is None for key in (keys[0], keys[1], keys[5], keys[-1])] == [False, True, True, False]
 
 
-class Timer:
-    """In the place of `threading.Timer`; `run` lets its time pass."""
-
-    made: list[Timer]
-    threads = True  # whether the process may have more
-
-    def __init__(self, seconds: float, function: Callable[[], None]) -> None:
-        assert seconds == memory.DELAY
-        self.run = function
-        self.daemon = False
-
-    def start(self) -> None:
-        assert self.daemon, "the process would wait for it at its end"
-        if not Timer.threads:
-            raise RuntimeError("can't start new thread")
-        Timer.made.append(self)
+@pytest.fixture
+def writer(monkeypatch: pytest.MonkeyPatch) -> memory.Writer:
+    """Whose thread is the test's, and whose delays pass at once."""
+    monkeypatch.setattr(memory.Writer, "start", lambda writer: None)
+    monkeypatch.setattr(memory, "time", SimpleNamespace(sleep=lambda seconds: None))
+    return memory.Writer()
 
 
-def test_a_run_of_captures_is_one_write_with_the_last_state(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = Writer()
+def test_a_run_of_captures_is_one_write_with_the_last_state(
+    store: Path, writer: memory.Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(seconds: float) -> None:
+        assert (seconds, store.exists()) == (memory.DELAY, False)
+        for number in range(9):
+            writer.put(changed(graphs=number))
 
-    def meanwhile(root: Path, made: History) -> None:
-        write(root, made)
-        if made.graphs == 8:
-            writer.put(MADE)  # a write of its own
-
-    monkeypatch.setattr(memory, "write", meanwhile)
-    for number in range(9):
-        writer.put(changed(graphs=number))
-    (timer,) = Timer.made
-    assert not store.exists()
-    timer.run()
-    assert read(store, KEY) == changed(graphs=8)
-    Timer.made[1].run()
-    assert read(store, KEY) == MADE
-    assert len(Timer.made) == 2
-
-
-def test_without_more_threads_nothing_is_kept_until_there_are_some(store: Path) -> None:
-    writer = Writer()
-    Timer.threads = False
-    writer.put(changed(graphs=1))
-    Timer.threads = True
     writer.put(MADE)
-    (timer,) = Timer.made
-    timer.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.time, "sleep", meanwhile)
+        writer.write_next()
+    assert read(store, KEY) == changed(graphs=8)
+    writer.put(MADE)
+    writer.write_next()
     assert read(store, KEY) == MADE
+
+
+def test_no_step_and_no_end_of_the_process_waits_for_the_disk(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "DELAY", 0)
+    written = Queue[History]()
+    monkeypatch.setattr(memory, "write", lambda root, history: written.put(history))
+    writer = memory.Writer()
+    for made in (changed(graphs=1), MADE):
+        writer.put(made)
+        assert written.get(timeout=60) == made
+    assert (writer.daemon, writer.is_alive()) == (True, True)
 
 
 @pytest.mark.parametrize("why", ["no folder", "others can write it", "switched off"])
 def test_a_store_that_cannot_be_used_costs_nothing(
-    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+    store: Path,
+    writer: memory.Writer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    why: str,
 ) -> None:
     if why == "no folder":
         store.write_text("not a folder")
@@ -174,9 +148,9 @@ def test_a_store_that_cannot_be_used_costs_nothing(
             write(store, changed(graphs=1))
     else:
         monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    Writer().put(changed(graphs=1))
-    Timer.made[0].run()
-    assert not store.is_dir() or b'"graphs":12' in path_of(store).read_bytes()
+    writer.put(changed(graphs=1))
+    writer.write_next()
+    assert not store.is_dir() or b'"graphs":7' in path_of(store).read_bytes()
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
@@ -209,65 +183,54 @@ def config(
     )
 
 
-def remember(store: Path) -> History:
-    """An earlier start of this configuration."""
-    found = changed(key=memory.history_key(config()), base=5, held=1 << 30, graphs=7, needed=2 << 30)
-    write(store, found)
-    return found
-
-
 def profile(made: Any) -> int:
-    return memory.profile(lambda runner: STOCK, SimpleNamespace(vllm_config=made))
+    return memory.profile(lambda runner: 77, SimpleNamespace(vllm_config=made))
 
 
 @pytest.mark.parametrize(("full", "piecewise"), [(True, True), (True, False), (False, True), (False, False)])
 def test_a_first_start_keeps_an_estimate_free_for_the_kinds_that_there_are(full: bool, piecewise: bool) -> None:
     made = config(full=full, piecewise=piecewise)
     graphs = LAYERS * len(SIZES) * (full * LAYER[FULL] + piecewise * LAYER[PIECEWISE]) + STEPS
-    assert profile(made) == BASE + PASS + graphs
-    need = memory.take_need(made)
-    assert need[1:] == (LAYERS, BASE + PASS, graphs, "an estimate", True, None)
+    expected = Budget(memory.history_key(made), LAYERS, memory.BASE + PASS, graphs, "an estimate", kept=True)
+    assert profile(made) == expected.base + expected.limit
+    assert memory.take_budget(made) == expected
     # Another engine in this process, whose memory is not profiled.
-    assert memory.take_need(made)[1:] == (LAYERS, BASE, graphs, "an estimate", False, None)
+    expected.base, expected.kept = memory.BASE, False
+    assert memory.take_budget(made) == expected
 
 
 def test_the_estimate_of_the_measured_model_is_what_stock_expects() -> None:
     # n70 on an H100: 80 layers, 51 sizes; stock's capture while it profiles memory found 0.79 GiB.
-    need = memory.take_need(config(sizes=tuple(range(51))))
-    assert 0.8 * 0.79 * 1024 * MIB <= need.graphs <= 0.79 * 1024 * MIB
+    found = memory.take_budget(config(sizes=tuple(range(51))))
+    assert 0.8 * 0.79 * 1024 * MIB <= found.limit <= 0.79 * 1024 * MIB
 
 
 @pytest.mark.parametrize("profiled", [True, False])
 def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing(
-    store: Path, measured: list[int], profiled: bool
+    store: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int], profiled: bool
 ) -> None:
-    known, made = remember(store), config()
-    assert not profiled or profile(made) == 5 + (2 << 30)
-    need = memory.take_need(made)
-    assert (need.base, need.graphs, need.kept, need.history) == (5, 2 << 30, profiled, known)
-    assert need.source == "7 graphs took 1.00 GiB in an earlier start"
+    made = config()
+    key = memory.history_key(made)
+    write(store, changed(key=key))
+    assert not profiled or profile(made) == MADE.base + MADE.needed
+    source = "7 graphs took 1.00 GiB in an earlier start"
+    expected = Budget(key, LAYERS, MADE.base, MADE.needed, source, profiled, MADE.each, MADE.used)
+    assert memory.take_budget(made) == expected
     assert measured == []
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    assert memory.take_budget(made).source == "an estimate"
 
 
-@pytest.mark.parametrize("remembered", [False, True])
 @pytest.mark.parametrize(("value", "kept"), [("0", False), ("1", True)])
 def test_what_was_profiled_counts_for_its_start_and_whether_it_is_kept_free_is_vllms_choice(
-    monkeypatch: pytest.MonkeyPatch, store: Path, value: str, kept: bool, remembered: bool
+    monkeypatch: pytest.MonkeyPatch, value: str, kept: bool
 ) -> None:
     monkeypatch.setenv("VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS", value)
     made = config()
-    if remembered:
-        remember(store)
     size, key = profile(made), memory.history_key(made)
     made.compute_hash = lambda: "with the length that fits"  # --max-model-len auto
-    need = memory.take_need(made)
-    assert (need.base + need.graphs, need.key, need.kept) == (size, key, kept)
-
-
-def test_where_the_user_wants_nothing_kept_the_store_is_not_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remember(store)
-    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    assert memory.take_need(config()).source == "an estimate"
+    found = memory.take_budget(made)
+    assert (found.base + found.limit, found.key, found.kept) == (size, key, kept)
 
 
 def test_what_graphs_depend_on_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,47 +245,51 @@ def test_what_graphs_depend_on_is_in_the_key(monkeypatch: pytest.MonkeyPatch) ->
 # --- room for one more
 
 
-def take(budget: Budget, kind: str, *sizes: int) -> None:
+def take(made: Budget, kind: str, *sizes: int) -> None:
     """Graphs that took so many bytes, all of them through this process's allocator."""
     for size in sizes:
-        assert budget.add(kind, size, size) == size
+        assert made.add(kind, size, size) == size
 
 
-@pytest.mark.parametrize(("each", "first"), [({}, 80 * LAYER[FULL]), ({FULL: 3 * MIB}, 3 * MIB)])
+def again(before: Budget, layers: int = LAYERS, **by_kind: dict[str, int]) -> Budget:
+    """That of the start after the one of `before`."""
+    history = before.remember(used={}, **({"asked": {}, "unasked": {}} | by_kind))
+    return budget(history.needed, layers, each=history.each)
+
+
+@pytest.mark.parametrize(("each", "first"), [({}, LAYERS * LAYER[FULL]), ({FULL: 3 * MIB}, 3 * MIB)])
 def test_a_graph_is_expected_to_take_the_mean_of_those_before_it_and_of_an_earlier_start_or_the_estimate(
     each: dict[str, int], first: int
 ) -> None:
-    budget = Budget(limit=MUCH, layers=80, each=each)
-    assert budget.expected(FULL) == first
-    take(budget, FULL, 10 * MIB)
-    assert budget.expected(FULL) == (first + 10 * MIB) // 2
-    take(budget, FULL, 2 * MIB, STEP)  # the largest has room for others
-    assert budget.expected(FULL) == (first + 12 * MIB) // 3
-    take(budget, FULL, STEP)
-    assert budget.expected(FULL) == (first + 12 * MIB + STEP) // 4
-    assert budget.expected(PIECEWISE) == 80 * LAYER[PIECEWISE]
-    assert budget.held == 12 * MIB + 2 * STEP
+    made = budget(layers=LAYERS, each=each)
+    assert made.expected(FULL) == first
+    take(made, FULL, 10 * MIB)
+    assert made.expected(FULL) == (first + 10 * MIB) // 2
+    take(made, FULL, 2 * MIB, STEP)  # the largest has room for others
+    assert made.expected(FULL) == (first + 12 * MIB) // 3
+    take(made, FULL, STEP)
+    assert made.expected(FULL) == (first + 12 * MIB + STEP) // 4
+    assert made.expected(PIECEWISE) == LAYERS * LAYER[PIECEWISE]
+    assert made.held == 12 * MIB + 2 * STEP
 
 
 @pytest.mark.parametrize("layers", [8, 32, 80])
 def test_one_graph_that_took_a_step_of_torchs_does_not_use_up_the_room_for_others(layers: int) -> None:
-    # What a start remembers after few graphs of each kind.
-    before = Budget(limit=MUCH, layers=layers)
+    before = budget(layers=layers)
     for kind in (FULL, PIECEWISE):
         take(before, kind, *[layers * LAYER[kind]] * 5)
-    each = {kind: before.expected(kind) for kind in (FULL, PIECEWISE)}
-    budget = Budget(limit=before.needed({}, {FULL: 46, PIECEWISE: 46}), layers=layers, each=each)
-    take(budget, FULL, 22 * MIB)
-    assert budget.refusal(PIECEWISE, later=50) is None
+    made = again(before, layers, unasked={FULL: 46, PIECEWISE: 46})
+    take(made, FULL, 22 * MIB)
+    assert made.refusal(PIECEWISE, later=50) is None
 
 
 def test_graphs_that_share_the_drivers_steps_are_not_expected_to_take_nothing() -> None:
-    budget = Budget(limit=MUCH, layers=8)  # a small model: of three graphs, the driver gave one a step of 2 MiB
-    take(budget, FULL, 2 * MIB, 0, 0)
-    assert MIB // 2 < budget.expected(FULL) < MIB
+    made = budget(layers=8)  # a small model: of three graphs, the driver gave one a step of 2 MiB
+    take(made, FULL, 2 * MIB, 0, 0)
+    assert MIB // 2 < made.expected(FULL) < MIB
 
 
-MOST = memory.ABSURD * 80 * LAYER[FULL]  # of the driver's memory, which torch does not know
+MOST = memory.ABSURD * LAYERS * LAYER[FULL]  # of the driver's memory, which torch does not know
 
 
 @pytest.mark.parametrize(
@@ -336,56 +303,36 @@ MOST = memory.ABSURD * 80 * LAYER[FULL]  # of the driver's memory, which torch d
     ],
 )
 def test_what_the_device_says_counts_but_not_what_another_process_took(size: int, grown: int, counted: int) -> None:
-    budget = Budget(limit=MUCH, layers=80)
-    assert budget.add(FULL, size, grown) == budget.held == counted
+    made = budget(layers=LAYERS)
+    assert made.add(FULL, size, grown) == made.held == counted
 
 
 def test_a_graph_is_refused_when_the_limit_would_be_passed_but_for_room_for_decode_steps_to_come() -> None:
-    budget = Budget(limit=20 * MIB, layers=1, each={FULL: 4 * MIB, PIECEWISE: 4 * MIB})
-    take(budget, FULL, 4 * MIB)
-    take(budget, PIECEWISE, 4 * MIB)
-    assert budget.refusal(PIECEWISE, later=8) is None  # 8 of the 12 MiB left are for them
+    made = budget(20 * MIB, each={FULL: 4 * MIB, PIECEWISE: 4 * MIB})
+    take(made, FULL, 4 * MIB)
+    take(made, PIECEWISE, 4 * MIB)
+    assert made.refusal(PIECEWISE, later=8) is None  # 8 of the 12 MiB left are for them
     used_up = "the 20 MiB for CUDA graphs are used up"
-    assert budget.refusal(PIECEWISE, later=12) == f"{used_up} but for 12 MiB for decode steps"
-    take(budget, FULL, 4 * MIB, 4 * MIB)
-    assert budget.refusal(FULL) is None  # just what is left
-    take(budget, FULL, 4 * MIB)
-    assert budget.refusal(FULL) == used_up
-
-
-@pytest.mark.parametrize("margin", [memory.MARGIN, 7 * MIB])
-def test_a_graph_is_refused_when_the_device_is_full_but_for_the_margin(margin: int) -> None:
-    budget = Budget(limit=0, layers=80, margin=margin)  # the limit is another question
-    needed = budget.expected(FULL) + margin
-    assert budget.shortage(FULL, needed) is None
-    assert budget.shortage(FULL, needed - 1) == f"only {(needed - 1) / MIB:.0f} MiB are free on the device"
-
-
-def test_the_next_start_keeps_free_what_is_held_what_was_asked_for_and_a_part_of_the_rest() -> None:
-    budget = Budget(limit=MUCH, layers=1, each={FULL: 4 * MIB, PIECEWISE: 8 * MIB})
-    assert budget.needed({}, {}) == STEPS
-    take(budget, FULL, 4 * MIB)
-    take(budget, PIECEWISE, 8 * MIB)
-    held, rest = 12 * MIB + STEPS, int(memory.UNASKED * 120 * MIB)
-    assert budget.needed({FULL: 2, PIECEWISE: 1}, {}) == held + (8 + 8) * MIB
-    assert budget.needed({FULL: 2, PIECEWISE: 1}, {FULL: 10, PIECEWISE: 10}) == held + (8 + 8) * MIB + rest
+    assert made.refusal(PIECEWISE, later=12) == f"{used_up} but for 12 MiB for decode steps"
+    take(made, FULL, 4 * MIB, 4 * MIB)
+    assert made.refusal(FULL) is None  # just what is left
+    take(made, FULL, 4 * MIB)
+    assert made.refusal(FULL) == used_up
 
 
 @pytest.mark.parametrize("piecewise_first", [False, True])
 def test_a_start_may_capture_what_the_one_before_it_needed(piecewise_first: bool) -> None:
     size = {FULL: 4 * MIB, PIECEWISE: 6 * MIB}
-    budget = Budget(limit=100 * MIB, layers=1, each=size)
+    before = budget(100 * MIB, each=size)
     for kind in size:
-        take(budget, kind, *[size[kind]] * 5)
-    asked, unasked = {FULL: 3, PIECEWISE: 3}, {FULL: 20, PIECEWISE: 20}
-    each = {kind: budget.expected(kind) for kind in asked}
-    after = Budget(limit=budget.needed(asked, unasked), layers=80, each=each)  # an estimate would be much more
+        take(before, kind, *[size[kind]] * 5)
+    made = again(before, asked={FULL: 3, PIECEWISE: 3}, unasked={FULL: 20, PIECEWISE: 20})
     for kind in sorted(size, reverse=piecewise_first):
         for _ in range(5 + 3):
-            assert after.refusal(kind, later=28 if kind == PIECEWISE and piecewise_first else 0) is None
-            take(after, kind, size[kind])
+            assert made.refusal(kind, later=28 if kind == PIECEWISE and piecewise_first else 0) is None
+            take(made, kind, size[kind])
     more = 0
-    while after.refusal(FULL) is None:
-        take(after, FULL, 4 * MIB)
+    while made.refusal(FULL) is None:
+        take(made, FULL, 4 * MIB)
         more += 1
     assert more == int(memory.UNASKED * (20 * 4 + 20 * 6) * MIB + STEPS) // (4 * MIB)

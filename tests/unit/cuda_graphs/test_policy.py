@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.cuda_graphs.fakes import ALL, DECODE, MIXED, SIZES, decode, fits, mixed
+from tests.unit.cuda_graphs.fakes import ALL, DECODE, MIXED, decode, fits, mixed
 from vllm_compile_ext.cuda_graphs.memory import FULL, PIECEWISE
 from vllm_compile_ext.cuda_graphs.session import (
     BATCHES,
@@ -40,110 +39,61 @@ def until_captured(policy: Policy, best: Shape) -> int:
 # --- when a shape is captured
 
 
-@pytest.mark.parametrize("best", [decode(128), mixed(128)])
-def test_a_shape_without_any_graph_is_captured_after_a_few_batches_and_replayed(best: Shape) -> None:
+@pytest.mark.parametrize(
+    ("before", "best", "batches"),
+    [
+        (None, decode(128), BATCHES[FULL]),
+        (None, mixed(128), BATCHES[PIECEWISE]),
+        (mixed(1), decode(128), BATCHES[FULL]),  # too small to serve it
+        (mixed(1), mixed(128), BATCHES_BETWEEN),
+        (decode(16), decode(8), BATCHES_PADDED),
+        (mixed(16), mixed(8), BATCHES_PADDED),
+    ],
+)
+def test_a_shape_is_captured_after_some_batches_and_replayed(before: Shape | None, best: Shape, batches: int) -> None:
     policy = Policy(ALL)
-    assert until_captured(policy, best) == BATCHES[best.kind] < BATCHES_BETWEEN
+    if before:
+        until_captured(policy, before)
+    assert until_captured(policy, best) == batches
     assert ask(policy, best) == Plan(None, best)
 
 
-def test_decode_steps_without_any_graph_wait_neither_for_each_other_nor_after_a_prompts() -> None:
-    policy = Policy(ALL)
-    assert [ask(policy, decode(size)) for size in SIZES] == [Plan(s, None) for s in DECODE]  # ever larger
-    policy = Policy(ALL)
-    until_captured(policy, mixed(256))  # too large to serve it
-    assert ask(policy, decode(1)).capture == decode(1)
-
-
-def test_where_a_larger_graph_serves_a_shape_is_captured_later() -> None:
-    policy = Policy(ALL)
-    ask(policy, decode(16))
-    plans = [ask(policy, decode(8)) for _ in range(BATCHES_PADDED)]
-    assert plans == [Plan(None, decode(16))] * (BATCHES_PADDED - 1) + [Plan(decode(8), decode(16))]
-
-
-def test_captures_that_can_wait_are_apart() -> None:
-    policy = Policy(ALL)
-    # Sizes take turns, so that all are asked for equally often.
-    numbers = [number for number in range(200) if ask(policy, MIXED[number % len(MIXED)]).capture]
-    assert len(numbers) >= 3
-    assert min(b - a for a, b in pairwise(numbers)) >= BATCHES_BETWEEN
-
-
-def test_after_a_failure_others_wait_as_after_a_capture() -> None:
+def test_what_is_due_but_can_wait_waits_after_a_failure_as_after_a_capture() -> None:
     policy = Policy(ALL)
     for _ in range(BATCHES[PIECEWISE] - 1):
         ask(policy, mixed(128))
     policy.bar([mixed(256)], "no")
     assert until_captured(policy, mixed(128)) == BATCHES_BETWEEN
-
-
-def test_misses_of_neighbouring_sizes_count_together_and_their_graph_serves_them() -> None:
-    sizes = [Shape(PIECEWISE, tokens) for tokens in (136, 144, 192, 248, 200)]
-    policy = Policy(sizes)
-    for number, best in enumerate(sizes[:4], 1):
-        assert ask(policy, best).capture == (best if number == BATCHES[PIECEWISE] else None)
-    assert policy.plan(sizes[4], policy.captured) == Plan(None, sizes[3])
-
-
-def test_the_count_of_misses_starts_again_after_a_capture() -> None:
-    small, large = Shape(PIECEWISE, 136), Shape(PIECEWISE, 248)
-    policy = Policy([small, large])
-    until_captured(policy, small)
-    for _ in range(BATCHES[PIECEWISE] - 1):
-        assert policy.plan(large, []).capture is None  # the small one does not fit it
-
-
-# --- padding
-
-
-@pytest.mark.parametrize("kind", [FULL, PIECEWISE])
-@pytest.mark.parametrize("tokens", [1, 32, 1000])
-def test_batches_are_padded_freely_up_to_a_size_and_by_a_factor_beyond(kind: str, tokens: int) -> None:
-    best, most = Shape(kind, tokens), max(PAD_FREELY, PAD_FACTOR * tokens)
-    policy = Policy([best])
-    assert policy.plan(best, [Shape(kind, most)]).otherwise == Shape(kind, most)
-    for other in (most + 1, tokens - 1):
-        assert policy.plan(best, [Shape(kind, other)]).otherwise is None
-
-
-@pytest.mark.parametrize(
-    ("captured", "chosen"),
-    [
-        ([decode(64), decode(16), decode(32)], decode(16)),
-        ([mixed(8), decode(64)], decode(64)),
-        ([mixed(32), mixed(16)], mixed(16)),
-    ],
-)
-def test_the_nearest_graph_serves_and_one_of_a_whole_step_before_others(captured: list[Shape], chosen: Shape) -> None:
-    assert Policy(ALL).plan(decode(8), captured).otherwise == chosen
-
-
-# --- barred and postponed
-
-
-def test_a_barred_shape_is_never_captured_and_runs_on_a_larger_one_or_on_none() -> None:
-    policy = Policy(DECODE)
-    policy.bar([decode(8)], "out of memory")
-    assert {ask(policy, decode(8)) for _ in range(50)} == {Plan(None, None)}
     ask(policy, decode(16))
-    assert {ask(policy, decode(8)) for _ in range(50)} == {Plan(None, decode(16))}
-    assert policy.barred == {decode(8): "out of memory"}
-    assert policy.left == [s for s in DECODE if s not in (decode(8), decode(16))]
+    for _ in range(BATCHES_PADDED - 1):
+        ask(policy, decode(8))
+    assert ask(policy, decode(32)).capture == decode(32)
+    assert until_captured(policy, decode(8)) == BATCHES_BETWEEN
+
+
+def test_misses_of_neighbouring_sizes_count_together_from_the_last_capture_and_one_graph_serves_them() -> None:
+    sizes = [Shape(PIECEWISE, tokens) for tokens in (136, 144, 192, 248)]
+    small, large = Shape(PIECEWISE, 129), Shape(PIECEWISE, 256)
+    policy = Policy([*sizes, small, large])
+    for number, best in enumerate(sizes, 1):
+        assert ask(policy, best).capture == (best if number == BATCHES[PIECEWISE] else None)
+    assert policy.plan(small, policy.captured) == Plan(None, sizes[3])
+    for _ in range(BATCHES_BETWEEN):  # enough of them apart, but too few misses
+        policy.plan(decode(1), [decode(1)])
+    for _ in range(BATCHES[PIECEWISE] - 1):
+        assert policy.plan(large, []).capture is None
 
 
 def test_a_postponed_shape_is_planned_again_after_many_batches_and_others_do_not_wait() -> None:
     policy = Policy(ALL)
     policy.plan(decode(8), [])
     policy.postpone(decode(8))
-    # Not as after a capture: the next shape is captured at once.
-    assert ask(policy, decode(1)).capture == decode(1)
-    plans = [policy.plan(decode(8), [decode(16)]) for _ in range(BATCHES_POSTPONED - 1)]
-    assert plans == [Plan(None, decode(16))] * (BATCHES_POSTPONED - 2) + [Plan(decode(8), decode(16))]
+    plans = [policy.plan(decode(8), [decode(16)]) for _ in range(BATCHES_POSTPONED)]
+    assert plans == [Plan(None, decode(16))] * (BATCHES_POSTPONED - 1) + [Plan(decode(8), decode(16))]
     for _ in range(BATCHES[PIECEWISE] - 1):
         policy.plan(mixed(128), [])
         policy.postpone(mixed(256))
-    assert policy.plan(mixed(128), []).capture == mixed(128)
+    assert policy.plan(mixed(128), []).capture == mixed(128)  # not as after a capture
 
 
 # --- while idle
@@ -176,7 +126,10 @@ def test_before_the_first_batch_only_what_earlier_starts_had_captured_is_left_an
 
 # --- whatever the traffic
 
-traffic = st.lists(st.tuples(st.sampled_from(ALL), st.sampled_from(["captured", "captured", "failed", "stop"])))
+outcomes = st.sampled_from(["captured"] * 4 + ["failed", "stop"])
+# Runs of batches of one size.
+runs = st.lists(st.tuples(st.sampled_from(ALL), outcomes, st.sampled_from([1, 4, BATCHES_PADDED])))
+traffic = runs.map(lambda made: [(shape, outcome) for shape, outcome, batches in made for _ in range(batches)])
 
 
 def serve(policy: Policy, batches: list[tuple[Shape, str]], order: int) -> list[Plan]:
@@ -205,24 +158,28 @@ def test_ranks_with_the_same_batches_plan_the_same_whatever_they_remember(
 
 
 @given(traffic)
-def test_each_plan_can_be_carried_out(batches: list[tuple[Shape, str]]) -> None:
+def test_the_nearest_graph_serves_and_what_cannot_wait_for_one_is_captured_and_the_rest_apart(
+    batches: list[tuple[Shape, str]],
+) -> None:
     policy, last = Policy(ALL), -BATCHES_BETWEEN
     for number, batch in enumerate(batches):
-        captured, barred = set(policy.captured), set(policy.barred)
-        best = batch[0]
+        best, captured, barred = batch[0], set(policy.captured), set(policy.barred)
         (plan,) = serve(policy, [batch], 1)
-        if plan.otherwise is not None:
-            assert plan.otherwise in captured
-            assert best.tokens <= plan.otherwise.tokens <= max(PAD_FREELY, PAD_FACTOR * best.tokens)
         if best in captured:
             assert plan == Plan(None, best)
-        if plan.capture is not None:
+            continue
+        # Padded freely up to a size, and by a factor beyond; a graph of a whole step serves before others.
+        near = [s for s in fits(best, captured) if s.tokens <= max(PAD_FREELY, PAD_FACTOR * best.tokens)]
+        assert plan.otherwise == min(near, key=lambda s: (s.kind == PIECEWISE, s.tokens), default=None)
+        urgent = best.kind == FULL and not near
+        if plan.capture is None:
+            assert best in barred or not urgent
+        else:
             assert plan.capture == best
-            assert best not in captured | barred
-            urgent = best.kind == FULL and plan.otherwise is None
+            assert best not in barred
             assert urgent or number - last >= BATCHES_BETWEEN
             last = number
-        assert not policy.captured & policy.barred.keys()
+        assert set(policy.left) == set(ALL) - policy.captured - policy.barred.keys()
 
 
 @given(st.lists(st.sampled_from(ALL), max_size=60), st.sampled_from(ALL))

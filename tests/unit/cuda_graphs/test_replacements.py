@@ -33,7 +33,10 @@ def test_stock_is_replaced_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch, 
     assert row.function()(STOCK) is STOCK
 
 
-def test_capture_model_says_what_is_kept_free_or_what_stock_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_model_returns_what_is_kept_free_or_what_stock_captured_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     freezes: list[bool] = []
 
     @contextmanager
@@ -44,22 +47,26 @@ def test_capture_model_says_what_is_kept_free_or_what_stock_captured(monkeypatch
     module = ModuleType("vllm.v1.worker.gpu.model_runner")
     module.freeze_gc_for_cudagraph_capture = freeze  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(coverage, "on_demand", lambda config: config)
+    monkeypatch.setattr(coverage, "stock_because", lambda config: config)
+    monkeypatch.setattr(coverage, "_asked_for", lambda config: True)
 
     def stock(runner: Any, *, profile_only: bool = False) -> int:
         with module.freeze_gc_for_cudagraph_capture():
             return STOCK + profile_only
 
-    def runner(session: Any, *, on_demand: bool) -> Any:
-        return SimpleNamespace(vllm_config=on_demand, cudagraph_manager=SimpleNamespace(session=session))
+    def runner(session: Any, why: str | None) -> Any:
+        return SimpleNamespace(vllm_config=why, cudagraph_manager=SimpleNamespace(session=session))
 
     capture_model = replacements.capture_model(stock)
     session = SimpleNamespace(budget=SimpleNamespace(base=2, limit=3))
-    assert capture_model(runner(session, on_demand=True)) == 5
-    assert capture_model(runner(None, on_demand=True)) == 0
-    assert freezes == []
-    assert capture_model(runner(None, on_demand=False), profile_only=True) == STOCK + 1
-    assert freezes == [True]
+    assert [capture_model(runner(made, None)) for made in (session, None)] == [5, 0]
+    assert (freezes, caplog.messages) == ([], [])
+    assert capture_model(runner(None, "a reason"), profile_only=True) == STOCK + 1
+    assert (freezes, caplog.messages) == ([True], [])
+    # As the V1 model runner's, which takes no options and has no such manager, whatever the configuration says.
+    for why in ("a reason", None):
+        assert replacements.capture_model(lambda runner: STOCK)(SimpleNamespace(vllm_config=why)) == STOCK
+    assert caplog.messages == ["CUDA graphs are captured at start, as in stock vLLM, with a reason"]
 
 
 class Core:
@@ -74,12 +81,8 @@ class Core:
         self.workers: list[Any] = [SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=self))]
         self.left = left
         self.model_executor: Any = SimpleNamespace(is_sleeping=False, collective_rpc=self._call)
-
-    def is_running(self) -> bool:
-        return self.running
-
-    def is_scheduler_paused(self) -> bool:
-        return self.paused
+        self.is_running = lambda: self.running
+        self.is_scheduler_paused = lambda: self.paused
 
     def _call(self, method: Any, args: tuple[Any, ...] = ()) -> list[bool]:
         return [method(worker, *args) for worker in self.workers]
@@ -128,12 +131,10 @@ PAUSES: dict[str, Callable[[Core, bool], None]] = {
 @pytest.mark.parametrize("name", PAUSES)
 def test_nothing_is_captured_meanwhile_but_afterwards(name: str) -> None:
     core = Core(left=2)
-    PAUSES[name](core, True)
-    capture_while_idle(core)
-    assert core.captures == []
-    PAUSES[name](core, False)
-    capture_while_idle(core)
-    assert core.captures == [1, 0]
+    for paused, expected in ((True, []), (False, [1, 0])):
+        PAUSES[name](core, paused)
+        capture_while_idle(core)
+        assert core.captures == expected
 
 
 @pytest.mark.parametrize(("value", "remembered"), [("lazy", True), ("idle", False), ("eager", None)])
@@ -149,15 +150,12 @@ def test_an_error_costs_one_line_and_ends_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
 ) -> None:
     core = Core()
-    if where == "a variable":
-        monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", "banana")
+    with monkeypatch.context() as patch:
+        if where == "a variable":
+            patch.setenv("VLLM_COMPILE_CUDAGRAPHS", "banana")
+        else:
+            patch.setattr(core, where, None)
         capture_while_idle(core)
-        monkeypatch.undo()
-    else:
-        kept = getattr(core, where)
-        setattr(core, where, None)
-        capture_while_idle(core)
-        setattr(core, where, kept)
     capture_while_idle(core)
     assert core.captures == []
     (record,) = caplog.records
@@ -165,10 +163,6 @@ def test_an_error_costs_one_line_and_ends_it(
     assert record.getMessage().startswith("CUDA graphs are not captured while idle any more (")
 
 
-@pytest.mark.parametrize("manager", [None, SimpleNamespace()])
-def test_a_worker_without_graphs_on_demand_has_nothing_left(manager: Any) -> None:
-    for worker in (
-        SimpleNamespace(model_runner=None),
-        SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=manager)),
-    ):
-        assert capture_in_worker(worker, remembered=False) is False
+@pytest.mark.parametrize("runner", [None, SimpleNamespace(cudagraph_manager=None)])
+def test_a_worker_without_graphs_on_demand_has_nothing_left(runner: Any) -> None:
+    assert capture_in_worker(SimpleNamespace(model_runner=runner), remembered=False) is False

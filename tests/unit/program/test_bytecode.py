@@ -3,13 +3,14 @@ from __future__ import annotations
 import dataclasses
 import marshal
 import math
-from types import FunctionType, SimpleNamespace
+import sys
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vllm_compile_ext.program import NotKept
-from vllm_compile_ext.program.bytecode import Bytecode
+from vllm_compile_ext.program.program import Bytecode
 
 LIMIT = 3
 
@@ -73,9 +74,20 @@ def test_another_pythons_bytecode_is_refused() -> None:
         Bytecode.loads(marshal.dumps(("cpython-399 0x3990000", *parts)))
 
 
-@pytest.mark.parametrize(
-    ("changes", "error"), [({}, LookupError), ({"import_sources": {"alias": "no.such.module"}}, ImportError)]
-)
-def test_what_is_gone_is_an_error(changes: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"LIMIT|no\.such|No module"):
-        capture(**changes).function(print, FunctionType(helper.__code__, {}))
+def test_what_is_gone_is_an_error() -> None:
+    bare = FunctionType(helper.__code__, {})
+    with pytest.raises(LookupError, match="LIMIT"):
+        capture().function(print, bare)
+    with pytest.raises(ImportError, match="no"):
+        capture(import_sources={"alias": "no.such.module"}).function(print, bare)
+
+
+def test_a_global_of_a_module_that_is_named_by_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers names those of ``--trust-remote-code``."""
+    module = ModuleType("remote.0a1b")
+    made = FunctionType(helper.__code__, {}, "made")
+    made.__module__, module.made = module.__name__, made  # type: ignore[attr-defined]
+    made.__qualname__ = "made"
+    monkeypatch.setitem(sys.modules, "remote", ModuleType("remote"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert capture(used_globals={"helper": made, "number": 40}).named["helper"] == (module.__name__, "made")

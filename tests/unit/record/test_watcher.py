@@ -11,22 +11,26 @@ from typing import Any
 
 import pytest
 
+from tests import starts
 from vllm_compile_ext.record import read, recorder, watcher
+from vllm_compile_ext.record.events import span
 from vllm_compile_ext.record.file import encode
 from vllm_compile_ext.record.recorder import Recorder
-from vllm_compile_ext.record.spans import span
-from vllm_compile_ext.record.watcher import Watcher, progress_line, table
+from vllm_compile_ext.record.watcher import progress_line, table
 
 S = 10**9
 
 
 def start(name: str, *rows: tuple[str, float, float | None], note: str = "compiled", **attrs: Any) -> read.Start:
-    lines: list[dict[str, Any]] = [{"k": "start", "trace": "t", "model": "m", "t": S}]
-    for number, (phase, at, end) in enumerate(rows):
-        line = {"id": f"{number:016}", "pid": 1, "name": phase, "t": int((1 + at) * S), "attrs": {"phase": phase}}
-        lines += [line | ({"k": "begin"} if end is None else {"k": "span", "end": int((1 + end) * S)})]
-    lines += [{"k": "note", "name": note, "pid": 1, "t": int((1 + rows[-1][1]) * S), "attrs": attrs}]
-    return read.parse(map(encode, lines), name)
+    """A start of `rows`, each a phase with the seconds at which it begins and ends, and a note in the last of them."""
+    made = starts.Recorder(S)
+    made.start(0, "m")
+    for phase, begin, end in rows:
+        span = made.begin_span(None, 1, phase, begin, phase)
+        if end is not None:
+            made.end_span(span, end)
+    made.note(rows[-1][1], 1, note, **attrs)
+    return made.read(name)
 
 
 def ready(name: str, *rows: tuple[str, float, float], note: str = "compiled") -> read.Start:
@@ -35,19 +39,16 @@ def ready(name: str, *rows: tuple[str, float, float], note: str = "compiled") ->
     return made
 
 
-def test_the_table_of_a_first_start() -> None:
-    assert table(ready("a", ("imports", 0, 5), ("compile", 5, 20)), None).splitlines() == [
+def test_the_table() -> None:
+    first = ready("a", ("imports", 0, 5), ("compile", 5, 20))
+    assert table(first, None).splitlines() == [
         "ready 20.0 s after the process began (vllm-compile-ext report a)",
         "  phase                 seconds  share",
         "  imports                  5.00  25.0%",
         "  compile                 15.00  75.0%",
     ]
-
-
-def test_the_table_compared_with_the_start_before() -> None:
-    before = ready("a", ("imports", 0, 5), ("compile", 5, 20))
-    now = ready("b", ("imports", 0, 4), ("load compiled code", 4, 4.5), note="loaded")
-    assert table(now, before).splitlines() == [
+    second = ready("b", ("imports", 0, 4), ("load compiled code", 4, 4.5), note="loaded")
+    assert table(second, first).splitlines() == [
         "ready 4.5 s after the process began; cold before (a): 20.0 s (vllm-compile-ext report b)",
         "  phase                 seconds  share   before   change",
         "  imports                  4.00  88.9%     5.00    -1.00",
@@ -56,27 +57,27 @@ def test_the_table_compared_with_the_start_before() -> None:
     ]
 
 
+PROGRESS = {"note": "progress", "done": 1, "total": 3, "what": "distinct pieces"}
+
+
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("made", "said"),
     [
-        ([("imports", 0, 5), ("weights", 5, None)], "loading weights for 15 s"),
-        ([("imports", 0, 5), ("weights", 5, 8), ("weights", 8, None)], "loading weights for 15 s"),
-        ([("kv cache", 0, None)], "kv cache for 20 s"),
-        ([("imports", 0, 5)], "something that no span names for 15 s"),
+        (start("a", ("imports", 0, 5), ("weights", 5, None)), "loading weights for 15 s"),
+        (start("a", ("imports", 0, 5), ("weights", 5, 8), ("weights", 8, None)), "loading weights for 15 s"),
+        (start("a", ("kv cache", 0, None)), "kv cache for 20 s"),
+        (start("a", ("imports", 0, 5)), "something that no span names for 15 s"),
+        (start("a", ("compile", 5, None), **PROGRESS), "compiling for 15 s (1 of 3 distinct pieces)"),
     ],
 )
-def test_a_line_about_what_is_waited_for(rows: list[tuple[str, float, float | None]], said: str) -> None:
-    assert progress_line(start("a", *rows), 21 * S) == f"starting for 20 s: {said}"
+def test_a_line_about_what_is_waited_for(made: read.Start, said: str) -> None:
+    assert progress_line(made, 21 * S) == f"starting for 20 s: {said}"
 
 
-def test_how_far_a_compilation_is() -> None:
-    rows: list[tuple[str, float, float | None]] = [("imports", 0, 5), ("compile", 5, None)]
-    about = {"done": 1, "total": 3, "what": "distinct pieces"}
-    said = progress_line(start("a", *rows, note="progress", **about), 21 * S)
-    assert said == "starting for 20 s: compiling for 15 s (1 of 3 distinct pieces)"
-    over = start("a", *rows, ("weights", 10, None), note="progress", **about)
-    over.notes[0] = read.Note(time=7 * S, name="progress", attrs=about)
-    assert progress_line(over, 21 * S) == "starting for 20 s: loading weights for 10 s"
+def test_progress_of_an_earlier_phase_is_not_said() -> None:
+    made = start("a", ("compile", 0, 10), **PROGRESS)
+    made.spans += start("b", ("weights", 10, None)).spans
+    assert progress_line(made, 21 * S) == "starting for 20 s: loading weights for 10 s"
 
 
 @pytest.fixture
@@ -93,11 +94,10 @@ def to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     recorder.forget()
 
 
-def watch(to: Recorder) -> Watcher:
-    assert to.file is not None
-    made = to.watcher = Watcher(to, to.file.path)
-    made.start()
-    return made
+def watch(to: Recorder) -> threading.Thread:
+    watcher.watch(to)
+    assert to.watcher is not None
+    return to.watcher
 
 
 def until(caplog: pytest.LogCaptureFixture, text: str) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from vllm_compile_ext.record import phases
 from vllm_compile_ext.report import formats
 
 
@@ -33,7 +32,3 @@ from vllm_compile_ext.report import formats
 )
 def test_formats(function: Callable[[Any], str], value: Any, text: str) -> None:
     assert function(value) == text
-
-
-def test_every_phase_has_its_colours() -> None:
-    assert tuple(formats.PHASE_COLOURS) == phases.PHASES

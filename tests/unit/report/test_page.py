@@ -13,9 +13,8 @@ from importlib import resources
 import pytest
 
 from tests import starts
-from vllm_compile_ext.record import read
+from vllm_compile_ext.record.phases import PHASES
 from vllm_compile_ext.report import facts, page
-from vllm_compile_ext.report.formats import PHASE_COLOURS
 
 
 class Page(HTMLParser):
@@ -25,8 +24,7 @@ class Page(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: dict[str, list[str]] = {}
-        before = other and read.parse(other.bytes().splitlines(), "before")
-        self.feed(page.render(facts.facts(read.parse(made.bytes().splitlines(), "now"), before)))
+        self.feed(page.render(facts.facts(made.read("now"), other and other.read("before"))))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
@@ -89,7 +87,7 @@ def test_contrast(scheme: int) -> None:
     texts += itertools.product(("text", "muted", "accent", "bad", "good"), ("bg", "card"))
     for text, behind in texts:
         assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
-    for phase, both in PHASE_COLOURS.items():
+    for phase, both in PHASES.items():
         assert contrast(colours["on"], both[scheme]) >= 4.5, phase
         assert contrast(both[scheme], colours["card"]) >= 3, phase
         assert contrast("#101010", both[1]) >= 4.5, f"{phase} on a terminal"

@@ -10,6 +10,7 @@ import pytest
 
 from tests import starts
 from vllm_compile_ext.record import read
+from vllm_compile_ext.record.read import Start
 from vllm_compile_ext.report import facts, perfetto
 
 FIELDS = {
@@ -29,9 +30,9 @@ def overlapping() -> starts.Recorder:
     return made
 
 
-def events(content: bytes) -> list[dict[str, Any]]:
+def events(start: Start) -> list[dict[str, Any]]:
     """The events of a trace, after all was checked that the Trace Event Format asks for."""
-    made = perfetto.trace(facts.facts(read.parse(content.splitlines(), "x")))
+    made = perfetto.trace(facts.facts(start))
     loaded = json.loads(json.dumps(made, allow_nan=False))
     assert set(loaded) == {"traceEvents", "displayTimeUnit", "otherData"}
     threads = {(event["pid"], event["tid"]) for event in loaded["traceEvents"] if event["name"] == "thread_name"}
@@ -61,26 +62,22 @@ def events(content: bytes) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("made", [starts.cold, starts.warm, starts.crashed, starts.killed, overlapping])
+@pytest.mark.parametrize("made", [starts.cold, starts.warm, starts.crashed, starts.killed, overlapping, starts.damaged])
 def test_every_span_is_in_a_valid_trace(made: Any) -> None:
-    content = made().bytes()
-    spans = [event for event in events(content) if event["ph"] == "X"]
-    assert len(spans) == len(read.parse(content.splitlines(), "x").spans)
-
-
-def test_damaged() -> None:
-    assert events(starts.damaged())
+    content = made()
+    start = read.parse(content.splitlines(), "x") if isinstance(content, bytes) else content.read()
+    assert len([event for event in events(start) if event["ph"] == "X"]) == len(start.spans)
 
 
 def test_threads_get_tracks_and_lines_of_their_own() -> None:
-    content = overlapping().bytes()
-    assert {event["tid"] for event in events(content) if event["ph"] == "X"} == {1, 2, 3}
-    (process,) = facts.facts(read.parse(content.splitlines(), "x"))["processes"]
+    start = overlapping().read()
+    assert {event["tid"] for event in events(start) if event["ph"] == "X"} == {1, 2, 3}
+    (process,) = facts.facts(start)["processes"]
     assert [span["line"] for span in process["spans"]] == [0, 1, 2]
 
 
 def test_processes_marks_notes_and_arrows() -> None:
-    found = events(starts.cold().bytes())
+    found = events(starts.cold().read())
     processes = [event["args"]["name"] for event in found if event["name"] == "process_name"]
     assert processes == ["front end (4100)", "engine core (4200)", "worker 0 (4301)", "worker 1 (4302)"]
     names = {event["name"] for event in found if event["ph"] == "i"}

@@ -72,17 +72,13 @@ def test_lanes(folder: Path) -> None:
     assert "worker 1 (4302)" in lines
 
 
-def test_a_crash_is_explained(folder: Path) -> None:
-    out = cli()
-    assert "failed in weights" in out
-    assert "It ended in the phase weights (shard 1/6) of worker 1: OutOfMemoryError: CUDA out of memory." in out
-
-
-def test_a_killed_start(folder: Path) -> None:
-    starts.killed().write(folder, LATEST)
-    out = cli("last")
-    assert "killed in compile" in out
-    assert "It ended in the phase compile (piece 2/3) of worker 0, and said nothing of an error: it was killed" in out
+def test_where_a_start_ended_is_explained(folder: Path) -> None:
+    crashed = cli()
+    assert "failed in weights" in crashed
+    assert "It ended in the phase weights (shard 1/6) of worker 1: OutOfMemoryError: CUDA out of memory." in crashed
+    killed = cli(starts.killed().write(folder, LATEST))
+    assert "killed in compile" in killed
+    assert "It ended in the phase compile (piece 2/3) of worker 0, and said nothing of an error: it was" in killed
 
 
 def test_a_start_that_is_still_running(folder: Path) -> None:
@@ -135,11 +131,10 @@ def test_compare(folder: Path, tmp_path: Path) -> None:
     assert (data["a"]["id"], data["b"]["id"]) == (COLD, "other")
 
 
-def test_a_note_of_an_older_record(folder: Path) -> None:
+def test_a_note_without_a_line_is_its_facts(folder: Path) -> None:
     made = starts.cold()
     made.note(99, starts.CORE, "graphs", captured=51, kind="FULL")
-    made.write(folder, LATEST)
-    assert "graphs: captured 51, kind FULL  engine core\n" in cli("last")
+    assert "graphs: captured 51, kind FULL  engine core\n" in cli(made.write(folder, LATEST))
 
 
 def test_a_miss_is_explained_by_the_store(folder: Path, tmp_path: Path) -> None:
@@ -149,7 +144,8 @@ def test_a_miss_is_explained_by_the_store(folder: Path, tmp_path: Path) -> None:
     made.write(folder, LATEST)
     changes = [Change("torch", "2.13.0", "2.13.1"), Change("vllm.new", None, "1")]
     store = Store.open(tmp_path / "compile_store")
-    misses.record(store.tree, starts.KEY, "rank_0", starts.MODEL, {"torch": "2.13.1"}, starts.OLD_KEY, changes)
+    miss = misses.Miss(starts.KEY, "rank_0", starts.MODEL, {"torch": "2.13.1"}, starts.OLD_KEY, changes)
+    misses.record(store.tree, miss)
     notes = [note for note in json.loads(cli("last", "--json"))["notes"] if note["name"] == "miss"]
     assert len(notes) == 2
     assert notes[0]["attrs"]["closest"] == starts.OLD_KEY
@@ -171,9 +167,9 @@ def test_files(folder: Path, tmp_path: Path) -> None:
         (["nope"], "has an id that begins with 'nope': see vllm-compile-ext report ls"),
         (["2026"], f"3 starts have ids that begin with '2026': give more of {COLD}, {WARM}, {CRASHED}"),
         (["last~7"], "'last~7' goes back too far, 3 starts recorded: see vllm-compile-ext report ls"),
-        (["./none.jsonl"], "there is no file './none.jsonl': see vllm-compile-ext report ls"),
+        (["./none.jsonl"], "none.jsonl'"),
         (["last~x"], "begins with 'last~x'"),
-        (["--html", "/none/a.html"], "'/none/a.html' cannot be written: No such file or directory"),
+        (["--html", "/none/a.html"], "No such file or directory: '/none/a.html'"),
         (["ls", "--html", "a.html"], "ls writes no file: name a start instead of it"),
         (["last", "--compare", "last", "last~1"], "--compare takes two starts, and 'last' is one more: leave it out"),
         (["--compare", "last", "last~1", "--perfetto", "x"], "--perfetto writes one start: leave --compare out"),
@@ -187,10 +183,11 @@ def test_bad_input(folder: Path, args: list[str], words: str) -> None:
     assert out.count("\n") == 1
 
 
-def test_nothing_is_recorded(tmp_path: Path) -> None:
-    out = cli("--folder", tmp_path / "none", code=1)
-    assert out.startswith(f"vllm-compile-ext: no start is recorded in {tmp_path / 'none'}: start vLLM with")
-    assert cli("ls", "--folder", tmp_path / "none") == f"0 starts in {tmp_path / 'none'}\n"
+def test_nothing_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    where = tmp_path / "compile_starts"
+    assert cli(code=1).startswith(f"vllm-compile-ext: no start is recorded in {where}: start vLLM with")
+    assert cli("ls") == f"0 starts in {where}\n"
 
 
 def test_a_damaged_file(folder: Path) -> None:

@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from tests.unit.store import program
 from vllm_compile_ext.store.bundle import FOOTER, MAGIC
 from vllm_compile_ext.store.store import Manifest, Store, key_of
@@ -25,39 +23,29 @@ def entry(store: Store, name: str, shard: str = "rank0", **changes: Any) -> Mani
     """Put the entry `name` into `store` as a process did that has ended since: nothing holds it."""
     parts = {"plan": f"plan of {name}", "piece/0/(1, 256)": "that all share", "piece/1/(1, 256)": f"of {name}"}
     data = {member: text.encode() * 20 for member, text in parts.items()} if "members" not in changes else {}
-    made = program.manifest(store, name, data, shard)
-    made = msgspec.structs.replace(made, **{"platform": PLATFORM, "created": 1_700_000_000.0} | changes)
+    made = program.manifest(store, name, data, shard, **{"platform": PLATFORM, "created": 1_700_000_000.0} | changes)
     store.add(made)
     return made
 
 
-def kernels(store: Store) -> None:
-    """What Triton leaves: a kernel and the file with the places of its files."""
-    place = store.jit / KERNEL
-    store.tree.write(store.jit.name, *KERNEL.split("/"), data=b"machine code" * 10)
-    group = f'{{"child_paths": {{"kernel.cubin": "{place}"}}}}'
-    store.tree.write(store.jit.name, *GROUP.split("/"), data=group.encode())
-
-
 def filled(root: Path) -> Store:
-    """A store with two models, one of them on two ranks, a piece and a kernel."""
+    """A store with two models, one of them on two ranks, a piece, and what Triton leaves: a kernel and a list of it."""
     store = Store.open(root)
     entry(store, "llama")
     entry(store, "llama", "rank1")
     entry(store, "qwen")
     entry(store, "qwen", "piece", kind="piece", key=key_of({"piece": "0"}), factors={"piece": "0"})
-    kernels(store)
+    group = f'{{"child_paths": {{"kernel.cubin": "{store.jit / KERNEL}"}}}}'
+    for path, data in ((KERNEL, b"machine code" * 10), (GROUP, group.encode())):
+        store.tree.write(store.jit.name, *path.split("/"), data=data)
     return store
 
 
 def content(store: Store) -> dict[str, bytes]:
     """Everything in a store that someone could read, and what is still in `tmp`."""
-    found = (Path(place, name) for place, _, names in os.walk(store.tree.path) for name in names)
-    return {
-        str(path.relative_to(store.tree.path)): path.read_bytes()
-        for path in found
-        if not path.is_relative_to(store.tree.path / "locks")
-    }
+    top = store.tree.path
+    found = (Path(place, name).relative_to(top) for place, _, names in os.walk(top) for name in names)
+    return {str(path): (top / path).read_bytes() for path in found if path.parts[0] != "locks"}
 
 
 Member = tuple[tarfile.TarInfo, bytes]
@@ -77,18 +65,14 @@ def tar(members: Iterable[Member], made: int = tarfile.PAX_FORMAT) -> bytes:
     return written + bytes(10240)
 
 
-def compress(data: bytes) -> bytes:
-    return gzip.compress(data, mtime=0)
-
-
 def unsigned(archive: bytes) -> bytes:
-    """The bundle with these bytes before its footer."""
+    """The unsigned bundle with these bytes before its footer."""
     return archive + MAGIC + bytes(FOOTER - len(MAGIC))
 
 
 def forged(parts: Iterable[Member]) -> bytes:
     """The unsigned bundle with these members."""
-    return unsigned(compress(tar(parts)))
+    return unsigned(gzip.compress(tar(parts)))
 
 
 def members(bundle: bytes) -> list[Member]:
@@ -96,8 +80,3 @@ def members(bundle: bytes) -> list[Member]:
     with tarfile.open(fileobj=io.BytesIO(gzip.decompress(bundle[:-FOOTER]))) as opened:
         found = [(info, opened.extractfile(info)) for info in opened]
         return [member(info.name, file.read(), mtime=info.mtime) for info, file in found if file is not None]
-
-
-def contents(bundle: bytes) -> dict[str, bytes]:
-    """The members of a good bundle by name."""
-    return {info.name: data for info, data in members(bundle)}

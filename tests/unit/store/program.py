@@ -26,25 +26,12 @@ def factors(name: str) -> dict[str, str]:
     return {"model": name, "torch": "2.13.0"}
 
 
-def manifest(store: Store, name: str, data: dict[str, bytes], shard: str = "rank0") -> Manifest:
+def manifest(store: Store, name: str, data: dict[str, bytes], shard: str = "rank0", **changes: Any) -> Manifest:
     """The manifest of `data`, whose blobs are put."""
-    return Manifest(
-        kind="program",
-        key=key_of(factors(name)),
-        shard=shard,
-        model=name,
-        created=time.time(),
-        platform="linux-x86_64 cpu",
-        factors=factors(name),
-        members={member: store.put(content) for member, content in data.items()},
-    )
-
-
-def write(store: Store, name: str, **kwargs: int) -> Manifest:
-    """Write an entry as a process does that then uses it."""
-    written = manifest(store, name, members(name, **kwargs))
-    store.commit(written)
-    return written
+    fields: dict[str, Any] = {"kind": "program", "key": key_of(factors(name)), "shard": shard, "model": name}
+    fields |= {"created": time.time(), "platform": "linux-x86_64 cpu", "factors": factors(name)}
+    fields |= {"members": {member: store.put(content) for member, content in data.items()}}
+    return Manifest(**fields | changes)
 
 
 def leave(store: Store, name: str, **kwargs: int) -> Manifest:
@@ -54,16 +41,31 @@ def leave(store: Store, name: str, **kwargs: int) -> Manifest:
     return written
 
 
+def write(store: Store, name: str, **kwargs: int) -> Manifest:
+    """Write an entry as a process does that then uses it."""
+    written = leave(store, name, **kwargs)
+    store.use(written)
+    return written
+
+
 def load(store: Store, found: Manifest) -> dict[str, bytes]:
     return {name: store.get(blob) for name, blob in found.members.items()}
 
 
-def full(*args: Any, **kwargs: Any) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def raising(number: int) -> Callable[..., Any]:
+    """A function that raises the `OSError` with this number."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+full = raising(errno.ENOSPC)
 
 
 @contextmanager
-def failing(calls: Sequence[str], times: int, then: Callable[..., Any] = full) -> Iterator[None]:
+def failing(calls: Sequence[str], times: int, then: Callable[[], Any] = full) -> Iterator[None]:
     """The functions `calls` of `os` work `times` times in all; after that `then` is called in their place."""
     left = times
 

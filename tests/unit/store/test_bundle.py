@@ -1,4 +1,4 @@
-"""Entries that are packed in one store and unpacked in another."""
+"""Entries that are packed in one store and unpacked in another; more is in `tests/unit/cli/test_cache.py`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out.bundle"
 
 
-def carried(store: Store, target: Store, out: Path, **options: Any) -> bundle.Bundle:
-    """Pack all of `store` without a signature, and unpack it in `target`."""
+def carried(store: Store, target: Store, out: Path) -> set[str]:
+    """Pack all of `store` without a signature, and unpack it in `target`; returns the names of what was packed."""
     pack(store, out)
-    return unpack(target, out, allow_unsigned=True, **options)
+    unpack(target, out, allow_unsigned=True)
+    return {info.name for info, _ in bundles.members(out.read_bytes())}
 
 
 def test_everything_comes_through_for_its_owner_only(store: Store, target: Store, out: Path, tmp_path: Path) -> None:
@@ -64,6 +65,7 @@ def test_everything_comes_through_for_its_owner_only(store: Store, target: Store
 LISTS = [
     (b'{"child_paths": {"kernel.cubin": "/gone/kernel.cubin"}}', "kernel.cubin"),
     (b'{"child_paths": {"../../../other": "/etc/passwd"}}', "other"),  # cannot lead out of its folder
+    # What only looks like a list of Triton's is carried as it is.
     *((data, None) for data in (b"", b"no json", b"[]", b'{"child_paths": 1}', b'{"other": {}}', b'{"a": ' * 5000)),
 ]
 
@@ -72,7 +74,6 @@ LISTS = [
 def test_triton_finds_its_kernels_in_the_new_store(
     store: Store, target: Store, out: Path, data: bytes, name: str | None
 ) -> None:
-    """What only looks like a list of Triton's is carried as it is."""
     (store.jit / bundles.GROUP).write_bytes(data)
     carried(store, target, out)
     place = target.jit / bundles.GROUP
@@ -80,7 +81,7 @@ def test_triton_finds_its_kernels_in_the_new_store(
         assert place.read_bytes() == data
     else:
         assert [*json.loads(place.read_bytes())["child_paths"].values()] == [str(place.parent / name)]
-        assert not any(b"/gone/" in packed for packed in bundles.contents(out.read_bytes()).values())
+        assert not any(b"/gone/" in packed for _, packed in bundles.members(out.read_bytes()))
 
 
 def test_ninja_finds_its_kernels_up_to_date(store: Store, out: Path) -> None:
@@ -102,16 +103,6 @@ def test_ninja_finds_its_kernels_up_to_date(store: Store, out: Path) -> None:
     assert "no work to do" in ninja()
 
 
-def test_some_entries_only(store: Store, target: Store, out: Path) -> None:
-    (wanted,) = {entry.key for entry in store.manifests() if entry.model == "llama"}
-    made = pack(store, out, {wanted}, jit=False)
-    assert (made.keys, made.jit_files) == ([wanted], 0)
-    unpack(target, out, allow_unsigned=True)
-    assert {entry.key for entry in target.manifests()} == {wanted}
-    assert target.verify() == []
-    assert not target.jit.exists()
-
-
 def test_kernel_files_that_stay_behind(store: Store, target: Store, out: Path) -> None:
     """Those that cannot be unpacked, links, and what Triton has not finished."""
     folder = (store.jit / bundles.KERNEL).parent
@@ -124,9 +115,8 @@ def test_kernel_files_that_stay_behind(store: Store, target: Store, out: Path) -
     (folder / "link").symlink_to("/etc/passwd")
     (folder / "folder").symlink_to("/etc")
     os.mkfifo(folder / "pipe")
-    carried(store, target, out)
-    carried_names = [name for name in bundles.contents(out.read_bytes()) if name.startswith("v1/jit/")]
-    assert carried_names == sorted(f"v1/jit/{name}" for name in (bundles.KERNEL, bundles.GROUP))
+    names = {name for name in carried(store, target, out) if name.startswith("v1/jit/")}
+    assert names == {f"v1/jit/{bundles.KERNEL}", f"v1/jit/{bundles.GROUP}"}
 
 
 def test_unpacking_keeps_the_limit(store: Store, out: Path, tmp_path: Path) -> None:
@@ -144,9 +134,8 @@ def test_the_longest_names_and_large_blobs_fit(target: Store, out: Path, tmp_pat
     store = Store.open(tmp_path / "long")
     shard, path = "r" * 100, "/".join(["d" * 240] * 3 + ["ü" * 100])
     bundles.entry(store, "long", shard, members={"m" * 200: store.put(b"")})
-    bundles.entry(
-        store, "large", members={"random": store.put(os.urandom(3 << 20)), "zeros": store.put(bytes(20 << 20))}
-    )
+    large = {"random": store.put(os.urandom(3 << 20)), "zeros": store.put(bytes(20 << 20))}
+    bundles.entry(store, "large", members=large)
     store.tree.write("jit", *path.split("/"), data=b"")
     carried(store, target, out)
     assert out.stat().st_size < 4 << 20
@@ -170,27 +159,20 @@ def test_unpacking_again_keeps_what_is_in_use_and_mends_what_is_damaged(store: S
 # --- signatures
 
 
-@pytest.mark.parametrize(
-    ("key", "trust", "allow_unsigned", "refused"),
-    [
-        (None, [], False, "is not signed"),
-        (None, [KEY], False, "is not signed"),
-        (None, [], True, None),
-        (KEY, [], False, rf"is signed by key {NAME}, which is not trusted \(trusted: none\)"),
-        (KEY, [OTHER], False, r"is signed by key .*, which is not trusted \(trusted: [0-9a-f]{16}\)"),
-        (KEY, [OTHER], True, None),
-        (KEY, [KEY], False, None),
-        (KEY, [OTHER, KEY], False, None),
-    ],
-)
+Key = Ed25519PrivateKey
+SIGNED: list[tuple[Key | None, list[Key], bool, str | None]] = [
+    (None, [KEY], False, "is not signed"),
+    (None, [], True, None),
+    (KEY, [], False, rf"is signed by key {NAME}, which is not trusted \(trusted: none\)"),
+    (KEY, [OTHER], False, r"is signed by key .*, which is not trusted \(trusted: [0-9a-f]{16}\)"),
+    (KEY, [OTHER], True, None),
+    (KEY, [OTHER, KEY], False, None),
+]
+
+
+@pytest.mark.parametrize(("key", "trust", "allow_unsigned", "refused"), SIGNED)
 def test_who_signed_decides(
-    store: Store,
-    target: Store,
-    out: Path,
-    key: Ed25519PrivateKey | None,
-    trust: list[Ed25519PrivateKey],
-    allow_unsigned: bool,
-    refused: str | None,
+    store: Store, target: Store, out: Path, key: Key | None, trust: list[Key], allow_unsigned: bool, refused: str | None
 ) -> None:
     made = pack(store, out, key=key)
     assert made.signed_by == (key and key_name(key.public_key()))
@@ -200,23 +182,6 @@ def test_who_signed_decides(
         return
     with pytest.raises(BundleError, match=f"out.bundle {refused}.*--allow-unsigned.*nothing of it was unpacked"):
         unpack(target, out, trusted, allow_unsigned=allow_unsigned)
-    assert bundles.content(target) == {}
-
-
-@pytest.mark.parametrize("allow_unsigned", [False, True])
-def test_a_signature_of_something_else_or_by_another_key_is_refused(
-    store: Store, target: Store, out: Path, allow_unsigned: bool
-) -> None:
-    made = []
-    for key, jit in ((KEY, True), (KEY, False), (OTHER, True)):
-        pack(store, out, key=key, jit=jit)
-        made.append(out.read_bytes())
-    whole, other, theirs = made
-    forged = theirs[:-96] + KEY.public_key().public_bytes_raw() + theirs[-64:]
-    for data in (whole[:-FOOTER] + other[-FOOTER:], forged):
-        out.write_bytes(data)
-        with pytest.raises(BundleError, match="was changed after it was signed"):
-            unpack(target, out, [KEY.public_key()], allow_unsigned=allow_unsigned)
     assert bundles.content(target) == {}
 
 
@@ -236,22 +201,19 @@ def test_nothing_is_opened_before_the_signature_holds(
 # --- what the store has already
 
 
-NEWER = 1_800_000_000.0
-
-
 def test_an_older_entry_replaces_a_newer_one_only_when_told_or_where_that_is_damaged(
     store: Store, target: Store, out: Path
 ) -> None:
-    made = pack(store, out, key=KEY)
-    newer = bundles.entry(target, "llama", created=NEWER, members={"plan": target.put(b"newer")})
-    assert unpack(target, out, [KEY.public_key()]).kept == [f"{newer.key}/rank0"]
+    made = pack(store, out)
+    newer = bundles.entry(target, "llama", created=1_800_000_000.0, members={"plan": target.put(b"newer")})
+    assert unpack(target, out, allow_unsigned=True).kept == [f"{newer.key}/rank0"]
     assert target.find(newer.key, "rank0") == newer
     assert len(list(target.manifests())) == 4
-    assert unpack(target, out, [KEY.public_key()], replace=True).kept == made.kept == []
+    assert unpack(target, out, allow_unsigned=True, replace=True) == made
     assert list(target.manifests()) == list(store.manifests())
     target.add(newer)
     target.path(newer.members["plan"]).write_bytes(b"other")
-    assert unpack(target, out, [KEY.public_key()]).kept == []
+    assert unpack(target, out, allow_unsigned=True) == made
     assert list(target.manifests()) == list(store.manifests())
 
 
@@ -286,12 +248,6 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip("there is no openssl")
     (folder / "empty.pem").write_bytes(b"")
     return folder
-
-
-def test_keys_of_openssl_sign_and_are_trusted(store: Store, target: Store, out: Path, pem: Path) -> None:
-    public = public_key(pem / "signing.pub.pem")
-    pack(store, out, key=private_key(pem / "signing.pem"))
-    assert unpack(target, out, [public]).signed_by == key_name(public)
 
 
 @pytest.mark.parametrize(
@@ -329,30 +285,19 @@ def test_what_cannot_be_packed(store: Store, target: Store, out: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"damaged", None])
-def test_every_damaged_blob_is_named_and_nothing_written(store: Store, out: Path, damage: bytes | None) -> None:
+def test_every_damaged_blob_is_named_and_nothing_written(store: Store, out: Path) -> None:
     out.write_bytes(b"an older bundle")
-    for path in (store.tree.path / "blobs").glob("??/*"):
+    for path in store.tree.path.glob("blobs/*/*"):
         whole = path.read_bytes()
-        path.unlink() if damage is None else path.write_bytes(damage or bytes(len(whole)))
+        path.write_bytes(bytes(len(whole)))
         with pytest.raises(BundleError, match=f"{path} .*cache verify says what to do"):
             pack(store, out)
         path.write_bytes(whole)
     assert out.read_bytes() == b"an older bundle"
     assert sorted(out.parent.iterdir()) == [out, store.root]
-    pack(store, out)
 
 
 # --- where it cannot be unpacked
-
-
-def test_another_platform(store: Store, target: Store, out: Path) -> None:
-    made = pack(store, out)
-    said = "is for linux-x86_64 cpu AVX2, this machine is mars or moon: for another one use --any-platform"
-    with pytest.raises(BundleError, match=said):
-        unpack(target, out, allow_unsigned=True, platforms={"mars", "moon"})
-    assert bundles.content(target) == {}
-    assert unpack(target, out, allow_unsigned=True, platforms={"mars", bundles.PLATFORM}) == made
 
 
 def test_a_store_that_is_read_only_or_being_cleaned(

@@ -71,15 +71,8 @@ class Layer(nn.Module):
         return self.lin(x).relu()
 
 
-def stack(
-    forward: Callable[..., Any] = Layer.forward,
-    *,
-    n: int = 6,
-    prepare: Callable[[Any], Any] | None = None,
-    outer: Callable[..., Any] | None = None,
-    **attributes: Any,
-) -> nn.Module:
-    """`n` layers with `forward`, called by `outer(model, layer, x)`.  `attributes`: name -> function of the number."""
+def stack(forward: Callable[..., Any] = Layer.forward, **attributes: Any) -> Any:
+    """Six layers with `forward`.  `attributes`: name -> function of the layer's number."""
 
     class Kind(Layer):
         pass
@@ -89,16 +82,14 @@ def stack(
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList([Kind(i) for i in range(n)])
+            self.layers = nn.ModuleList([Kind(i) for i in range(6)])
             for i, layer in enumerate(self.layers):
                 for key, value in attributes.items():
                     setattr(layer, key, value(i))
-            if prepare is not None:
-                prepare(self)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for layer in self.layers:
-                x = layer(x) if outer is None else outer(self, layer, x)
+                x = layer(x)
             return x
 
     torch.manual_seed(0)

@@ -51,65 +51,33 @@ def test_every_call_site_has_its_own_callable() -> None:
         plan.load([site(0), site(1)])
 
 
-def _in_place(model: Any, new: torch.Tensor) -> None:
-    model.layers[2].lin.weight.data.copy_(new)
+# Ways to give a model other weights; `parameter` makes one of `new`.
+REPLACEMENTS = {
+    "in place": "model.layers[2].lin.weight.data.copy_(new)",
+    "data": "model.layers[2].lin.weight.data = new",
+    "attribute": "model.layers[2].lin.weight = parameter",
+    "registered": "del model.layers[2].lin.weight; model.layers[2].lin.register_parameter('weight', parameter)",
+    # What vLLM 0.32's weight_cache/ipc_loader.py does.
+    "table": "model.layers[2].lin._parameters['weight'] = parameter",
+    "module": "model.layers[2].lin = nn.Linear(8, 8); model.layers[2].lin.weight = parameter",
+    "layer": "model.layers[2] = new_layer; model.layers[2].lin.weight = parameter",
+    "table of modules": "model.layers._modules['2'] = new_layer; model.layers[2].lin.weight = parameter",
+    # Torch's containers tell nobody of this.
+    "inserted": "model.layers.insert(2, new_layer); model.layers[2].lin.weight = parameter",
+    "all parameters": "lin = model.layers[2].lin\n"
+    "lin.__dict__['_parameters'] = dict(lin._parameters, weight=parameter)",
+}
 
 
-def _data(model: Any, new: torch.Tensor) -> None:
-    model.layers[2].lin.weight.data = new
-
-
-def _attribute(model: Any, new: torch.Tensor) -> None:
-    model.layers[2].lin.weight = nn.Parameter(new, requires_grad=False)
-
-
-def _registered(model: Any, new: torch.Tensor) -> None:
-    del model.layers[2].lin.weight
-    model.layers[2].lin.register_parameter("weight", nn.Parameter(new, requires_grad=False))
-
-
-def _dict(model: Any, new: torch.Tensor) -> None:  # what vLLM 0.32's weight_cache/ipc_loader.py does
-    model.layers[2].lin._parameters["weight"] = nn.Parameter(new, requires_grad=False)
-
-
-def _module(model: Any, new: torch.Tensor) -> None:
-    model.layers[2].lin = nn.Linear(8, 8)
-    _attribute(model, new)
-
-
-def _layer(model: Any, new: torch.Tensor) -> None:
-    model.layers[2] = type(model.layers[2])(2)
-    _attribute(model, new)
-
-
-def _submodule_dict(model: Any, new: torch.Tensor) -> None:
-    model.layers._modules["2"] = type(model.layers[2])(2)
-    _attribute(model, new)
-
-
-def _inserted(model: Any, new: torch.Tensor) -> None:  # torch's containers tell nobody of this
-    model.layers.insert(2, type(model.layers[2])(2))
-    _attribute(model, new)
-
-
-def _all_parameters(model: Any, new: torch.Tensor) -> None:
-    lin = model.layers[2].lin
-    lin.__dict__["_parameters"] = dict(lin._parameters, weight=nn.Parameter(new, requires_grad=False))
-
-
-@pytest.mark.parametrize(
-    "replace",
-    [
-        _in_place, _data, _attribute, _registered, _dict, _module, _layer, _submodule_dict, _inserted, _all_parameters,
-    ],
-)  # fmt: skip
-def test_a_replaced_parameter_is_seen(replace: Any) -> None:
+@pytest.mark.parametrize("how", REPLACEMENTS)
+def test_a_replaced_parameter_is_seen(how: str) -> None:
     model = stack()
     s, plan = planned(model)
     gather = plan.gatherer(model)
     assert all(a is b.value for a, b in zip(gather(), s.extras, strict=True))
     new = torch.full((8, 8), 3.0)
-    replace(model, new)
+    parameter, new_layer = nn.Parameter(new, requires_grad=False), type(model.layers[2])(2)
+    exec(REPLACEMENTS[how], {"model": model, "new": new, "parameter": parameter, "new_layer": new_layer, "nn": nn})
     assert [v for v in gather() if v.shape == new.shape and bool((v == new).all())]
     assert any(v is model.layers[2].lin.weight for v in gather())
 

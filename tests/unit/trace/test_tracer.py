@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.fx as fx
 
 from tests.unit.trace.capture import against_full_trace, backend_input, stitched
 from tests.unit.trace.models import Layer, Name, stack
 from vllm_compile_ext.trace import tracer as tracers
 from vllm_compile_ext.trace import watch
 from vllm_compile_ext.trace.call import NotOnce, region
-from vllm_compile_ext.trace.stitch import stitch
+from vllm_compile_ext.trace.stitch import difference, stitch
 from vllm_compile_ext.trace.tracer import Tracer
 
 attn = torch.ops.t.attn
@@ -32,16 +33,6 @@ def name_of(name: Any) -> str:
 BY_NAME: dict[str, Any] = {}
 
 
-def by_name(swap: bool) -> Callable[[Any], None]:
-    def prepare(model: Any) -> None:
-        BY_NAME.clear()
-        BY_NAME.update((layer.name, layer) for layer in model.layers)
-        if swap:
-            BY_NAME["layers.3"], BY_NAME["layers.4"] = BY_NAME["layers.4"], BY_NAME["layers.3"]
-
-    return prepare
-
-
 def only_looks_up(self: Any, x: Any) -> Any:
     return BY_NAME[name_of(Name(self.name))].lin(x)
 
@@ -54,6 +45,28 @@ def inspects(self: Any, x: Any) -> Any:
     return attn(self.lin(x), Name(self.name)) * (2 if name_of(Name(self.name)) == "layers.3" else 1)
 
 
+def dynamo() -> list[Any]:
+    from torch._dynamo.variables import functions, nn_module
+    from torch._dynamo.variables.script_object import OpaqueObjectClassVariable
+
+    return [
+        nn_module.UnspecializedNNModuleVariable.call_function,
+        OpaqueObjectClassVariable.call_function,
+        functions.invoke_and_store_as_constant,
+        nn_module.invoke_and_store_as_constant,
+        set(torch.fx.node._side_effectful_functions),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def unhooked() -> Iterator[None]:
+    """Dynamo is as it was after each test."""
+    before = dynamo()
+    yield
+    assert not watch.installed()
+    assert dynamo() == before
+
+
 def test_the_first_call_traces_and_counts() -> None:
     model = stack()
     s = stitched(model, (torch.randn(5, 8),))
@@ -64,7 +77,10 @@ def test_the_first_call_traces_and_counts() -> None:
 @pytest.mark.parametrize("forward", [looks_up, only_looks_up])
 @pytest.mark.parametrize(("known", "swap", "stamped"), [(True, False, 5), (True, True, 3), (False, True, 0)])
 def test_known_lookups_are_followed(forward: Callable[..., Any], known: bool, swap: bool, stamped: int) -> None:
-    model, x = stack(forward, prepare=by_name(swap)), torch.randn(5, 8)
+    model, x = stack(forward), torch.randn(5, 8)
+    BY_NAME.update((layer.name, layer) for layer in model.layers)
+    if swap:
+        BY_NAME["layers.3"], BY_NAME["layers.4"] = BY_NAME["layers.4"], BY_NAME["layers.3"]
     s = stitched(model, (x,), lookups=[name_of] if known else [], tables=[BY_NAME])
     assert against_full_trace(s, model, (x,)) is None
     assert s.tracer.stamped == stamped, s.tracer.reasons
@@ -84,25 +100,13 @@ def test_reasons_are_readable() -> None:
 
 
 def test_fewer_than_least_are_left_alone() -> None:
-    s = stitched(stack(n=2), (torch.randn(5, 8),))
+    model = stack()
+    model.layers = model.layers[:2]
+    s = stitched(model, (torch.randn(5, 8),))
     assert (s.tracer.traced, s.tracer.stamped) == (0, 0)
 
 
-def dynamo() -> list[Any]:
-    from torch._dynamo.variables import functions, nn_module
-    from torch._dynamo.variables.script_object import OpaqueObjectClassVariable
-
-    return [
-        nn_module.UnspecializedNNModuleVariable.call_function,
-        OpaqueObjectClassVariable.call_function,
-        functions.invoke_and_store_as_constant,
-        nn_module.invoke_and_store_as_constant,
-        set(torch.fx.node._side_effectful_functions),
-    ]
-
-
 def test_hooks_leave_with_the_last_tracer() -> None:
-    before = dynamo()
     one, two = Tracer(stack()), Tracer(stack())
     first, second = one.install(), two.install()
     first.__enter__()
@@ -112,8 +116,6 @@ def test_hooks_leave_with_the_last_tracer() -> None:
     first.__exit__(None, None, None)  # not in the order they came
     assert watch.installed()
     second.__exit__(None, None, None)
-    assert not watch.installed()
-    assert dynamo() == before
 
 
 def fails(self: Any, x: Any) -> Any:
@@ -123,20 +125,17 @@ def fails(self: Any, x: Any) -> Any:
 
 
 def test_a_failing_trace_leaves_nothing_behind() -> None:
-    before = dynamo()
     with pytest.raises(torch._dynamo.exc.TorchDynamoException):
         stitched(stack(fails), (torch.randn(5, 8),))
-    assert dynamo() == before
+    assert not watch.installed()
     model, x = stack(), torch.randn(5, 8)
     assert against_full_trace(stitched(model, (x,)), model, (x,)) is None
 
 
 def test_a_failing_tracer_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = dynamo()
     monkeypatch.setattr(tracers, "_stamp", lambda *a: 1 / 0)
     with pytest.raises(Exception, match="division by zero"):
         stitched(stack(), (torch.randn(5, 8),))
-    assert dynamo() == before
 
 
 def test_data_dependent_control_flow_is_dynamos_error() -> None:
@@ -159,3 +158,21 @@ def test_a_body_that_lost_a_node_is_refused() -> None:
     graph.erase_node(body.outputs[1])
     with pytest.raises(NotOnce, match="erased"):
         stitch(graph, list(got.example_inputs))
+
+
+def test_graphs_that_differ_within_a_named_tuple_differ() -> None:
+    class Pair(NamedTuple):
+        node: Any
+        number: int
+
+    def graph(names: str, chosen: int) -> fx.Graph:
+        made = fx.Graph()
+        x = made.placeholder("x")
+        functions = zip((torch.neg, torch.abs), names, strict=True)
+        nodes = [made.create_node("call_function", function, (x,), name=name) for function, name in functions]
+        made.output(Pair(nodes[chosen], 1))
+        return made
+
+    x = torch.zeros(1)
+    assert difference(graph("ab", 0), [x], graph("ba", 0), [x]) is None
+    assert difference(graph("ab", 0), [x], graph("ba", 1), [x]) is not None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +18,11 @@ import typer
 from rich.console import Console
 
 from vllm_compile_ext import harmless, temporary
-from vllm_compile_ext.cli.bench import chart, figures
-from vllm_compile_ext.cli.bench.starts import KINDS, Bench, Kind, Start, order
-from vllm_compile_ext.cli.program import ProgramError, excerpt, interruptible
+from vllm_compile_ext.cli.bench import figures, starts
+from vllm_compile_ext.cli.bench.starts import ENGINE, KINDS, SERVE, Start
+from vllm_compile_ext.cli.program import ProgramError, interruptible
 from vllm_compile_ext.cli.progress import Progress
+from vllm_compile_ext.cli.shared import VerboseOption
 
 HELP = "\n\n".join(
     (
@@ -34,59 +39,57 @@ PREFIX = "vllm-compile-ext-bench-"
 def command(
     context: typer.Context,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="How many starts of each kind.")] = 3,
-    starts: Annotated[str, typer.Option("--starts", metavar="KINDS", help="Which kinds.")] = ",".join(KINDS),
+    kinds: Annotated[str, typer.Option("--starts", metavar="KINDS", help="Which kinds.")] = ",".join(KINDS),
     engine: Annotated[bool, typer.Option("--engine", help="Start the engine alone, without a server.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")] = None,
     chart_file: Annotated[
         Path | None, typer.Option("--chart", metavar="FILE", help="Draw them there (.svg or .png; needs matplotlib).")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", metavar="SECONDS", help="What one start may take.")] = 1800,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show vLLM's log, on stderr.")] = False,
+    verbose: VerboseOption = False,
 ) -> None:
     # No short options: click would look for them inside of vLLM's, which are words behind one dash (-tp, -cc.mode=3).
     if not context.args:
         raise typer.BadParameter("name a model: vllm-compile-ext bench MODEL [options of vllm serve]")
-    todo = order(runs, _kinds(starts))
+    todo = starts.order(runs, _kinds(kinds))
     _check_files(json_file, chart_file)
     progress = Progress(Console(stderr=True, highlight=False), verbose=verbose)
-    folder = Path(tempfile.gettempdir())
-    with interruptible():
-        caches = temporary.Folder(folder, PREFIX)
-        bench = Bench(context.args, caches.path, engine, limit, progress.listen)
-        try:
-            with progress:
-                done = _measure(bench, todo, progress)
-        except ProgramError as error:
-            if not verbose:
-                lines = excerpt(error.lines)
-                typer.echo("\n".join(["from vllm's log (all of it: --verbose):", *lines]), err=True)
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
-        finally:
-            caches.remove()
+    titles, measure_one = (ENGINE, starts.engine) if engine else (SERVE, starts.serve)
+
+    def measure(start: Start, caches: Path) -> dict[str, float]:
+        arguments = [*context.args, "--enforce-eager"] if start.kind == "eager" else context.args
+        found = measure_one(arguments, starts.environment(caches, start.side), limit, progress.listen)
+        return {name: round(found[name], 4) for name in titles if name in found}
+
+    with interruptible(), progress:
+        _measure_all(todo, measure, progress)
+    made = figures.summaries(todo, titles)
+    arguments = harmless.arguments(["vllm", "serve", *context.args], context.args[0])[2:]
     what = "vLLM's engine" if engine else "vllm serve"
-    line = harmless.arguments(["vllm", "serve", *context.args], context.args[0])[2:]
-    title = f"{what} {' '.join(line)}"
-    made = figures.summaries(done, bench.figures)
+    title = f"{what} {' '.join(arguments)}"
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     spread = " (least-most)" if runs > 1 else ""
-    out.print(figures.table(made, bench.figures, f"{title}: median of {runs}{spread}"))
-    for figure in bench.figures:
-        if any(each.figure == figure.name for each in made):
-            out.print(f"{figure.title}: {figure.meaning}", markup=False)
+    out.print(figures.table(made, titles, f"{title}: median of {runs}{spread}"))
     if json_file is not None:
-        measured = "vllm bench startup" if engine else "vllm serve"
-        about = {"arguments": line, "measured": measured, "runs": runs}
-        json_file.write_text(json.dumps(figures.as_json(done, bench.figures, about), indent=2) + "\n")
+        data = {
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": figures.machine(),
+            "arguments": arguments,
+            "measured": "vllm bench startup" if engine else "vllm serve",
+            "runs": runs,
+            "starts": [asdict(start) for start in todo],
+            "summary": [asdict(each) for each in made],
+        }
+        json_file.write_text(json.dumps(data, indent=2) + "\n")
     if chart_file is not None:
-        first = bench.figures[0]
-        shown = [each for each in made if each.figure == first.name]
+        first = next(iter(titles))
         model = "" if context.args[0].startswith("-") else harmless.model_name(context.args[0]).rpartition("/")[2]
+        shown = [each for each in made if each.figure == first]
         captions = [f"Median of {runs}. {title}", figures.machine()]
-        chart.write(chart_file, shown, f"{what} {model}: {first.title}", captions)
+        figures.draw(chart_file, shown, f"{what} {model}: {titles[first]}", captions)
 
 
-def _kinds(text: str) -> list[Kind]:
+def _kinds(text: str) -> list[str]:
     named = [part.strip() for part in text.split(",")]
     if wrong := [part for part in named if part not in KINDS]:
         raise typer.BadParameter(f"--starts {text}: {', '.join(wrong)} is none of {', '.join(KINDS)}")
@@ -100,26 +103,27 @@ def _check_files(json_file: Path | None, chart_file: Path | None) -> None:
     for file in (json_file, chart_file):
         if file is not None and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
             raise typer.BadParameter(f"{file} cannot be written")
-    if chart_file is not None:
-        try:
-            chart.check(chart_file)
-        except chart.ChartError as error:
-            raise typer.BadParameter(str(error)) from None
+    if chart_file is not None and chart_file.suffix not in (".svg", ".png"):
+        raise typer.BadParameter(f"a chart's file ends in .svg or .png, and {chart_file.name} does not")
+    if chart_file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter('a chart needs matplotlib: pip install "vllm-compile-ext[chart]"')
 
 
-def _measure(bench: Bench, todo: Sequence[Start], progress: Progress) -> list[Start]:
-    """Make all starts and one before them; caches that no later start uses are removed.  Raises `ProgramError`."""
-    done = []
+def _measure_all(todo: list[Start], measure: Callable[[Start, Path], dict[str, float]], progress: Progress) -> None:
+    """Make all starts, and one before them.  Raises `ProgramError`."""
     # Unmeasured and eager: it downloads the model, reads all files once, and fails at once where an option is wrong.
-    starts = [Start(0, "eager", "stock"), *todo]
-    for number, start in enumerate(starts):
-        title = f"[{number}/{len(todo)}] {start.side} {start.kind}" if number else "one start that is not measured"
-        progress.task(title)
-        try:
-            done.append(bench.measure(start))
-        except ProgramError as error:
-            raise ProgramError(f"{title}: {error}", error.lines) from None
-        if all(later.caches != start.caches for later in starts[number + 1 :]):
-            bench.clean(start)
-        progress.done()
-    return done[1:]
+    everything = [Start(0, "eager", "stock"), *todo]
+    folder = temporary.Folder(Path(tempfile.gettempdir()), PREFIX)
+    try:
+        for number, start in enumerate(everything):
+            title = f"[{number}/{len(todo)}] {start.side} {start.kind}" if number else "one start that is not measured"
+            progress.begin(title)
+            try:
+                start.figures = measure(start, folder.path / start.caches)
+            except ProgramError as error:
+                raise ProgramError(f"{title}: {error}", [] if progress.verbose else error.lines) from None
+            if all(later.caches != start.caches for later in everything[number + 1 :]):
+                shutil.rmtree(folder.path / start.caches, ignore_errors=True)
+            progress.done()
+    finally:
+        folder.remove()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 
-def main() -> int:
+def main() -> None:
     out, arguments = Path(sys.argv[1]), sys.argv[2:]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as the command sets it, for the figures of torch.compile
     from vllm.benchmarks.startup import run_startup_in_subprocess
@@ -29,12 +29,10 @@ def main() -> int:
     run_startup_in_subprocess(EngineArgs.from_cli_args(parse(arguments)), said)
     figures = said.get()
     if figures is None:
-        print(f"ERROR the engine did not start: {said.get()}", flush=True)
-        return 1
+        sys.exit(f"ERROR the engine did not start: {said.get()}")
     out.write_text(json.dumps(figures))
-    return 0
 
 
 # The engine's workers, where there are several, are spawned and import this module again.
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

