@@ -3,11 +3,14 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fuzz faults lint fix clean distclean tools
+.PHONY: help venv demo test fuzz faults contract lint fix clean distclean tools
 
 PYTHON ?= python3
 CXX    ?= g++
-VENV   := .venv
+# The version of vLLM: 0.32 or 0.33, each with an environment of its own.
+VLLM   ?= 0.32
+VENV   := .venv$(if $(filter 0.32,$(VLLM)),,-$(VLLM))
+LOCK   := requirements$(if $(filter 0.32,$(VLLM)),,-$(VLLM)).lock
 BIN    := $(VENV)/bin
 # Set when everything is installed: an interrupted installation is taken up again.
 STAMP  := $(VENV)/.installed
@@ -40,6 +43,9 @@ faults: $(STAMP) | tools  ## many faults of the store: each blob damaged in each
 fuzz: $(STAMP) | tools  ## many layers that differ, many changes between starts: is anything copied or loaded that must not be?
 	$(BIN)/python -m tests.fuzz
 
+contract: $(STAMP)  ## what the plugin relies on of the installed vLLM and torch, and what of it is gone
+	$(BIN)/python -m tests.contract
+
 lint: $(STAMP)  ## ruff and mypy
 	@echo "==> ruff and mypy (under a minute)"
 	$(BIN)/ruff check .
@@ -57,13 +63,14 @@ clean:  ## remove what the demo, the tests and builds leave; .venv stays
 distclean: clean  ## remove .venv too
 	rm -rf $(VENV)
 
-$(STAMP): requirements.lock pyproject.toml | tools
+$(STAMP): $(LOCK) pyproject.toml | tools
 	@test -x $(BIN)/python || echo "==> 1/3 making $(VENV) with $$($(PYTHON) --version) (seconds)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "==> 2/3 installing requirements.lock in $(VENV) (about 150 packages; 2 to 10 minutes, mostly downloads)"
-	@$(PIP) install --no-deps -r requirements.lock $(QUIETLY) || { status=$$?; \
+	@echo "==> 2/3 installing $(LOCK) in $(VENV) (about 150 packages; 2 to 10 minutes, mostly downloads)"
+	@$(PIP) install --no-deps -r $(LOCK) $(QUIETLY) || { status=$$?; \
 	  echo "make: pip failed, see above. If it found no torch with '+cpu' in its version: that build is in PyTorch's own" \
 	    "index of CPU wheels; name it in PIP_EXTRA_INDEX_URL and run make again (see README.md)." >&2; exit $$status; }
+	@test $(VLLM) = 0.32 || $(BIN)/python tests/overlay.py $(QUIETLY)
 	@echo "==> 3/3 installing vllm-compile-ext itself, editable (seconds)"
 	@$(PIP) install --no-deps --no-build-isolation -e . $(QUIETLY)
 	@touch $@

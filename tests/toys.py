@@ -2,6 +2,7 @@
 importing it loads the plugin.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,15 @@ class Sum(Layers):
 @support_torch_compile
 class Plain(Sum):
     pass
+
+
+# vLLM 0.33 keeps no compiled code of a class with this option, which 0.32 does not have.
+OPTIONS = {"use_aot_compile": False} if "use_aot_compile" in inspect.signature(support_torch_compile).parameters else {}
+
+
+@support_torch_compile(**OPTIONS)
+class NotKeptByStock(Sum):
+    _allow_aot_compile = False
 
 
 @support_torch_compile

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Change:
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+_PLAN = "vllm.v1.worker.startup_plan"
 _GPU, _CPU = "vllm.v1.worker.gpu_worker", "vllm.v1.worker.cpu_worker"
 _CORE, _ASYNC, _SYNC = "vllm.v1.engine.core", "vllm.v1.engine.async_llm", "vllm.v1.engine.llm_engine"
 _ARGUMENTS, _OUTPUT = "vllm.engine.arg_utils", "vllm.v1.engine.output_processor"
@@ -102,6 +104,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("", "gc.freeze()", "plugin:unfreeze_later", "where models are defined: imports are no garbage while starting"),
         (_GRAPHS, "ModelCudaGraphManager", f"{_ON_DEMAND}:graph_manager", "graphs are captured on demand, on CUDA"),
         (_GRAPHS, "profile_cudagraph_memory", f"{_ON_DEMAND}:profile_cudagraph_memory", "nothing is captured for it"),
+        (_PLAN, "compute_plan_fingerprint", f"{_ON_DEMAND}:plan_fingerprint", "its memory is beside graphs on demand"),
         (_RUNNER, "GPUModelRunner.capture_model", f"{_ON_DEMAND}:capture_model", "nothing is captured at start"),
         (_V1_RUNNER, "GPUModelRunner.capture_model", f"{_ON_DEMAND}:capture_model", "says that stock captures"),
         (
@@ -149,7 +152,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
             "torch._dynamo.variables.nn_module",
             "UnspecializedNNModuleVariable.call_function",
             "trace.watch",
-            "a repeated layer is traced once; `_hooks` lists the other places that see what a trace reads",
+            "a repeated layer is traced once; `PLACES` lists the other places that see what a trace reads",
         ),
         ("torch._inductor.async_compile", "AsyncCompile.cpp_pybinding", "inductor.workers", "C++ compiles in threads"),
         ("torch._inductor.config", "compile_threads", "inductor.workers", "Triton compiles in Inductor's processes"),
@@ -167,9 +170,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         # Its _IS_CAPTURING and _capture_registered.
         (_ALL_REDUCE, "CustomAllreduce", "cuda_graphs.ranks", "all-reduce reads inputs where they are"),
     ),
-    WARMING: (
-        ("vllm.v1.core.kv_cache_utils", "get_kv_cache_configs", "cli.warm_start", "the engine has a small KV cache"),
-    ),
+    WARMING: ((_CORE, "get_kv_cache_configs", "cli.warm_start", "the engine has a small KV cache"),),
 }
 
 # Functions of vLLM that get a span while a start is recorded: its name and its phase.
@@ -249,7 +250,7 @@ def _make_once_imported(change: Change, undos: list[Undo]) -> None:
 def problems() -> list[str]:
     """What cannot be found of the rows, in vLLM, torch and our own rooms.  Imports what they name.
 
-    A module that this machine cannot import (it needs a GPU library) is not used here either.
+    A module that this machine cannot import, since it needs a library for GPUs, is not used here either.
     """
     found = []
     for change in TABLE:
@@ -259,10 +260,12 @@ def problems() -> list[str]:
             if change.module:
                 owner, name = change.owner()
                 getattr(owner, name)
-        except ImportError as error:
-            logger.debug("%s: %s", change.what, error)
-        except AttributeError as error:
-            found.append(f"{change.what} by {change.by}: {error}")
+        except (ImportError, AttributeError) as error:
+            # "vllm._C" and its like are libraries.
+            if isinstance(error, AttributeError) or re.match(r"(vllm|torch)(\.[^_]|$)", error.name or ""):
+                found.append(f"{change.what} by {change.by}: {error}")
+            else:
+                logger.debug("%s: %s", change.what, error)
     return found
 
 

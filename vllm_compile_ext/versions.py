@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from importlib import metadata
+from typing import Any
 
-VLLM = ">=0.32.0,<0.33"
-TORCH = ">=2.13.0,<2.14"
+VLLM = ">=0.32.0,<0.34"
+TORCH = ">=2.13.0,<2.15"
+BUILT_FOR = {"0.32": "2.13", "0.33": "2.14"}  # vLLM, and the torch that it is built for and was tested with
+
+# What Dynamo's classes and methods are called since a version of torch, by their names in 2.13; None: there is no more.
+RENAMED: dict[str, dict[str, str | None]] = {
+    "2.14": {
+        "OpaqueObjectClassVariable": "CustomClassVariable",
+        "TorchScriptObjectVariable": "CustomClassObjectVariable",
+        "is_python_equal": None,
+        "richcompare_impl": "tp_richcompare_impl",
+        "sq_contains": "sq_contains_impl",
+        "sq_length": "sq_length_impl",
+        "var_getattr": "tp_getattro_impl",
+    }
+}
+# Modules that vLLM has had a function in since a version, by the function's name.
+MOVED = {
+    "cli_env_setup": {
+        "0.32": "vllm.entrypoints.serve.utils.api_utils",
+        "0.33": "vllm.entrypoints.common.startup",
+    }
+}
+
+
+def dynamo(name: str) -> str | None:
+    """What the installed torch calls what Dynamo of torch 2.13 called `name`; None where it has no such thing."""
+    return RENAMED.get(_minor(torch_version()), {}).get(name, name)
+
+
+def of_vllm(name: str) -> Any:
+    """The function `name` of the installed vLLM, of those that have moved."""
+    return getattr(importlib.import_module(MOVED[name][_minor(vllm_version())]), name)
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def vllm_version() -> str:
@@ -51,4 +88,6 @@ def unsupported(vllm: str, torch: str) -> str | None:
             known = False
         if not known:
             return f"{name} {found} is not supported (supported: {name} {wanted})"
+    if _minor(torch) != (built_for := BUILT_FOR[_minor(vllm)]):
+        return f"torch {torch} is not supported with vllm {vllm} (which is built for torch {built_for})"
     return None

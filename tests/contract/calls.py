@@ -39,6 +39,18 @@ def _is_theirs(module: str) -> bool:
     return module.split(".")[0] in THEIRS or module == UPSTREAM
 
 
+def missing(path: Path) -> list[str]:
+    """Imports in the file `path` of what is not there."""
+    found = []
+    for one in taken(path):
+        try:
+            pkgutil.resolve_name(one.name)
+        except Exception as error:
+            if one.name != "vllm.platforms.rocm" or isinstance(error, ImportError):  # it asks torch for its devices
+                found.append(f"{one.where} {one.name}: {error}")
+    return found
+
+
 def bad_calls(path: Path) -> list[str]:
     """Calls in the file `path` that what is called would not take: of what it imports from vLLM, or of `super()`."""
     tree = ast.parse(path.read_text())

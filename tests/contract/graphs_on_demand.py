@@ -28,9 +28,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.engine.core import EngineCoreProc
-from vllm.v1.worker import gpu_worker
+from vllm.v1.worker import gpu_worker, startup_plan
 
-from vllm_compile_ext.cuda_graphs import coverage, manager, memory, ranks
+from vllm_compile_ext.cuda_graphs import coverage, manager, memory, ranks, replacements
 from vllm_compile_ext.cuda_graphs.memory import FULL, PIECEWISE
 from vllm_compile_ext.cuda_graphs.session import BATCHES, BATCHES_BETWEEN
 
@@ -328,6 +328,37 @@ def test_profiling_memory_is_stocks_where_capture_is_and_without_graphs(
     else:
         monkeypatch.setattr(config.compilation_config, "cudagraph_mode", CUDAGraphMode.NONE)
     assert (profile(config), calls) == (77, ["stock"])
+
+
+@pytest.mark.parametrize("on_demand", [True, False])
+def test_a_plan_of_memory_is_applied_where_graphs_are_captured_as_when_it_was_recorded(
+    config: VllmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_demand: bool
+) -> None:
+    """VLLM_ENABLE_STARTUP_PLAN=1, in starts with this plugin and without."""
+    monkeypatch.setenv("VLLM_ENABLE_STARTUP_PLAN", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    stock = startup_plan.compute_plan_fingerprint
+    ours = replacements.plan_fingerprint(stock)
+
+    def start(with_plugin: bool) -> SimpleNamespace:
+        monkeypatch.setattr(startup_plan, "compute_plan_fingerprint", ours if with_plugin else stock)
+        return SimpleNamespace(
+            vllm_config=config,
+            parallel_config=config.parallel_config,
+            rank=0,
+            cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
+            init_snapshot=SimpleNamespace(free_memory=4 << 30),
+        )
+
+    startup_plan.maybe_save_startup_plan(start(on_demand), 1 << 30)
+    applied = []
+    for with_plugin in (True, False):
+        worker = start(with_plugin)
+        startup_plan.maybe_apply_startup_plan(worker)
+        applied.append(worker.cache_config.kv_cache_memory_bytes)
+    assert applied == ([1 << 30, None] if on_demand else [None, 1 << 30])
+    monkeypatch.setattr(coverage, "on_demand", lambda config: False)
+    assert ours(config, 0, 1) == stock(config, 0, 1)
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.process import ROOT, Outcome, run
+from vllm_compile_ext import versions
 
 
 def fork(code: str, **env: str) -> Outcome:
@@ -124,7 +125,7 @@ GIVE_UP = """
 
 # What is done before, the environment, what the line names, and its level.
 REASONS: dict[str, tuple[str, dict[str, str], str, str]] = {
-    "unsupported vLLM": ("versions.VLLM = '>=99'", {}, "vllm 0.32.0", "WARNING"),
+    "unsupported vLLM": ("versions.VLLM = '>=99'", {}, "vllm " + versions.vllm_version().partition("+")[0], "WARNING"),
     "imported too early": ("import vllm.compilation.decorators", {}, "vllm.compilation.decorators", "WARNING"),
     "bad value": ("", {"VLLM_COMPILE_DEPYF": "banana"}, "VLLM_COMPILE_DEPYF='banana'", "ERROR"),
     "surprise": (

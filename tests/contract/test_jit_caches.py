@@ -45,7 +45,7 @@ COLD = (
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == model, "only Triton's folder is ours"
     if plugin.status().active:
         from vllm.compilation.compiler_interface import InductorAdaptor
-        InductorAdaptor().initialize_cache(model)
+        InductorAdaptor.__new__(InductorAdaptor).initialize_cache(model)
         out["adaptor"] = variables()
         plugin.unregister()
         out["undone"] = variables()

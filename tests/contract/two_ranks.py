@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+from vllm.device_allocator import alloc_conf
 from vllm.distributed import parallel_state
 from vllm.distributed.device_communicators import custom_all_reduce
 from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
@@ -135,6 +136,7 @@ def test_memory_that_has_no_handle_is_copied_from(
     monkeypatch: pytest.MonkeyPatch, kernels: Kernels, communicator: Any, allocator: str
 ) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", allocator)
+    monkeypatch.setattr(alloc_conf, "expandable_segments_enabled", lambda: None)  # as without CUDA
     with _captured(ranks.Addresses()):
         kernels.capture(communicator)
     assert kernels.copies == bool(allocator)

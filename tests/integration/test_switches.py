@@ -151,6 +151,9 @@ CODE = """
         start("given up", "given-up", toys.Plain, {}, replace(Tracer, "on_call", lambda *args: 1 / 0), files=True)
         start("refuted", "refuted", toys.Plain, {}, replace(once, "difference", lambda *graphs: "relu / sin"))
         start("a constant", "constant", toys.Constant)
+        start("not kept by stock", "not-by-stock", toys.NotKeptByStock)
+        give_up = replace(Tracer, "on_call", lambda *args: 1 / 0)
+        start("not kept by stock, given up", "not-by-stock-given-up", toys.NotKeptByStock, {}, give_up)
         for count in (1, 2):
             start(f"layers: {count}", f"few-{count}", toys.Few, {}, replace(toys.Few, "count", count))
 
@@ -186,6 +189,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("two instances", [[1, 6, 1], [2, 0, 0]]),
         ("given up", [[0, 6, 1], [1, 0, 0]]),
         ("refuted", [[0, 6, 1], [1, 0, 0]]),
+        ("not kept by stock", [[0, 3, 1], [1, 0, 0]]),
+        ("not kept by stock, given up", [[0, 6, 0], [0, 6, 0]]),
         ("a constant", [[0, 3, 1], [1, 0, 0]]),
         ("no key", [[0, 3, 0]]),
         ("not frozen", [[0, 3, 0]]),

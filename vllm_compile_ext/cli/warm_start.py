@@ -17,7 +17,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_compile_ext import harmless, plugin, settings
+from vllm_compile_ext import harmless, plugin, settings, versions
 from vllm_compile_ext.cli import doctor
 from vllm_compile_ext.cli.warm import REFUSAL, REFUSED
 from vllm_compile_ext.compilation import rules
@@ -35,11 +35,10 @@ class RefusedError(Exception):
 def parse(arguments: Sequence[str]) -> Namespace:
     """The options of ``vllm serve``, checked as it checks them.  A bad one ends the process with status 2."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    cli_env_setup()
+    versions.of_vllm("cli_env_setup")()
     parser = FlexibleArgumentParser(prog="vllm")
     serve = ServeSubcommand()
     serve.subparser_init(parser.add_subparsers(dest="subparser"))
@@ -54,7 +53,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def configure(args: Namespace) -> Any:
     """The `VllmConfig` that the server's engine would get."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+    from vllm.entrypoints.cli.serve import propagate_flash_late_interaction
     from vllm.reasoning import ReasoningParserManager
     from vllm.usage.usage_lib import UsageContext
 
@@ -209,10 +208,10 @@ def main() -> int:
     return REFUSED
 
 
-# Each process that vLLM spawns runs this module first, as "__mp_main__": before the engine's module takes the name.
+# Each process that vLLM spawns runs this module first, as "__mp_main__".
 if __name__ in ("__main__", "__mp_main__"):
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine import core
 
-    kv_cache_utils.get_kv_cache_configs = small_kv_cache(kv_cache_utils.get_kv_cache_configs)
+    core.get_kv_cache_configs = small_kv_cache(core.get_kv_cache_configs)
 if __name__ == "__main__":
     sys.exit(main())

@@ -55,10 +55,6 @@ class LeaveFunctionalized(InductorPass):
 class VllmBackend(upstream.VllmBackend):
     """Upstream's backend; of a model that is traced once it compiles every distinct piece once."""
 
-    def __init__(self, vllm_config: Any, prefix: str = "", is_encoder: bool = False) -> None:
-        super().__init__(vllm_config, prefix, is_encoder)
-        self.compiler_manager = CompilerManager(self.compilation_config)
-
     def configure_post_pass(self) -> None:
         super().configure_post_pass()
         if current_platform.is_cpu():
@@ -71,3 +67,7 @@ class VllmBackend(upstream.VllmBackend):
         if session is None:
             return super().__call__(graph, example_inputs)
         return once.compile_graph(self, graph, example_inputs, session)
+
+
+# `upstream` is this plugin's own copy of the module: vLLM's is not touched.
+upstream.CompilerManager = CompilerManager  # which `VllmBackend` makes

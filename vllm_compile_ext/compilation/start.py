@@ -82,6 +82,8 @@ def compile_and_keep(model: Any, stock: Callable[..., Any], args: tuple[Any, ...
         with span("compile", "compile", model=type(model).__qualname__, tag=getattr(model, "_compile_tag", "")):
             try:
                 compiled = once.trace_once(model, store, facts, stock, args, kwargs)
+                if compiled is None and not model.kept_by_stock:
+                    return model.compile_as_stock(*args, **kwargs)
                 if compiled is None:
                     with span("trace every layer"):
                         compiled = stock(*args, **kwargs)

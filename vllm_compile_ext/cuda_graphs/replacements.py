@@ -67,6 +67,17 @@ def capture_model(stock: Function) -> Function:
 
 
 @on_cuda
+def plan_fingerprint(stock: Function) -> Function:
+    """What ``VLLM_ENABLE_STARTUP_PLAN=1`` remembers is how large the KV cache is beside graphs of this kind."""
+
+    def compute_plan_fingerprint(config: Any, *args: Any, **kwargs: Any) -> str:
+        found: str = stock(config, *args, **kwargs)
+        return f"{found}_on_demand" if coverage.on_demand(config) else found
+
+    return compute_plan_fingerprint
+
+
+@on_cuda
 def notify_idle_state_callbacks(stock: Function) -> Function:
     """The engine core's loop calls it whenever it has no work, just before it waits for the next request
     (vllm/v1/engine/core.py, 0.32.0): graphs are captured until one comes."""

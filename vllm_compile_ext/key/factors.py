@@ -47,6 +47,7 @@ FACTORS: tuple[tuple[str, Callable[[Compiled], Any]], ...] = (
     ("passes", lambda _: machine.passes()),
     ("class", lambda c: f"{type(c.model).__module__}.{type(c.model).__qualname__}"),
     ("tag", lambda c: getattr(c.model, "_compile_tag", "") or "model"),
+    ("use_aot_compile", lambda c: None if getattr(c.model, "kept_by_stock", True) else "False"),
     ("encoder", lambda c: str(getattr(c.model, "_is_encoder", None))),
     ("dynamic_args", lambda c: readable.cut(readable.whole(getattr(c.model, "_dynamic_arg_dims", None)))),
     ("", lambda c: config.config_factors(c.config, EXCLUDED)),

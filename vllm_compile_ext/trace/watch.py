@@ -1,7 +1,7 @@
 """What a trace looks at: Dynamo is hooked while a Tracer is installed, and each thread's innermost Tracer is told.
 
 The hooks are shared: the first Tracer puts them in place, the last one to leave takes them away, in whatever order they
-leave.  `_hooks` lists them all, by their names in torch 2.13, below `torch._dynamo`.
+leave.  `PLACES` lists them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import abc
 import builtins
 import contextlib
-import functools
 import operator
 import os
+import pkgutil
 import sys
 import threading
 import types
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from vllm_compile_ext import versions
 from vllm_compile_ext.replace import replace
 from vllm_compile_ext.trace.call import keep_alive, region, resolve
 from vllm_compile_ext.trace.values import ALL, HEAP_TYPE, OWN_OF_MODULES, PLAIN_METACLASSES, is_atom
@@ -117,41 +118,24 @@ Replacement = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def _hooks() -> Iterator[tuple[Any, str, Replacement]]:
     """(owner, name, replacement) of each place in Dynamo where a trace tells what it looks at."""
-    from torch._dynamo import symbolic_convert
-    from torch._dynamo.variables import builtin, dicts, functions, misc, nn_module, object_protocol, script_object, sets
-    from torch._dynamo.variables.user_defined import UserDefinedClassVariable
+    for owner, names, replacement in PLACES:
+        for name in filter(None, map(versions.dynamo, names)):
+            yield find_owner(owner), name, replacement
+    from torch._dynamo.variables.sets import FrozensetVariable, SetVariable
 
-    # A call of a module, which may not be traced, and the making of an opaque object.
-    yield nn_module.UnspecializedNNModuleVariable, "call_function", _module_call
-    yield script_object.OpaqueObjectClassVariable, "call_function", _opaque_made
-    # Code that is traced into, and functions that run while tracing, which read what they like.
-    yield symbolic_convert.InliningInstructionTranslator, "build_inline_tracer", _tell(_code_inlined)
-    for owner in (functions, nn_module):
-        yield owner, "invoke_and_store_as_constant", _tell(_foreign_call)
-    # Attributes and globals, by their names.
-    for owner in (builtin.GetAttrBuiltinVariable, builtin.HasAttrBuiltinVariable):
-        yield owner, "call_function", _tell(_attribute_read)
-    for name in ("__getitem__", "__contains__", "__iter__", "__len__"):
-        yield dicts.SideEffectsProxyDict, name, _tell(_dict_read)
-    for owner in (symbolic_convert.InstructionTranslatorBase, symbolic_convert.InliningInstructionTranslator):
-        yield owner, "_load_global", _tell(_global_read)
-    for name in ("var_getattr", "call_obj_hasattr"):
-        yield misc.PythonModuleVariable, name, _tell(_module_read)
-    # Which object something is, and other questions to it as a whole.
-    for name in ("is", "is not"):
-        yield symbolic_convert.compare_op_handlers, name, _tell(_compared)
-    for owner in (object_protocol, builtin):
-        yield owner, "vt_identity_compare", _tell(_identity_asked)
-    yield builtin.BuiltinVariable, "call_id", _tell(_identity_asked)
-    yield object_protocol, "generic_hash_impl", _tell(_hashed)
-    yield builtin.BuiltinVariable, "call_function", _tell(_builtin_called)
-    yield UserDefinedClassVariable, "call_method", _tell(_class_method_called)
-    for name in ("var_getattr", "call_method", "hash_impl", "richcompare_impl", "is_python_equal"):
-        yield script_object.TorchScriptObjectVariable, name, _tell(_opaque_inspected)
-    for owner in (sets.SetVariable, sets.FrozensetVariable):
-        for name, value in list(vars(owner).items()):
-            if isinstance(value, types.FunctionType) and name not in _WITHOUT_ORDER:
-                yield owner, name, _tell(functools.partial(_set_used, name))
+    without_order = {"call_method", *map(versions.dynamo, _WITHOUT_ORDER)}
+    for kind in (SetVariable, FrozensetVariable):
+        for name, value in list(vars(kind).items()):
+            if isinstance(value, types.FunctionType) and name not in without_order:
+                yield kind, name, _tell(_set_used)
+    # Its own in torch 2.13, and in 2.14 that of all variables.
+    yield next(c for c in SetVariable.__mro__ if "call_method" in vars(c)), "call_method", _tell(_set_method_called)
+
+
+def find_owner(owner: str) -> Any:
+    """What `PLACES` names.  Raises `ImportError` or `AttributeError`."""
+    module, _, name = owner.partition(":")
+    return pkgutil.resolve_name(f"torch._dynamo.{module}:{versions.dynamo(name) or ''}")
 
 
 def _tell(note: Callable[..., None]) -> Replacement:
@@ -185,10 +169,11 @@ def _opaque_made(stock: Callable[..., Any]) -> Callable[..., Any]:
         """A string that nobody has looked at so far, as one that has no guard; a later, real look still makes it."""
         if not isinstance(variable, LazyVariableTracker) or variable.is_realized():
             return variable
-        if type(variable.peek_value()) is not str:
+        source = getattr(variable._cache, "source", None)  # none of what is computed from others (torch 2.14)
+        if source is None or type(variable.peek_value()) is not str:
             return variable
         constant = ConstantVariable.create(variable.peek_value())
-        constant.source = variable.original_source()
+        constant.source = source
         return constant
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -213,6 +198,12 @@ def _code_inlined(tracer: Any, parent: Any, func: Any, args: Any, *_: Any, **__:
 
 def _foreign_call(tracer: Any, tx: Any, fn: Any, name: str, args: Any, kwargs: Any) -> None:
     tracer.part.foreign.append((fn, [*args, *kwargs.values()]))
+
+
+def _attribute_loaded(tracer: Any, frame: Any, name: str) -> None:
+    """An instruction reads an attribute, which is no call of `getattr` in torch 2.14."""
+    if frame.f_code not in OWN_OF_MODULES:
+        tracer.accessed.add(_kind(frame.stack[-1]), name)
 
 
 def _attribute_read(tracer: Any, _: Any, tx: Any, args: Any, kwargs: Any) -> None:
@@ -309,17 +300,20 @@ def _opaque_inspected(tracer: Any, *args: Any, **kwargs: Any) -> None:
 _WITHOUT_ORDER = {
     "__init__", "python_type", "python_type_var", "__contains__", "has_new_items", "is_new_item", "clone",
     "is_hashable", "hash_impl", "var_getattr", "call_obj_hasattr", "install_set_contains_guard", "sq_contains",
-    "sq_length", "richcompare_impl", "is_python_equal",
+    "sq_length", "richcompare_impl", "is_python_equal", "is_python_constant", "python_type_name",
 }  # fmt: skip
 
 
-def _set_used(name: str, tracer: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    method = name == "call_method"
-    if method and args[1] in ("__contains__", "__len__"):
-        return
-    given = (self, *args, *kwargs.values(), *(args[2] if method else ()))
-    if any(getattr(a, "source", None) is not None for a in given):  # what the trace makes is alike each time
+def _set_used(tracer: Any, *given: Any, **named: Any) -> None:
+    if any(getattr(a, "source", None) is not None for a in (*given, *named.values())):  # else the trace has made it
         tracer.accessed.add_order()
+
+
+def _set_method_called(tracer: Any, self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> None:
+    from torch._dynamo.variables.sets import SetVariable
+
+    if isinstance(self, SetVariable) and name not in ("__contains__", "__len__"):
+        _set_used(tracer, self, *args, **kwargs)
 
 
 def _kind(variable: Any) -> Any:
@@ -352,3 +346,38 @@ def found_value(variable: Any) -> Any:
     if variable.source is None:
         return vars(variable).get("value", NEW)
     return resolve(InstructionTranslator.current_tx(), variable.source, UNKNOWN)
+
+
+_BUILTIN = "variables.builtin:BuiltinVariable"
+_FRAME, _INLINED = "symbolic_convert:InstructionTranslatorBase", "symbolic_convert:InliningInstructionTranslator"
+# Owners below `torch._dynamo`, names there (both as in torch 2.13), and what takes their place; but for sets.
+PLACES: tuple[tuple[str, tuple[str, ...], Replacement], ...] = (
+    # A call of a module, which may not be traced, and the making of an opaque object.
+    ("variables.nn_module:UnspecializedNNModuleVariable", ("call_function",), _module_call),
+    ("variables.script_object:OpaqueObjectClassVariable", ("call_function",), _opaque_made),
+    # Code that is traced into, and functions that run while tracing, which read what they like.
+    (_INLINED, ("build_inline_tracer",), _tell(_code_inlined)),
+    ("variables.functions", ("invoke_and_store_as_constant",), _tell(_foreign_call)),
+    ("variables.nn_module", ("invoke_and_store_as_constant",), _tell(_foreign_call)),
+    # Attributes and globals, by their names.
+    (_FRAME, ("_load_attr",), _tell(_attribute_loaded)),
+    ("variables.builtin:GetAttrBuiltinVariable", ("call_function",), _tell(_attribute_read)),
+    ("variables.builtin:HasAttrBuiltinVariable", ("call_function",), _tell(_attribute_read)),
+    ("variables.dicts:SideEffectsProxyDict", ("__getitem__", "__contains__", "__iter__", "__len__"), _tell(_dict_read)),
+    (_FRAME, ("_load_global",), _tell(_global_read)),
+    (_INLINED, ("_load_global",), _tell(_global_read)),
+    ("variables.misc:PythonModuleVariable", ("var_getattr", "call_obj_hasattr"), _tell(_module_read)),
+    # Which object something is, and other questions to it as a whole.
+    ("symbolic_convert:compare_op_handlers", ("is", "is not"), _tell(_compared)),
+    ("variables.object_protocol", ("vt_identity_compare",), _tell(_identity_asked)),
+    ("variables.builtin", ("vt_identity_compare",), _tell(_identity_asked)),
+    (_BUILTIN, ("call_id",), _tell(_identity_asked)),
+    ("variables.object_protocol", ("generic_hash_impl",), _tell(_hashed)),
+    (_BUILTIN, ("call_function",), _tell(_builtin_called)),
+    ("variables.user_defined:UserDefinedClassVariable", ("call_method",), _tell(_class_method_called)),
+    (
+        "variables.script_object:TorchScriptObjectVariable",
+        ("var_getattr", "call_method", "hash_impl", "richcompare_impl", "is_python_equal"),
+        _tell(_opaque_inspected),
+    ),
+)

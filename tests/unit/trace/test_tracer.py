@@ -11,9 +11,10 @@ import torch.fx as fx
 
 from tests.unit.trace.capture import against_full_trace, backend_input, stitched
 from tests.unit.trace.models import Layer, Name, stack
+from vllm_compile_ext import versions
 from vllm_compile_ext.trace import tracer as tracers
 from vllm_compile_ext.trace import watch
-from vllm_compile_ext.trace.call import NotOnce, region
+from vllm_compile_ext.trace.call import NotOnce, keep_alive, region
 from vllm_compile_ext.trace.stitch import difference, stitch
 from vllm_compile_ext.trace.tracer import Tracer
 
@@ -46,16 +47,13 @@ def inspects(self: Any, x: Any) -> Any:
 
 
 def dynamo() -> list[Any]:
-    from torch._dynamo.variables import functions, nn_module
-    from torch._dynamo.variables.script_object import OpaqueObjectClassVariable
-
-    return [
-        nn_module.UnspecializedNNModuleVariable.call_function,
-        OpaqueObjectClassVariable.call_function,
-        functions.invoke_and_store_as_constant,
-        nn_module.invoke_and_store_as_constant,
-        set(torch.fx.node._side_effectful_functions),
-    ]
+    """What is there in each place that is hooked."""
+    found: list[Any] = [fx.node._side_effectful_functions & {keep_alive, region}]
+    for owner, names, _ in watch.PLACES:
+        at = watch.find_owner(owner)
+        for name in filter(None, map(versions.dynamo, names)):
+            found.append(at[name] if isinstance(at, dict) else getattr(at, name))
+    return found
 
 
 @pytest.fixture(autouse=True)
