@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -29,6 +30,14 @@ from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape
 from vllm_compile_ext.replace import replace
 
 logger = logging.getLogger(__name__)
+
+
+# The arguments of `dispatch`, which `_is_compatible` takes in the same order (vLLM 0.32.0).
+_Batch = namedtuple(
+    "_Batch",
+    "num_reqs num_tokens uniform_token_count num_active_loras max_query_len num_ubatches",
+    defaults=(None, 1),
+)
 
 
 class _OneByOne(upstream.CudaGraphManager):
@@ -76,20 +85,12 @@ class _OneByOne(upstream.CudaGraphManager):
             for desc in sorted(largest, key=lambda d: -d.num_tokens):
                 self._create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
 
-    def dispatch(
-        self,
-        num_reqs: int,
-        num_tokens: int,
-        uniform_token_count: int | None,
-        num_active_loras: int,
-        max_query_len: int | None = None,
-        num_ubatches: int = 1,
-    ) -> Any:
+    def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's choice where its graph is there or is captured now, else a captured larger one, else none."""
-        batch = (num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, num_ubatches)
-        best = super().dispatch(*batch)
+        best = super().dispatch(*args, **kwargs)
         if self.session is None or best.cg_mode == CUDAGraphMode.NONE:
             return best
+        batch = _Batch(*args, **kwargs)
         wanted, captured, barred = shape_of(best), self.session.policy.captured, self.session.policy.barred
 
         def fits(shape: Shape) -> bool:
@@ -97,7 +98,7 @@ class _OneByOne(upstream.CudaGraphManager):
 
         try:
             if wanted in barred:  # upstream's next choice, if there is one
-                others = map(shape_of, self._candidates.get((num_tokens, num_active_loras), ()))
+                others = map(shape_of, self._candidates.get((batch.num_tokens, batch.num_active_loras), ()))
                 wanted = next((shape for shape in others if fits(shape) and shape not in barred), wanted)
             chosen = self.session.choose_graph(wanted, filter(fits, captured))
         except Exception as error:  # the batch must run
@@ -107,7 +108,7 @@ class _OneByOne(upstream.CudaGraphManager):
             chosen = shape_of(best) if shape_of(best) in captured else None
         if chosen is not None:
             return chosen.rest
-        return upstream.BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs)  # not padded
+        return upstream.BatchExecutionDescriptor(CUDAGraphMode.NONE, batch.num_tokens, batch.num_reqs)  # not padded
 
     def capture_idle(self, *, remembered: bool = False) -> bool:
         """Capture one graph while there are no requests; see `Session.capture_idle`."""
