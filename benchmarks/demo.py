@@ -51,11 +51,12 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One start: its title, the plugin's switch and the folder (in `FOLDER`) of its caches."""
+    """One start: its title, the plugin's switch, the folder (in `FOLDER`) of its caches, more options."""
 
     title: str
     switch: str
     cache: str
+    args: tuple[str, ...] = ()
 
     @property
     def log(self) -> Path:
@@ -126,8 +127,8 @@ def read_ahead(progress: Progress) -> None:
 def measure(run: Run, number: str, model: Path, progress: Progress, env: Mapping[str, str] | None = None) -> Result:
     """Start one server, ask it everything, end it.  Raises `ProgramError`."""
     progress.begin(f"[{number}] {run.title}")
-    cache, switch = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}
-    with Server(model, run.log, cache, env=switch | dict(env or {}), args=ARGS, listen=progress.listen) as server:
+    cache, switch, args = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}, (*ARGS, *run.args)
+    with Server(model, run.log, cache, env=switch | dict(env or {}), args=args, listen=progress.listen) as server:
         server.wait_ready()
         progress.step("answering requests")
         answers, seconds = ask(server)

@@ -14,13 +14,15 @@ from vllm_compile_ext.cli.program import Line
 
 # A CPU engine refuses to start when less than this share of a NUMA node's memory is free (vLLM 0.32.0, default 0.92).
 MEMORY_SHARE = 0.4
+# What the caller sets for a machine without FlashInfer, and to compare with vLLM's own remembered memory profile.
+PASSED = ("VLLM_USE_FLASHINFER_SAMPLER", "VLLM_ENABLE_STARTUP_PLAN")
 
 
 def environment(cache: Path, extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a server whose caches all lie in `cache`; what the caller set for vLLM is not passed on."""
+    """The environment of a server whose caches all lie in `cache`; of the caller's settings for vLLM only `PASSED`."""
     paths = [server.alias_metadata(cache / "metadata"), os.environ.get("PYTHONPATH", "")]
     dropped = ("VLLM_", "TORCHINDUCTOR_", "TORCH_COMPILE_", "TRITON_CACHE_DIR", "TRITON_HOME")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped) or k == "VLLM_USE_FLASHINFER_SAMPLER"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped) or k in PASSED}
     return (
         kept
         | {

@@ -3,7 +3,7 @@
 For each model four servers, one after the other: stock cold, stock warm, ours cold, ours warm.  Each has a home folder
 of its own, as in a container that keeps only vLLM's cache root.  On CPU the figure to read is the first pass, from
 vLLM's "Warming up model for the compilation" to its end: compiling, or loading what is compiled, and one forward pass;
-on GPUs it is vLLM's own figure for torch.compile.  Ratios are to stock's.
+on GPUs it is vLLM's own figure for torch.compile.  Ratios are to stock's.  ``VLLM_ENABLE_STARTUP_PLAN=1`` is passed on.
 
 The last table is about the second starts: what loading costs, how it grows from a shallow model to a deep one, what is
 kept, and on GPUs how many kernels are compiled again.  With --ranks also how many pieces two tensor-parallel ranks
@@ -36,6 +36,7 @@ from vllm_compile_ext.store.store import Store
 
 SIDES = ("stock", "ours")
 STARTS = ("stock cold", "stock warm", "ours cold", "ours warm")
+EAGER = ("stock eager", "ours eager")
 # A folder with such a file is one kernel: Triton's, and those of the libraries in `vllm_compile_ext.store.kernels`.
 KERNELS = ("__grp__*.json", "*.cubin", "*.so")
 PLUGIN = """
@@ -90,7 +91,8 @@ def measure(size: str, starts: Sequence[str], progress: Progress) -> Starts:
     model, made = demo.make_model(progress, size), Starts()
     for number, start in enumerate(starts, 1):
         side = start.split()[0]
-        run = demo.Run(f"{size} {start}", str(int(side == "ours")), f"cache-{size}-{side}")
+        eager = ("--enforce-eager",) if start in EAGER else ()
+        run = demo.Run(f"{size} {start}", str(int(side == "ours")), f"cache-{size}-{side}", eager)
         cache, home = (demo.FOLDER / run.cache).resolve(), (demo.FOLDER / f"home-{size}-{number}").resolve()
         home.mkdir()
         # Packages that were installed for the user stay where they are.
@@ -212,7 +214,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     default = ("n8", "n70") if shutil.which("nvidia-smi") else ("llama8", "llama80")
     parser.add_argument("sizes", nargs="*", choices=sorted(SIZES), metavar="SIZE", help=f"default: {' '.join(default)}")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, metavar="START")
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS + EAGER, default=STARTS, metavar="START", help="also: " + ", ".join(EAGER)
+    )
     parser.add_argument("--ranks", action="store_true", help="also start two ranks; needs two cores or two GPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     args = parser.parse_args()

@@ -170,7 +170,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         # Its _IS_CAPTURING and _capture_registered.
         (_ALL_REDUCE, "CustomAllreduce", "cuda_graphs.ranks", "all-reduce reads inputs where they are"),
     ),
-    WARMING: ((_CORE, "get_kv_cache_configs", "cli.warm_start", "the engine has a small KV cache"),),
+    WARMING: ((_CORE, "get_kv_cache_configs", "cli.warm_start:small_kv_cache", "the engine has a small KV cache"),),
 }
 
 # Functions of vLLM that get a span while a start is recorded: its name and its phase.

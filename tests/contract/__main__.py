@@ -6,6 +6,7 @@ Prints a line for each such thing, with the file of ours that needs it; exit sta
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,27 @@ def changed_places() -> Iterator[str]:
     from vllm_compile_ext import changes
 
     yield from changes.problems()
+
+
+def replaced_functions() -> Iterator[str]:
+    """What takes the place of a function, and not all arguments that it takes by place."""
+    from vllm_compile_ext import changes
+
+    for change in changes.TABLE:
+        if not change.module or ":" not in change.by:
+            continue
+        try:
+            owner, name = change.owner()
+            stock = getattr(owner, name)
+            stock = getattr(stock, "__func__", stock)  # of a method that is bound to its class
+        except (ImportError, AttributeError):  # `changed_places` says it, where it matters
+            continue
+        if inspect.isroutine(stock):
+            places = [p for p in inspect.signature(stock).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+            try:
+                inspect.signature(change.function()(stock, *change.given)).bind(*places)
+            except TypeError as error:
+                yield f"{change.by.replace('.', '/').partition(':')[0]}.py: {change.what}: {error}"
 
 
 def imports_and_calls() -> Iterator[str]:
@@ -88,7 +110,10 @@ def log_lines() -> Iterator[str]:
             yield f"cli/bench/server.py: nothing logs {text!r}"
 
 
-CHECKS = (replaced_modules, changed_places, imports_and_calls, kinds_of_a_trace, hooks_of_a_trace, log_lines)
+CHECKS = (
+    *(replaced_modules, changed_places, replaced_functions, imports_and_calls),
+    *(kinds_of_a_trace, hooks_of_a_trace, log_lines),
+)
 
 
 def main() -> int:

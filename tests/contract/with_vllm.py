@@ -25,6 +25,7 @@ from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker import gpu_worker
 
+from tests.contract import __main__ as contract
 from tests.contract import calls, uses
 from vllm_compile_ext import changes, plugin, settings
 from vllm_compile_ext.cli import warm_start
@@ -51,6 +52,13 @@ def test_a_breach_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found = uses.check(VLLM)
     assert any("set_model_tag: too many positional" in line for line in found)
     assert any("VllmBackend.__init__" in line for line in found)
+
+
+def test_what_takes_the_place_of_a_function_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(contract.replaced_functions()) == []
+    monkeypatch.setattr(warm_start, "small_kv_cache", lambda stock: lambda config: stock(config))
+    (line,) = contract.replaced_functions()
+    assert line.startswith("cli/warm_start.py: vllm.v1.engine.core.get_kv_cache_configs: too many positional")
 
 
 def test_everything_we_take_of_vllm_and_torch_is_there_and_takes_our_calls() -> None:

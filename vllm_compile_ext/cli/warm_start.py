@@ -142,12 +142,12 @@ def small_kv_cache(upstream: Callable[..., list[Any]]) -> Callable[..., list[Any
     group (`_warmup_kernels`), which else runs with fewer sequences than in a real start.
     """
 
-    def get_kv_cache_configs(config: Any, specs: list[Any], available: list[int]) -> list[Any]:
+    def get_kv_cache_configs(config: Any, specs: list[Any], available: list[int], *more: Any) -> list[Any]:
         limit = 2**50 if on_cpu() else min(available, default=0)
         blocks, size, fits = 2 * config.scheduler_config.max_num_seqs, FIRST, False
         while size < limit and not sizes_model(config):
             try:
-                found = upstream(config, specs, [size] * len(available))
+                found = upstream(config, specs, [size] * len(available), *more)
             except ValueError:
                 pass
             else:
@@ -156,7 +156,7 @@ def small_kv_cache(upstream: Callable[..., list[Any]]) -> Callable[..., list[Any
                     return found
                 fits = True
             size *= 2
-        return upstream(config, specs, available)
+        return upstream(config, specs, available, *more)
 
     return get_kv_cache_configs
 

@@ -112,12 +112,13 @@ def draw(path: Path, made: Sequence[Summary], title: str, captions: Sequence[str
 
 
 def machine() -> str:
-    """The machine and the versions, for a reader who compares two tables."""
+    """Machine, versions, and whether vLLM remembers memory profiles, for a reader who compares two tables."""
+    plan = "with VLLM_ENABLE_STARTUP_PLAN=1; " if os.environ.get("VLLM_ENABLE_STARTUP_PLAN") == "1" else ""
     cores = len(os.sched_getaffinity(0))
     vllm = f"{versions.vllm_distribution()} {versions.vllm_version()}"
     return (
         f"{processor()}, {cores} cores; {platform.python_implementation()} {platform.python_version()}, "
-        f"torch {metadata.version('torch')}, {vllm}, vllm-compile-ext {__version__}; {time.strftime('%Y-%m-%d')}"
+        f"torch {metadata.version('torch')}, {vllm}, vllm-compile-ext {__version__}; {plan}{time.strftime('%Y-%m-%d')}"
     )
 
 
