@@ -63,7 +63,7 @@ clean:  ## remove what the demo, the tests and builds leave; .venv stays
 distclean: clean  ## remove .venv too
 	rm -rf $(VENV)
 
-$(STAMP): $(LOCK) pyproject.toml | tools
+$(STAMP): $(LOCK) pyproject.toml setup.py vllm_compile_ext.pth | tools
 	@test -x $(BIN)/python || echo "==> 1/3 making $(VENV) with $$($(PYTHON) --version) (seconds)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> 2/3 installing $(LOCK) in $(VENV) (about 150 packages; 2 to 10 minutes, mostly downloads)"

@@ -37,6 +37,8 @@ from vllm_compile_ext.store.store import Store
 SIDES = ("stock", "ours")
 STARTS = ("stock cold", "stock warm", "ours cold", "ours warm")
 EAGER = ("stock eager", "ours eager")
+SPAWNED = ("ours spawned",)  # a warm start with VLLM_COMPILE_FORK=0
+MORE = EAGER + SPAWNED
 # A folder with such a file is one kernel: Triton's, and those of the libraries in `vllm_compile_ext.store.kernels`.
 KERNELS = ("__grp__*.json", "*.cubin", "*.so")
 PLUGIN = """
@@ -97,6 +99,8 @@ def measure(size: str, starts: Sequence[str], progress: Progress) -> Starts:
         home.mkdir()
         # Packages that were installed for the user stay where they are.
         env = {"HOME": str(home), "PYTHONUSERBASE": os.environ.get("PYTHONUSERBASE", site.getuserbase())}
+        if start in SPAWNED:
+            env["VLLM_COMPILE_FORK"] = "0"
         before = kernel_folders(cache, home)
         result = demo.measure(run, f"{number}/{len(starts)}", model, progress, env)
         made[start] = Start(result, len(kernel_folders(cache, home) - before))
@@ -215,7 +219,7 @@ def main() -> int:
     default = ("n8", "n70") if shutil.which("nvidia-smi") else ("llama8", "llama80")
     parser.add_argument("sizes", nargs="*", choices=sorted(SIZES), metavar="SIZE", help=f"default: {' '.join(default)}")
     parser.add_argument(
-        "--starts", nargs="+", choices=STARTS + EAGER, default=STARTS, metavar="START", help="also: " + ", ".join(EAGER)
+        "--starts", nargs="+", choices=STARTS + MORE, default=STARTS, metavar="START", help="also: " + ", ".join(MORE)
     )
     parser.add_argument("--ranks", action="store_true", help="also start two ranks; needs two cores or two GPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")

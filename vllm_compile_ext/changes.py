@@ -75,6 +75,7 @@ _CORE, _ASYNC, _SYNC = "vllm.v1.engine.core", "vllm.v1.engine.async_llm", "vllm.
 _ARGUMENTS, _OUTPUT = "vllm.engine.arg_utils", "vllm.v1.engine.output_processor"
 _SERVER, _LAUNCHER = "vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.launchers.launcher"
 _ALL_REDUCE = "vllm.distributed.device_communicators.custom_all_reduce"
+_FORK = "zygote.context:get_mp_context"
 _ON_DEMAND, _SPANS, _METRICS = "cuda_graphs.replacements", "record.vllm_spans", "record.metrics:with_ours"
 
 _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
@@ -86,6 +87,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     OFF: (
         ("vllm.envs", "compile_factors", "settings:without_ours", "our variables are not in stock's cache key"),
         ("", "os.environ: JIT caches", "store.kernels:leave", "what a parent with the plugin has set is taken away"),
+        ("", "a forked process", "zygote.front:end", "what the .pth file has made is ended"),
     ),
     NOT_RECORDED: (("", "sys.meta_path", "plugin:drop_record", "what the .pth file has begun is dropped"),),
     ACTIVE: (
@@ -104,6 +106,9 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("", "gc.freeze()", "plugin:unfreeze_later", "where models are defined: imports are no garbage while starting"),
         (_GRAPHS, "ModelCudaGraphManager", f"{_ON_DEMAND}:graph_manager", "graphs are captured on demand, on CUDA"),
         (_GRAPHS, "profile_cudagraph_memory", f"{_ON_DEMAND}:profile_cudagraph_memory", "nothing is captured for it"),
+        ("vllm.v1.engine.utils", "get_mp_context", _FORK, "engines are forked from a process that has all imported"),
+        ("vllm.v1.engine.coordinator", "get_mp_context", _FORK, "so is the coordinator of several engines"),
+        ("vllm.v1.executor.multiproc_executor", "get_mp_context", _FORK, "so are workers"),
         (_PLAN, "compute_plan_fingerprint", f"{_ON_DEMAND}:plan_fingerprint", "its memory is beside graphs on demand"),
         (_RUNNER, "GPUModelRunner.capture_model", f"{_ON_DEMAND}:capture_model", "nothing is captured at start"),
         (_V1_RUNNER, "GPUModelRunner.capture_model", f"{_ON_DEMAND}:capture_model", "says that stock captures"),

@@ -1,6 +1,6 @@
 """The plugin's one finder on `sys.meta_path`: serves our modules, calls hooks after an import, and times imports.
 
-The plugin puts it in place, and in processes that look like vLLM's `record/early.py` does before.  It finds nothing of
+The plugin puts it in place, and in processes that look like vLLM's `early.py` does before.  It finds nothing of
 others itself: it asks the finders behind it, and changes how what they find is run.
 
 Served are three kinds of names, the first while `Finder.swapped`:

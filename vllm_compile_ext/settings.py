@@ -81,6 +81,11 @@ class Settings:
         "Where each start spends its time is kept in compile_starts in vLLM's cache root, the last 20, for "
         "vllm-compile-ext report. 0 records nothing. 1 also times the imports of programs that are not called vllm.",
     )
+    VLLM_COMPILE_FORK: bool = _variable(
+        True,
+        "vllm serve forks its engines and workers from a process that has everything imported, where a fork is as a "
+        "spawned process would be; else a line of the log says why it spawns them. 0 always spawns.",
+    )
     VLLM_COMPILE_PROGRESS: bool = _variable(
         True,
         "What a start is doing is said in a line of the log every 10 s. 0 says nothing; neither does "

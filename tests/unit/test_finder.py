@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from vllm_compile_ext.finder import Finder
-from vllm_compile_ext.record import early
 
 MODULES = {
     "torch": "import time; time.sleep(0.02); import inner; import numpy",
@@ -184,22 +183,3 @@ def test_what_another_finder_imports_while_it_looks_is_served(ours: Finder, monk
     sys.meta_path.insert(1, Looks())  # type: ignore[arg-type]
     importlib.import_module("inner")
     assert served == ["vllm_compile_ext.upstream.backends"]
-
-
-@pytest.mark.parametrize(
-    ("env", "off"),
-    [
-        ({}, False),
-        ({"VLLM_COMPILE_EXT": "0"}, True),
-        ({"VLLM_COMPILE_STARTS": "off"}, True),
-        ({"VLLM_PLUGINS": "other"}, True),
-        ({"VLLM_PLUGINS": "other,compile_ext"}, False),
-        ({"VLLM_COMPILE_STARTS": "banana"}, False),
-    ],
-)
-def test_variables_switch_it_off(env: dict[str, str], off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLLM_COMPILE_EXT", "VLLM_COMPILE_STARTS", "VLLM_PLUGINS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    assert early.off() is off

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import process
+from vllm_compile_ext import early
 
 PTH = process.ROOT / "vllm_compile_ext.pth"
 # -S leaves out the environment's own site folder, which may have the file as well.
@@ -24,8 +25,8 @@ def site(tmp_path: Path) -> Path:
     """A folder with the file and the part of the package that it needs."""
     shutil.copy(PTH, tmp_path)
     package = tmp_path / "vllm_compile_ext"
-    (package / "record").mkdir(parents=True)
-    for name in ("__init__.py", "finder.py", "record/__init__.py", "record/early.py"):
+    (package / "zygote").mkdir(parents=True)
+    for name in ("__init__.py", "early.py", "finder.py", "zygote/__init__.py", "zygote/reads.py"):
         shutil.copy(process.ROOT / "vllm_compile_ext" / name, package / name)
     return tmp_path
 
@@ -55,15 +56,15 @@ def test_it_watches_vllm(site: Path, flags: tuple[str, ...]) -> None:
 BROKEN = {
     "no package": ("", None),
     "no finder": ("finder.py", None),
-    "no record": ("record", None),
-    "no begin": ("record/early.py", ""),
+    "no zygote": ("zygote", None),
+    "no begin": ("early.py", ""),
     "no syntax": ("finder.py", "def"),
     "not text": ("finder.py", "\udcff\0"),
     "import fails": ("__init__.py", "import no_such_module_at_all"),
     "import ends": ("__init__.py", "raise SystemExit(3)"),
-    "begin fails": ("record/early.py", "def begin(): 1 / 0"),
-    "begin ends": ("record/early.py", "def begin(): raise SystemExit('no')"),
-    "begin is none": ("record/early.py", "begin = None"),
+    "begin fails": ("early.py", "def begin(): 1 / 0"),
+    "begin ends": ("early.py", "def begin(): raise SystemExit('no')"),
+    "begin is none": ("early.py", "begin = None"),
 }
 
 
@@ -111,11 +112,16 @@ def test_nothing_is_imported_in_another_python(site: Path) -> None:
     assert python(site, before=before, after="print(sorted(set(sys.modules) - was))") == "[]"
 
 
-@pytest.mark.parametrize("name", ["VLLM_COMPILE_EXT", "VLLM_COMPILE_STARTS", "VLLM_PLUGINS"])
-def test_it_watches_nothing_where_the_record_is_off(site: Path, name: str) -> None:
-    look = "finder = sys.modules['vllm_compile_ext.finder'].finder; print(finder in sys.meta_path)"
-    assert python(site, after=look) == "True"
-    assert python(site, after=look, **{name: "0"}) == "False"
+@pytest.mark.parametrize(
+    "off",
+    [{"VLLM_COMPILE_EXT": "0"}, {"VLLM_PLUGINS": "0"}, {"VLLM_COMPILE_STARTS": "0", "VLLM_COMPILE_FORK": "0"}],
+    ids=" ".join,
+)
+def test_it_watches_nothing_where_that_is_off(site: Path, off: dict[str, str]) -> None:
+    look = "import os; finder = sys.modules['vllm_compile_ext.finder'].finder; print(finder in sys.meta_path, end=' ')"
+    look += "; print(type(os.environ).__getitem__.__module__)"
+    assert python(site, after=look) == "True vllm_compile_ext.zygote.reads"
+    assert python(site, after=look, **off) == "False os"
 
 
 def test_it_costs_nothing_in_another_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +131,23 @@ def test_it_costs_nothing_in_another_python(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--option", "y" * 1000])
     (line,) = PTH.read_text().splitlines()
     assert min(timeit.repeat(lambda: exec(line, {}), number=1, repeat=200)) < 0.001
+
+
+@pytest.mark.parametrize(
+    ("env", "off"),
+    [
+        ({}, False),
+        ({"VLLM_COMPILE_EXT": "0"}, True),
+        ({"VLLM_COMPILE_EXT": "off"}, True),
+        ({"VLLM_COMPILE_STARTS": "0"}, False),
+        ({"VLLM_PLUGINS": "other"}, True),
+        ({"VLLM_PLUGINS": "other,compile_ext"}, False),
+        ({"VLLM_COMPILE_EXT": "banana"}, False),
+    ],
+)
+def test_variables_switch_it_off(env: dict[str, str], off: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_COMPILE_EXT", "VLLM_COMPILE_STARTS", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert early.off("VLLM_COMPILE_EXT") is off

@@ -1,0 +1,243 @@
+"""A forked process is as a spawned one, and what cannot be is spawned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import process
+
+# A program makes its zygote, then changes what a spawned process would inherit.
+BEGIN = """
+import multiprocessing, os, resource, signal, sys, time, logging
+from multiprocessing import context as stock
+from tests.unit.zygote import spawned
+from vllm_compile_ext.zygote import front, reads, context, NotForkedError
+
+said = []
+class Handler(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+logging.getLogger("vllm_compile_ext").addHandler(Handler())
+logging.getLogger("vllm_compile_ext").setLevel("INFO")
+
+def begin():
+    reads.watch()
+    os.environ.get("READ_BEFORE")
+    front.make()
+    assert front.wanted(), front._why
+
+def run(found, target=spawned.tell, name="Example", **options):
+    ours, theirs = found.Pipe()
+    made = found.Process(target=target, args=(theirs,), name=name, **options)
+    made.start()
+    theirs.close()
+    value = ours.recv()
+    made.join()
+    return value, made.pid, made.exitcode
+"""
+
+
+def run(code: str, tmp_path: Path, **env: str) -> Any:
+    outcome = process.run(BEGIN + "\nif __name__ == '__main__':\n" + code, folder=tmp_path, **env)
+    assert outcome.code == 0, outcome.output
+    return outcome.value
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+
+
+def test_it_is_as_a_spawned_one(tmp_path: Path) -> None:
+    spawned, forked, pids, said = run(
+        """
+    begin()
+    os.environ |= {"NEW": "1", "HF_HUB_OFFLINE": "0"}
+    del os.environ["VLLM_NO_USAGE_STATS"]
+    os.makedirs("elsewhere"); os.chdir("elsewhere")
+    os.umask(0o027)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    sys.argv.append("--more"); sys.path.append("/nowhere")
+    a = run(stock.SpawnContext())
+    b = run(context.Context())
+    os.chdir("..")
+    report([a[0], b[0], [a[1], b[1], os.getpid()], said])
+        """,
+        tmp_path,
+    )
+    assert said == []
+    assert len(set(pids)) == 3
+    assert differences(forked, spawned) == {}
+
+
+def test_so_is_one_below(tmp_path: Path) -> None:
+    spawned, forked, said = run(
+        """
+    begin()
+    def two(found):
+        ours, theirs = found.Pipe()
+        made = found.Process(target=spawned.below, args=(theirs,), name="Above")
+        made.start()
+        (seen, above, pid), code = ours.recv(), ours.recv()
+        made.join()
+        assert seen["parent"][:3] == (above, above, "Above") and above == made.pid, (seen["parent"], above)
+        return {k: v for k, v in seen.items() if k != "parent"}, code, made.exitcode
+    report([two(stock.SpawnContext()), two(context.Context()), said])
+        """,
+        tmp_path,
+    )
+    assert said == []
+    assert differences(forked[0], spawned[0]) == {}
+    assert forked[1:] == spawned[1:] == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["nothing", "exit 3", "raise", "killed", "at once", "terminate", "interrupt"])
+def test_it_ends_as_a_spawned_one(how: str, tmp_path: Path) -> None:
+    outcome = process.run(
+        BEGIN
+        + f"""
+def end(found):
+    made = found.Process(target=spawned.end, args=({how!r},))
+    made.start()
+    if {how!r} in ("terminate", "interrupt"):
+        time.sleep(0.1)
+        while "waiting" not in open("output.txt").read().splitlines()[-1:]:
+            time.sleep(0.05)
+        os.kill(made.pid, signal.SIGTERM if {how!r} == "terminate" else signal.SIGINT)
+    made.join()
+    print("ended", flush=True)
+    return made.exitcode
+
+if __name__ == "__main__":
+    begin()
+    report([end(stock.SpawnContext()), end(context.Context()), said])
+""",
+        folder=tmp_path,
+    )
+    assert outcome.code == 0, outcome.output
+    spawned, forked, said = outcome.value
+    assert said == []
+    assert forked == spawned
+    first, second = outcome.output.split("ended\n")[:2]
+    numbers = {character for character in "0123456789"}
+    plain = ["".join(c for c in text if c not in numbers) for text in (first, second)]
+    assert ("atexit of" in first, "RuntimeError" in first) == ("atexit of" in second, "RuntimeError" in second), plain
+
+
+def test_locks_queues_and_random_numbers(tmp_path: Path) -> None:
+    value, pids, drawn, said = run(
+        """
+    import numpy
+    begin()
+    found = context.Context()
+    lock, queue, value = found.Lock(), found.Queue(), found.Value("i", 0)
+    made = [found.Process(target=spawned.count, args=(lock, value, queue)) for _ in range(4)]
+    for each in made: each.start()
+    pids = {queue.get() for _ in made}
+    for each in made: each.join()
+    assert pids == {each.pid for each in made}
+    drawn = [run(found, spawned.numbers)[0] for _ in range(2)]
+    report([value.value, len(pids), drawn, said])
+        """,
+        tmp_path,
+    )
+    assert (value, pids, said) == (400, 4, [])
+    assert len({number for pair in drawn for number in pair}) == 4
+
+
+# What is done after the zygote was made, and what the line says of it.
+REASONS = {
+    "a variable that was read": ("os.environ['READ_BEFORE'] = '1'", "READ_BEFORE changed after it may have been read"),
+    "a native one": ("os.environ['MKL_NUM_THREADS'] = '1'", "MKL_NUM_THREADS changed after"),
+    "an allocator": ("os.environ['LD_PRELOAD'] = '/lib/libtcmalloc.so'", "LD_PRELOAD was changed"),
+    "threads of no number": ("os.environ['OMP_NUM_THREADS'] = 'all'", "OMP_NUM_THREADS was set to 'all'"),
+    "priority": ("os.nice(1)", "the priority is not as it was"),
+    "executable": ("multiprocessing.set_executable('/bin/true2')", "Python's executable is not as it was"),
+    "killed": ("os.kill(front._zygote.pid, signal.SIGKILL); time.sleep(0.2)", "the zygote has ended"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_it_is_spawned_where_it_would_differ(name: str, tmp_path: Path) -> None:
+    change, line = REASONS[name]
+    code, said = run(
+        f"""
+    begin()
+    {change}
+    if {name!r} == "executable":
+        python = sys.executable
+        launch = context._Spawned._launch
+        def spawn(self, made):
+            multiprocessing.set_executable(python)
+            launch(self, made)
+        context._Spawned._launch = spawn
+    (seen, pid, code) = run(context.Context())
+    assert seen["environ"] == dict(os.environ)
+    report([code, said])
+        """,
+        tmp_path,
+    )
+    assert code == 0
+    (found,) = said
+    assert found.startswith("Example is spawned and imports everything again, not forked: ")
+    assert line in found
+
+
+# What there is before the zygote is to be made.
+NONE = {
+    "thread": (
+        "import threading; threading.Thread(target=time.sleep, args=(60,), daemon=True, name='T').start()",
+        "(T)",
+    ),
+    "tracer": ("sys.settrace(lambda *_: None)", "a debugger, a profiler or a coverage tool"),
+    "profiler": ("sys.setprofile(lambda *_: None)", "a debugger, a profiler or a coverage tool"),
+    "ray": ("import types; sys.modules['ray'] = types.SimpleNamespace(is_initialized=lambda: True)", "Ray"),
+    "driver": ("front._cuda_started = lambda: True", "the CUDA driver has been started"),
+    "wsl": ("import platform; u = platform.uname(); platform.uname = lambda: u._replace(release='5-Microsoft')", "WSL"),
+    "rocm": (
+        "import types; sys.modules['torch'] = types.SimpleNamespace(version=types.SimpleNamespace(hip='6'))",
+        "CUDA",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_none_is_made_where_a_fork_would_be_broken(name: str, tmp_path: Path) -> None:
+    before, line = NONE[name]
+    why, wanted = run(
+        f"""
+    {before}
+    front.make()
+    try:
+        front.zygote()
+    except NotForkedError as error:
+        report([str(error), front.wanted()])
+        """,
+        tmp_path,
+    )
+    assert line in why
+    assert wanted
+
+
+def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
+    outcome = process.run(
+        BEGIN + "\nif __name__ == '__main__':\n    begin()\n    report(front._zygote.pid)\n"
+        "    sys.stdout.flush()\n    os.kill(os.getpid(), signal.SIGKILL)\n",
+        folder=tmp_path,
+    )
+    assert outcome.code == -9
+    for _ in range(100):
+        if not Path(f"/proc/{outcome.value}").exists() or ") Z" in Path(f"/proc/{outcome.value}/stat").read_text():
+            return
+        import time
+
+        time.sleep(0.05)
+    pytest.fail("the zygote is still there")

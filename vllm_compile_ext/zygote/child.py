@@ -1,0 +1,103 @@
+"""What a process does that the zygote forked: become as one that was spawned, then run what it was asked to run."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import process, resource_tracker, spawn, util
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+from vllm_compile_ext.zygote import NotForkedError
+from vllm_compile_ext.zygote.surroundings import Surroundings
+
+_FREE = 1000  # numbers of files from here on are nobody's
+
+
+@dataclass
+class Told:
+    """What a process is told that asks to be forked.
+
+    files: the numbers that the files sent along had.  pipe: of the pickled arguments.  tracker: multiprocessing's.
+    """
+
+    surroundings: Surroundings
+    name: str
+    daemon: bool
+    files: tuple[int, ...]
+    pipe: int
+    tracker: int
+
+
+def run(connection: Connection, files: Sequence[int], seen: Mapping[str, str]) -> int:
+    """Be the process that is asked for; returns its exit status.  `seen`: the environment while all was imported."""
+    with connection:
+        parent, told = connection.recv()
+        try:
+            _wait_for_parent(parent)
+            _place(files, told.files)
+            told.surroundings.give(seen)
+            _forget(told.name)
+        except (NotForkedError, OSError, ValueError) as error:
+            connection.send((os.getpid(), str(error)))
+            return 0
+        connection.send((os.getpid(), ""))
+    if not told.daemon:
+        from vllm_compile_ext.zygote import front
+
+        front.make(others=told.files[3:])
+    setattr(resource_tracker._resource_tracker, "_fd", told.tracker)  # noqa: B010
+    code: int = spawn._main(told.pipe, os.dup(told.pipe))
+    atexit._run_exitfuncs()
+    util._flush_std_streams()  # type: ignore[attr-defined]
+    return code
+
+
+def _wait_for_parent(parent: int) -> None:
+    deadline = time.monotonic() + 10
+    while os.getppid() != parent:
+        if time.monotonic() > deadline:
+            raise NotForkedError("the process that asked did not become its parent")
+        time.sleep(0.0002)
+
+
+def _place(files: Sequence[int], numbers: Sequence[int]) -> None:
+    """Give the files that were sent the numbers that they had."""
+    moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _FREE) for file in files]
+    for file in files:
+        os.close(file)
+    for file, number in zip(moved, numbers, strict=True):
+        if number > 2 and _is_open(number):
+            raise NotForkedError(f"a file is open as number {number}")
+        os.dup2(file, number, inheritable=number <= 2)
+        os.close(file)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _forget(name: str) -> None:
+    """Drop what is of the process that was forked, not of its imports."""
+    process.current_process().name = name
+    sys.modules["__main__"] = ModuleType("__main__")  # multiprocessing runs the program's file again, as "__mp_main__"
+    recorder: Any = sys.modules.get("vllm_compile_ext.record.recorder")
+    if recorder is not None and recorder.current is not None:
+        atexit.unregister(recorder.current._exit)
+        recorder.current = None
+    from vllm_compile_ext.finder import finder
+
+    finder.intervals.clear()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()  # Python's own does so by itself; torch's begins with a constant

@@ -1,0 +1,114 @@
+"""When the zygote is made: once vLLM's command has imported everything, and before it does anything else."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from vllm_compile_ext import finder, harmless, versions
+from vllm_compile_ext.zygote import NotForkedError, reads
+from vllm_compile_ext.zygote.zygote import Zygote
+
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_NOT_INITIALIZED = 3  # cuda.h: CUDA_ERROR_NOT_INITIALIZED
+
+_zygote: Zygote | None = None
+_why = ""  # there is none; "" where none was wanted
+
+
+def wait() -> None:
+    """Make it when vLLM's command calls `cli_env_setup`, which it does after its imports and before its options."""
+    for module in versions.MOVED["cli_env_setup"].values():
+        finder.finder.after(module, _watch)
+
+
+def _watch(module: ModuleType) -> None:
+    stock: Callable[[], None] | None = getattr(module, "cli_env_setup", None)
+    if stock is None:
+        return
+
+    def cli_env_setup() -> None:
+        method = os.environ.get(METHOD)
+        stock()
+        if sys.argv[1:2] == ["serve"] or "api_server" in sys.argv[0]:
+            make(f"{METHOD}={method} is set" if method else None)
+
+    module.cli_env_setup = cli_env_setup  # type: ignore[attr-defined]
+
+
+def make(reason: str | None = None, others: Sequence[int] = ()) -> None:
+    """Make the zygote of this process, unless there is a `reason` not to; `others`: files that it does not need."""
+    global _zygote, _why
+    reads.stop()
+    _zygote, _why = None, reason or reason_to_spawn() or ""
+    if not _why:
+        try:
+            made = Zygote(others)
+        except OSError as error:
+            _why = harmless.error(error)
+            return
+        # Threads of libraries that know of forks, such as OpenBLAS's, end before one and are started again when needed.
+        if left := [each for each in Path("/proc/self/task").iterdir() if each.name != str(os.getpid())]:
+            name = (left[0] / "comm").read_text().strip()
+            made.close()
+            _why = f"{len(left)} threads of libraries are running (the first is called {name})"
+        else:
+            _zygote = made
+
+
+def reason_to_spawn() -> str | None:
+    """What in this process a fork would not survive."""
+    if others := [each.name for each in threading.enumerate() if each is not threading.main_thread()]:
+        return f"a thread is running ({others[0]})"
+    if sys.gettrace() or sys.getprofile() or any(map(_monitoring, range(6))):
+        return "a debugger, a profiler or a coverage tool is at work"
+    if "microsoft" in platform.uname().release.lower():
+        return "WSL's NVML does not work in a fork"
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return "Ray has been started"
+    version = sys.modules["torch"].version if "torch" in sys.modules else None
+    if getattr(version, "hip", None) or getattr(version, "xpu", None):
+        return "only CPUs and CUDA have been tried"
+    return "the CUDA driver has been started" if _cuda_started() else None
+
+
+def _monitoring(tool: int) -> bool:
+    """Whether `sys.monitoring` (Python 3.12) has a tool of this number."""
+    monitoring = getattr(sys, "monitoring", None)
+    return monitoring is not None and monitoring.get_tool(tool) is not None
+
+
+def _cuda_started() -> bool:
+    """The driver is asked: torch does not know of what others, or its own `is_available`, have started."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return False
+    return bool(driver.cuCtxGetCurrent(ctypes.byref(ctypes.c_void_p())) != _NOT_INITIALIZED)
+
+
+def zygote() -> Zygote:
+    """This process's.  Raises `NotForkedError`."""
+    if _zygote is None or _zygote.owner != os.getpid():
+        raise NotForkedError(_why or "it was started by another process")
+    return _zygote
+
+
+def wanted() -> bool:
+    """Whether one was made or tried for in this process."""
+    return _zygote is not None or bool(_why)
+
+
+def end() -> None:
+    """The plugin does not take over: end it.  A row of the table of changes."""
+    global _zygote
+    reads.stop()
+    if _zygote is not None:
+        _zygote.close()
+        _zygote = None

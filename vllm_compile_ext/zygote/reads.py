@@ -1,0 +1,78 @@
+"""Which environment variables Python code has read, and what to do where one is changed after that.
+
+Standard library only, and little of it: this is imported before anything else is.
+"""
+
+from __future__ import annotations
+
+import os
+
+from vllm_compile_ext.zygote import NotForkedError
+
+TYPE_CHECKING = False  # of `typing`, which takes milliseconds to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_read: set[str] | None = None
+_stock: Any = None
+
+
+def watch() -> None:
+    """Note each variable that is read from here on, present or not."""
+    global _read, _stock
+    if _stock is not None:
+        return
+    _read = noted = set[str]()
+    _stock = stock = type(os.environ).__getitem__
+
+    def read(self: Any, key: str) -> str:
+        noted.add(key)
+        found: str = stock(self, key)
+        return found
+
+    type(os.environ).__getitem__ = read  # type: ignore[method-assign]
+
+
+def stop() -> None:
+    """Note no more; what was noted stays."""
+    global _stock
+    if _stock is not None:
+        type(os.environ).__getitem__ = _stock  # type: ignore[method-assign]
+        _stock = None
+
+
+def was_read(name: str) -> bool:
+    """Whether it was, or nobody watched."""
+    return _read is None or name in _read
+
+
+def _compile_threads(value: str | None) -> None:
+    from torch._inductor import config
+
+    config.compile_threads = config.decide_compile_threads()
+
+
+def _dynamic_threads(value: str | None) -> None:
+    from torch._inductor import config
+
+    config.cpp.dynamic_threads = value == "1"
+
+
+def _metrics_of_many(value: str | None) -> None:
+    from prometheus_client import REGISTRY, metrics, values
+
+    if any(isinstance(each, metrics.MetricWrapperBase) for each in REGISTRY._collector_to_names):
+        raise NotForkedError("PROMETHEUS_MULTIPROC_DIR was set after metrics were made")
+    values.ValueClass = values.get_value_class()
+
+
+# Read anew by whoever uses them.
+LATE = frozenset(("VLLM_WORKER_MULTIPROC_METHOD", "_VLLM_COMPILE_EXT_START", "_VLLM_COMPILE_EXT_RUN"))
+# Read when a module is imported, which then sets something (torch/_inductor/config.py, 2.13 and 2.14;
+# prometheus_client/values.py, 0.22): sets it again.
+SET_BY: dict[str, Callable[[str | None], None]] = {
+    "PROMETHEUS_MULTIPROC_DIR": _metrics_of_many,
+    "TORCHINDUCTOR_COMPILE_THREADS": _compile_threads,
+    "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": _dynamic_threads,
+}
