@@ -171,13 +171,13 @@ def test_every_phase_of_a_server_is_there(cold: Served, warm: Served) -> None:
     assert common | {"load compiled code"} <= again
     assert ("interpreter" in again) == INSTALLED
 
-    # Heavy imports are told apart where the .pth file is installed.
-    for pid in {one.pid for one in cold.start.processes}:
-        names = {span.name for span in cold.start.spans if span.pid == pid}
-        assert {"import vllm", "import torch", "import transformers"} <= names
+    # Heavy imports are told apart where the .pth file is installed, and made once: engine and worker are forks.
+    helpers = {one.pid for one in cold.start.processes if one.kind == "helper"}  # vLLM looks at the model in one
+    imports = [span.name for span in cold.start.spans if span.pid not in helpers]
+    assert [imports.count(f"import {name}") for name in ("vllm", "torch", "transformers")] == [1, 1, 1]
     again = [span.name for span in warm.start.spans]
-    assert ("import torch" in again) == INSTALLED
-    assert again.count("imports") >= 3
+    assert again.count("import torch") == (1 if INSTALLED else 0)
+    assert "imports" in again
 
 
 def test_vllms_spans_and_ours_are_in_each_other(cold: Served) -> None:

@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
-from vllm_compile_ext.zygote import NotForkedError
+from vllm_compile_ext.finder import finder
+from vllm_compile_ext.zygote import NotForkedError, threads
 from vllm_compile_ext.zygote.surroundings import Surroundings
 
 _FREE = 1000  # numbers of files from here on are nobody's
@@ -25,11 +26,12 @@ class Told:
     """What a process is told that asks to be forked.
 
     files: the numbers that the files sent along had.  pipe: of the pickled arguments.  tracker: multiprocessing's.
+    starts: whether it may start processes itself.
     """
 
     surroundings: Surroundings
     name: str
-    daemon: bool
+    starts: bool
     files: tuple[int, ...]
     pipe: int
     tracker: int
@@ -44,19 +46,24 @@ def run(connection: Connection, files: Sequence[int], seen: Mapping[str, str]) -
             _place(files, told.files)
             told.surroundings.give(seen)
             _forget(told.name)
+            if told.starts:
+                _make_zygote(told.files[3:], seen)
+            threads.follow(seen, os.environ)
         except (NotForkedError, OSError, ValueError) as error:
             connection.send((os.getpid(), str(error)))
             return 0
         connection.send((os.getpid(), ""))
-    if not told.daemon:
-        from vllm_compile_ext.zygote import front
-
-        front.make(others=told.files[3:])
     setattr(resource_tracker._resource_tracker, "_fd", told.tracker)  # noqa: B010
     code: int = spawn._main(told.pipe, os.dup(told.pipe))
     atexit._run_exitfuncs()
     util._flush_std_streams()  # type: ignore[attr-defined]
     return code
+
+
+def _make_zygote(others: Sequence[int], seen: Mapping[str, str]) -> None:
+    from vllm_compile_ext.zygote import front
+
+    front.make(others=others, seen=seen)
 
 
 def _wait_for_parent(parent: int) -> None:
@@ -95,9 +102,8 @@ def _forget(name: str) -> None:
     if recorder is not None and recorder.current is not None:
         atexit.unregister(recorder.current._exit)
         recorder.current = None
-    from vllm_compile_ext.finder import finder
-
-    finder.intervals.clear()
+        finder.intervals.clear()
+        recorder.begin()
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()  # Python's own does so by itself; torch's begins with a constant

@@ -37,7 +37,9 @@ class Popen(_Spawned):
 
     def _fork(self, process_obj: Any) -> None:
         zygote = front.zygote()
-        if reason := reason_to_spawn(process_obj._kwargs.get("vllm_config")):
+        config = process_obj._kwargs.get("vllm_config")
+        backend = getattr(getattr(config, "parallel_config", None), "distributed_executor_backend", None)
+        if reason := reason_to_spawn(config):
             raise NotForkedError(reason)
         try:
             surroundings = Surroundings()
@@ -56,7 +58,8 @@ class Popen(_Spawned):
         child_r, arguments = os.pipe()
         try:
             files = [0, 1, 2, *dict.fromkeys([*self._fds, child_r, child_w])]
-            told = child.Told(surroundings, process_obj.name, bool(process_obj.daemon), tuple(files), child_r, tracker)
+            starts = not process_obj.daemon and backend != "uni"
+            told = child.Told(surroundings, process_obj.name, starts, tuple(files), child_r, tracker)
             self.pid = zygote.fork(told, files)
         except BaseException:
             os.close(sentinel)

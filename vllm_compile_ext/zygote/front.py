@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,9 @@ from vllm_compile_ext.zygote.zygote import Zygote
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _NOT_INITIALIZED = 3  # cuda.h: CUDA_ERROR_NOT_INITIALIZED
+# jemalloc begins its thread again in a fork.  The other is NVML's: it comes with `vllm.platforms.cuda`, while the
+# driver is not started, and forks use CUDA all the same (tried on an H200).
+_HARMLESS = re.compile(r"jemalloc_bg_thd$|cuda[0-9a-f]{11}$")
 
 _zygote: Zygote | None = None
 _why = ""  # there is none; "" where none was wanted
@@ -42,22 +46,25 @@ def _watch(module: ModuleType) -> None:
     module.cli_env_setup = cli_env_setup  # type: ignore[attr-defined]
 
 
-def make(reason: str | None = None, others: Sequence[int] = ()) -> None:
-    """Make the zygote of this process, unless there is a `reason` not to; `others`: files that it does not need."""
+def make(reason: str | None = None, others: Sequence[int] = (), seen: Mapping[str, str] | None = None) -> None:
+    """Make the zygote of this process, unless there is a `reason` not to.
+
+    others: files that it does not need.  seen: the environment while all was imported, if that is not the present one.
+    """
     global _zygote, _why
     reads.stop()
     _zygote, _why = None, reason or reason_to_spawn() or ""
     if not _why:
         try:
-            made = Zygote(others)
+            made = Zygote(others, seen or dict(os.environ))
         except OSError as error:
             _why = harmless.error(error)
             return
-        # Threads of libraries that know of forks, such as OpenBLAS's, end before one and are started again when needed.
-        if left := [each for each in Path("/proc/self/task").iterdir() if each.name != str(os.getpid())]:
-            name = (left[0] / "comm").read_text().strip()
+        # Threads of libraries that know of forks, such as OpenBLAS's, end before one and begin again when needed.
+        tasks = (each for each in Path("/proc/self/task").iterdir() if each.name != str(os.getpid()))
+        if left := [name for each in tasks if not _HARMLESS.match(name := (each / "comm").read_text().strip())]:
             made.close()
-            _why = f"{len(left)} threads of libraries are running (the first is called {name})"
+            _why = f"threads of libraries are running ({', '.join(left)})"
         else:
             _zygote = made
 

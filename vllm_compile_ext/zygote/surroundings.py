@@ -75,7 +75,7 @@ class Surroundings:
     fixed: dict[str, Any] = field(default_factory=fixed)
 
     def give(self, seen: Mapping[str, str]) -> None:
-        """Make them this process's; `seen` is the environment of when it was forked.
+        """Make them this process's; `seen` is the environment while all was imported.
 
         Raises `NotForkedError`, and `OSError` or `ValueError` where the system refuses.
         """
@@ -83,7 +83,7 @@ class Surroundings:
         if differ := [what for what, value in self.fixed.items() if here.get(what) != value]:
             raise NotForkedError(f"{differ[0]} is not as it was")
         check_environment(seen, self.environ)
-        for name in seen.keys() - self.environ.keys():
+        for name in os.environ.keys() - self.environ.keys():
             del os.environ[name]
         for name, value in self.environ.items():
             if os.environ.get(name) != value:  # the rest stays where it is: setproctitle looks for it there
@@ -103,7 +103,6 @@ class Surroundings:
         for name, apply in reads.SET_BY.items():
             if seen.get(name) != self.environ.get(name):
                 apply(self.environ.get(name))
-        threads.follow(seen, self.environ)
 
 
 # Read by the loader of programs, by C and C++ libraries, by Python itself: where no Python code sees it.

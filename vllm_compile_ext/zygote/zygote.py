@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -26,15 +26,15 @@ class Zygote:
     owner, pid: the numbers of that process and of the zygote.
     """
 
-    def __init__(self, others: Sequence[int] = ()) -> None:
-        """others: open files of this process that the zygote closes."""
+    def __init__(self, others: Sequence[int], seen: Mapping[str, str]) -> None:
+        """others: open files of this process that the zygote closes.  seen: the environment while all was imported."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.owner = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _only(lambda: _serve(theirs, [ours.detach(), *others]))
+            _only(lambda: _serve(theirs, [ours.detach(), *others], seen))
         theirs.close()
         self._socket = ours
 
@@ -69,14 +69,13 @@ class Zygote:
         os.waitpid(self.pid, 0)
 
 
-def _serve(requests: socket.socket, others: Sequence[int]) -> None:
+def _serve(requests: socket.socket, others: Sequence[int], seen: Mapping[str, str]) -> None:
     """Fork for each request, until the process that asks has ended."""
     for file in others:
         os.close(file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who have something to end
     if "vllm.utils.system_utils" in sys.modules:
         sys.modules["vllm.utils.system_utils"].set_process_title("Zygote")
-    seen = dict(os.environ)
     while True:
         _, files, _, _ = socket.recv_fds(requests, 1, _MOST_FILES)
         if not files:

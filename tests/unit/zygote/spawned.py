@@ -85,3 +85,20 @@ def count(lock: Any, value: Any, queue: Any) -> None:
         with lock:
             value.value += 1
     queue.put(os.getpid())
+
+
+def compute(pipe: Connection) -> None:
+    """How many threads compute, and the processors that this one and another may use."""
+    import torch
+
+    torch.zeros(1 << 20).add_(1)
+    tasks = [(task / "status").read_text() for task in Path("/proc/self/task").iterdir()]
+    allowed = {line.split()[1] for text in tasks for line in text.splitlines() if line.startswith("Cpus_allowed_list")}
+    pipe.send((torch.get_num_threads(), sorted(allowed), sorted(os.sched_getaffinity(0))))
+
+
+def settings(pipe: Connection) -> None:
+    from prometheus_client import values
+    from torch._inductor import config
+
+    pipe.send((config.compile_threads, config.cpp.dynamic_threads, values.ValueClass.__name__))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+import time
+from multiprocessing.context import SpawnContext
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests import process
+from vllm_compile_ext.zygote import context, front
 
 # A program makes its zygote, then changes what a spawned process would inherit.
 BEGIN = """
@@ -237,7 +243,100 @@ def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
     for _ in range(100):
         if not Path(f"/proc/{outcome.value}").exists() or ") Z" in Path(f"/proc/{outcome.value}/stat").read_text():
             return
-        import time
-
         time.sleep(0.05)
     pytest.fail("the zygote is still there")
+
+
+def test_vllms_command_makes_it_once_it_has_imported_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str | None] = []
+    monkeypatch.setattr(front, "make", made.append)
+    for argv, method in (
+        (["/bin/vllm", "serve", "model"], None),
+        (["/bin/vllm", "serve", "model"], "spawn"),
+        (["/x/vllm/entrypoints/openai/api_server.py", "--model", "model"], None),
+        (["/bin/vllm", "bench", "latency"], None),
+    ):
+        module: Any = ModuleType("vllm.any")
+        module.cli_env_setup = lambda: made.append("stock")
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.delenv(front.METHOD, raising=False)
+        if method:
+            monkeypatch.setenv(front.METHOD, method)
+        front._watch(module)
+        module.cli_env_setup()
+    assert made == ["stock", None, "stock", f"{front.METHOD}=spawn is set", "stock", None, "stock"]
+
+
+@pytest.mark.parametrize(
+    ("model", "multimodal", "reason"),
+    [
+        ("llama", None, None),
+        ("whisper", None, "Whisper"),
+        ("llava", "torch_shm", "torch_shm"),
+        ("llava", "direct", None),
+    ],
+)
+def test_what_vllm_itself_advises_against(model: str, multimodal: str | None, reason: str | None) -> None:
+    of_model = SimpleNamespace(
+        hf_config=SimpleNamespace(model_type=model),
+        multimodal_config=multimodal and SimpleNamespace(mm_tensor_ipc=multimodal),
+    )
+    found = context.reason_to_spawn(SimpleNamespace(model_config=of_model))
+    assert (reason is None and found is None) or (reason is not None and found is not None and reason in found)
+
+
+def test_stock_decides_over_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "wanted", lambda: True)
+    for method, ours in (("spawn", True), ("fork", False)):
+        found = context.get_mp_context(lambda method=method: multiprocessing.get_context(method))()
+        assert isinstance(found, context.Context) is ours
+    monkeypatch.setattr(front, "wanted", lambda: False)
+    assert type(context.get_mp_context(lambda: multiprocessing.get_context("spawn"))()) is SpawnContext
+
+
+def test_openmps_threads_follow_each_on_its_processor(tmp_path: Path) -> None:
+    spawned, forked, said = run(
+        """
+    import torch
+    begin()
+    processors = sorted(os.sched_getaffinity(0))[:2]
+    os.environ |= {"OMP_NUM_THREADS": str(len(processors)), "GOMP_CPU_AFFINITY": " ".join(map(str, processors))}
+    report([run(stock.SpawnContext(), spawned.compute)[0], run(context.Context(), spawned.compute)[0], said])
+        """,
+        tmp_path,
+        OPENBLAS_NUM_THREADS="1",
+    )
+    assert said == []
+    assert forked == spawned
+
+
+def test_inductors_settings_and_those_of_metrics_follow(tmp_path: Path) -> None:
+    spawned, forked, said = run(
+        """
+    from torch._inductor import config
+    import prometheus_client
+    begin()
+    os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.getcwd()
+    report([*(run(each, spawned.settings)[0] for each in (stock.SpawnContext(), context.Context())), said])
+        """,
+        tmp_path,
+    )
+    assert said == []
+    assert forked == spawned
+    assert spawned[:2] == [1, True]
+
+
+def test_metrics_that_were_made_before_stay_as_they_are(tmp_path: Path) -> None:
+    (line,) = run(
+        """
+    import prometheus_client
+    prometheus_client.Counter("a", "b")
+    begin()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = os.getcwd()
+    run(context.Context())
+    report(said)
+        """,
+        tmp_path,
+    )
+    assert "PROMETHEUS_MULTIPROC_DIR was set after metrics were made" in line
