@@ -99,6 +99,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
             "the compilation mode that the user asked for survives on CPU",
         ),
         ("", "os.environ: JIT caches", "store.kernels:use", "kernels that libraries compile are kept in the store"),
+        ("", "os.environ: reading", "zygote.reads:stop", "what is read is noted only until there is a zygote"),
         ("", "os.environ: _VLLM_COMPILE_EXT_RUN", "temporary:make_run_folder", "a folder for one vLLM's processes"),
         ("prometheus_client", "REGISTRY.collect", _METRICS, "our metrics are at /metrics"),
         ("prometheus_client.multiprocess", "MultiProcessCollector.collect", _METRICS, "also with several API servers"),

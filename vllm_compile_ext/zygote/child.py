@@ -18,8 +18,6 @@ from vllm_compile_ext.finder import finder
 from vllm_compile_ext.zygote import NotForkedError, threads
 from vllm_compile_ext.zygote.surroundings import Surroundings
 
-_FREE = 1000  # numbers of files from here on are nobody's
-
 
 @dataclass
 class Told:
@@ -76,7 +74,7 @@ def _wait_for_parent(parent: int) -> None:
 
 def _place(files: Sequence[int], numbers: Sequence[int]) -> None:
     """Give the files that were sent the numbers that they had."""
-    moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, _FREE) for file in files]
+    moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for file in files]
     for file in files:
         os.close(file)
     for file, number in zip(moved, numbers, strict=True):

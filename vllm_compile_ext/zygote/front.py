@@ -47,26 +47,30 @@ def _watch(module: ModuleType) -> None:
 
 
 def make(reason: str | None = None, others: Sequence[int] = (), seen: Mapping[str, str] | None = None) -> None:
-    """Make the zygote of this process, unless there is a `reason` not to.
+    """Make the zygote of this process, unless there is a `reason` not to.  Raises nothing.
 
     others: files that it does not need.  seen: the environment while all was imported, if that is not the present one.
     """
     global _zygote, _why
     reads.stop()
-    _zygote, _why = None, reason or reason_to_spawn() or ""
-    if not _why:
-        try:
-            made = Zygote(others, seen or dict(os.environ))
-        except OSError as error:
-            _why = harmless.error(error)
-            return
-        # Threads of libraries that know of forks, such as OpenBLAS's, end before one and begin again when needed.
-        tasks = (each for each in Path("/proc/self/task").iterdir() if each.name != str(os.getpid()))
-        if left := [name for each in tasks if not _HARMLESS.match(name := (each / "comm").read_text().strip())]:
-            made.close()
-            _why = f"threads of libraries are running ({', '.join(left)})"
-        else:
-            _zygote = made
+    _zygote = None
+    try:
+        _why = reason or reason_to_spawn() or ""
+        if not _why:
+            _zygote = Zygote(others, seen or dict(os.environ))
+            _why = _threads_left() or ""
+    except Exception as error:
+        _why = harmless.error(error)
+    if _why and _zygote is not None:
+        _zygote.close()
+        _zygote = None
+
+
+def _threads_left() -> str | None:
+    """Threads that are there after a fork; those of libraries that know of forks, such as OpenBLAS, end before it."""
+    tasks = (each for each in Path("/proc/self/task").iterdir() if each.name != str(os.getpid()))
+    names = [name for each in tasks if not _HARMLESS.match(name := (each / "comm").read_text().strip())]
+    return f"threads of libraries are running ({', '.join(names)})" if names else None
 
 
 def reason_to_spawn() -> str | None:

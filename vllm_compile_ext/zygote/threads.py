@@ -21,7 +21,7 @@ def problem(seen: Mapping[str, str], now: Mapping[str, str]) -> str | None:
         library for library in after - before if not (Path(library).name.startswith("libgomp") and _mapped(library))
     ]
     if late or before - after:
-        return f"LD_PRELOAD was changed ({', '.join(late or before - after)})"
+        return f"LD_PRELOAD was changed ({', '.join(Path(each).name for each in late or before - after)})"
     threads, processors = (now.get(name, "") for name in KNOWN[1:])
     if seen.get(KNOWN[2]) != now.get(KNOWN[2]) and (
         KNOWN[2] in seen or not re.fullmatch(r"\d+( \d+)*", processors) or threads != str(len(processors.split()))

@@ -9,10 +9,13 @@ import os
 import signal
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.zygote import NotForkedError, child
 
 _MOST_FILES = 250  # of one message; Linux allows 253
@@ -36,7 +39,7 @@ class Zygote:
         if self.pid == 0:
             _only(lambda: _serve(theirs, [ours.detach(), *others], seen))
         theirs.close()
-        self._socket = ours
+        self._socket, self._lock = ours, threading.Lock()
 
     def fork(self, told: child.Told, files: Sequence[int]) -> int:
         """A new child process of this one, which is told `told` and gets `files`; returns its number.
@@ -48,7 +51,7 @@ class Zygote:
         ours, theirs = socket.socketpair()
         with Connection(ours.detach()) as connection, theirs:
             try:
-                with _adopting_orphans():
+                with self._lock, _adopting_orphans():
                     socket.send_fds(self._socket, [b"f"], [theirs.fileno(), *files])
                     theirs.close()
                     connection.send((self.owner, told))
@@ -56,7 +59,7 @@ class Zygote:
                         raise NotForkedError("the zygote does not answer")
                     number, problem = connection.recv()
             except (OSError, EOFError) as error:
-                raise NotForkedError(f"the zygote has ended ({type(error).__name__})") from None
+                raise NotForkedError(f"the zygote does not answer ({harmless.error(error)})") from None
         if problem:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(number, 0)
@@ -97,6 +100,8 @@ def _only(function: Callable[[], int | None]) -> NoReturn:
     code = 1
     try:
         code = function() or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code & 0xFF)
 

@@ -102,3 +102,11 @@ def settings(pipe: Connection) -> None:
     from torch._inductor import config
 
     pipe.send((config.compile_threads, config.cpp.dynamic_threads, values.ValueClass.__name__))
+
+
+class Unreadable:
+    def __getstate__(self) -> int:
+        return 1
+
+    def __setstate__(self, state: int) -> None:
+        raise ValueError("unreadable")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import process
-from vllm_compile_ext.zygote import context, front
+from vllm_compile_ext.zygote import NotForkedError, context, front
 
 # A program makes its zygote, then changes what a spawned process would inherit.
 BEGIN = """
@@ -167,7 +167,7 @@ REASONS = {
     "threads of no number": ("os.environ['OMP_NUM_THREADS'] = 'all'", "OMP_NUM_THREADS was set to 'all'"),
     "priority": ("os.nice(1)", "the priority is not as it was"),
     "executable": ("multiprocessing.set_executable('/bin/true2')", "Python's executable is not as it was"),
-    "killed": ("os.kill(front._zygote.pid, signal.SIGKILL); time.sleep(0.2)", "the zygote has ended"),
+    "killed": ("os.kill(front._zygote.pid, signal.SIGKILL); time.sleep(0.2)", "the zygote does not answer"),
 }
 
 
@@ -340,3 +340,32 @@ def test_metrics_that_were_made_before_stay_as_they_are(tmp_path: Path) -> None:
         tmp_path,
     )
     assert "PROMETHEUS_MULTIPROC_DIR was set after metrics were made" in line
+
+
+def test_whatever_goes_wrong_the_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "reason_to_spawn", lambda: 1 / 0)
+    monkeypatch.setattr(front, "_zygote", None)
+    monkeypatch.setattr(front, "_why", "")
+    front.make()
+    with pytest.raises(NotForkedError, match="ZeroDivisionError"):
+        front.zygote()
+
+
+def test_arguments_that_cannot_be_read_are_told_of(tmp_path: Path) -> None:
+    outcome = process.run(
+        BEGIN
+        + """
+if __name__ == "__main__":
+    begin()
+    codes = []
+    for found in (stock.SpawnContext(), context.Context()):
+        made = found.Process(target=spawned.tell, args=(spawned.Unreadable(),))
+        made.start()
+        made.join()
+        codes.append(made.exitcode)
+    report([codes, said])
+""",
+        folder=tmp_path,
+    )
+    assert outcome.value == [[1, 1], []]
+    assert outcome.output.count("ValueError: unreadable") == 2
