@@ -221,7 +221,7 @@ DOCTOR = """
 @pytest.mark.parametrize(
     ("env", "code", "states"),
     [
-        ({}, 0, {"swap": "ok", "changes": "ok", "versions": "ok"}),
+        ({}, 0, {"swap": "ok", "changes": "ok", "versions": "ok", "bytecode": "ok"}),
         (
             {"VLLM_PLUGINS": "another", "VLLM_COMPILE_DEPYF": "2"},
             1,

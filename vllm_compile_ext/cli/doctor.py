@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from vllm_compile_ext import __version__, changes, finder, plugin, settings, versions
 from vllm_compile_ext.cli import shared
 from vllm_compile_ext.cli.shared import JsonOption
+from vllm_compile_ext.record import bytecode
 from vllm_compile_ext.report.formats import size
 from vllm_compile_ext.store import kernels
 from vllm_compile_ext.store.files import Tree
@@ -88,6 +89,10 @@ def findings() -> Iterator[Finding]:
         yield bad("changes", "\n".join([head, *problems]), STOCK)
     elif active:
         yield ok("changes", f"what the {len(changes.TABLE)} changes of docs/changes.md need of vLLM and torch is there")
+    if without := bytecode.missing():
+        yield off("bytecode", without, bytecode.WAY_OUT)
+    else:
+        yield ok("bytecode", "what is imported is compiled once, not in every process")
     yield store()
     folder = str(kernels.folder())
     kept = [cache.name for cache in kernels.CACHES if os.environ.get(cache.variable, "").startswith(folder)]

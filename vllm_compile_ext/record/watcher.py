@@ -9,7 +9,7 @@ import logging
 import threading
 
 from vllm_compile_ext import harmless, settings
-from vllm_compile_ext.record import metrics, otlp, phases, read
+from vllm_compile_ext.record import bytecode, metrics, otlp, phases, read
 from vllm_compile_ext.record.events import quiet
 from vllm_compile_ext.record.read import OTHER, Start
 from vllm_compile_ext.record.recorder import Recorder, now
@@ -71,6 +71,8 @@ def _say_ready(start: Start) -> None:
     for row in phases.breakdown(start).rows:
         metrics.set("startup_seconds", row.seconds, phase=row.phase)
     logger.info("%s", table(start, read.previous(start)))
+    if missing := bytecode.missing():
+        logger.info("%s (%s)", missing, bytecode.WAY_OUT)
 
 
 def progress_line(start: Start, time: int) -> str:

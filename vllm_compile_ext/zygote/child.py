@@ -7,7 +7,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import process, resource_tracker, spawn, util
 from multiprocessing.connection import Connection
@@ -35,8 +35,13 @@ class Told:
     tracker: int
 
 
-def run(connection: Connection, files: Sequence[int], seen: Mapping[str, str]) -> int:
-    """Be the process that is asked for; returns its exit status.  `seen`: the environment while all was imported."""
+def run(
+    connection: Connection, files: Sequence[int], seen: Mapping[str, str], make_zygote: Callable[[Sequence[int]], None]
+) -> int:
+    """Be the process that is asked for; returns its exit status.
+
+    seen: the environment while all was imported.  make_zygote: makes one for this process, without the files it names.
+    """
     with connection:
         parent, told = connection.recv()
         try:
@@ -45,7 +50,7 @@ def run(connection: Connection, files: Sequence[int], seen: Mapping[str, str]) -
             told.surroundings.give(seen)
             _forget(told.name)
             if told.starts:
-                _make_zygote(told.files[3:], seen)
+                make_zygote(told.files[3:])
             threads.follow(seen, os.environ)
         except (NotForkedError, OSError, ValueError) as error:
             connection.send((os.getpid(), str(error)))
@@ -56,12 +61,6 @@ def run(connection: Connection, files: Sequence[int], seen: Mapping[str, str]) -
     atexit._run_exitfuncs()
     util._flush_std_streams()  # type: ignore[attr-defined]
     return code
-
-
-def _make_zygote(others: Sequence[int], seen: Mapping[str, str]) -> None:
-    from vllm_compile_ext.zygote import front
-
-    front.make(others=others, seen=seen)
 
 
 def _wait_for_parent(parent: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -57,7 +58,8 @@ def make(reason: str | None = None, others: Sequence[int] = (), seen: Mapping[st
     try:
         _why = reason or reason_to_spawn() or ""
         if not _why:
-            _zygote = Zygote(others, seen or dict(os.environ))
+            seen = seen or dict(os.environ)
+            _zygote = Zygote(others, seen, functools.partial(make, None, seen=seen))
             _why = _threads_left() or ""
     except Exception as error:
         _why = harmless.error(error)

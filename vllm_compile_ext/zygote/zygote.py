@@ -29,15 +29,18 @@ class Zygote:
     owner, pid: the numbers of that process and of the zygote.
     """
 
-    def __init__(self, others: Sequence[int], seen: Mapping[str, str]) -> None:
-        """others: open files of this process that the zygote closes.  seen: the environment while all was imported."""
+    def __init__(
+        self, others: Sequence[int], seen: Mapping[str, str], make_zygote: Callable[[Sequence[int]], None]
+    ) -> None:
+        """others: open files of this process that the zygote closes.  The rest is for `child.run`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.owner = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _only(lambda: _serve(theirs, [ours.detach(), *others], seen))
+            be = functools.partial(child.run, seen=seen, make_zygote=make_zygote)
+            _only(lambda: _serve(theirs, [ours.detach(), *others], be))
         theirs.close()
         self._socket, self._lock = ours, threading.Lock()
 
@@ -72,7 +75,7 @@ class Zygote:
         os.waitpid(self.pid, 0)
 
 
-def _serve(requests: socket.socket, others: Sequence[int], seen: Mapping[str, str]) -> None:
+def _serve(requests: socket.socket, others: Sequence[int], be: Callable[..., int]) -> None:
     """Fork for each request, until the process that asks has ended."""
     for file in others:
         os.close(file)
@@ -88,7 +91,7 @@ def _serve(requests: socket.socket, others: Sequence[int], seen: Mapping[str, st
         if between == 0:
             if os.fork() == 0:
                 requests.close()
-                _only(functools.partial(child.run, Connection(files[0]), files[1:], seen))
+                _only(functools.partial(be, Connection(files[0]), files[1:]))
             os._exit(0)
         os.waitpid(between, 0)
         for file in files:
