@@ -170,17 +170,22 @@ def rows(measured: dict[str, Starts], counts: dict[str, ranks.Count]) -> list[Ro
 def start_table(size: str, starts: Starts) -> Table:
     """A row for each kind of start of one model; a ratio is to stock's start of the same kind."""
     grid = Table(title=f"vllm serve, {size}: seconds, ours as a ratio to stock's", title_justify="left")
-    for name in ("start", "first pass", "torch.compile (vLLM's figure)", "engine init", "ready", "code was"):
+    columns = ("first pass", "torch.compile (vLLM's figure)", "engine init", "ready", "first request", "all requests")
+    for name in ("start", *columns, "code was"):
         grid.add_column(name, justify="left" if name == "start" else "right")
     done = {start: each.result for start, each in starts.items()}
     for start, result in done.items():
-        stock = done.get(start.replace("ours", "stock")) if start.startswith("ours") else None
+        stock = (
+            done.get(start.replace("ours", "stock").replace("spawned", "warm")) if start.startswith("ours") else None
+        )
         names = ("first_run", "compile", "init", "ready")
         cells = [demo.cell(result.phases.get(name), stock.phases.get(name) if stock else None) for name in names]
+        cells.append(demo.cell(result.first, stock.first if stock else None))
+        cells.append(demo.cell(result.requests, stock.requests if stock else None))
         grid.add_row(start, *cells, result.code)
     same = [
         f"{one} as {other}: {demo.agreement(done[one].answers, done[other].answers)}"
-        for one, other in (("ours warm", "ours cold"), ("ours cold", "stock cold"))
+        for one, other in (("ours warm", "ours cold"), ("ours spawned", "ours cold"), ("ours cold", "stock cold"))
         if one in done and other in done
     ]
     grid.caption, grid.caption_justify = "tokens, " + "; ".join(same), "left"
@@ -224,7 +229,7 @@ def main() -> int:
     parser.add_argument("--ranks", action="store_true", help="also start two ranks; needs two cores or two GPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     args = parser.parse_args()
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = Console() if sys.stdout.isatty() else Console(width=130)
     with demo.running(Path(".demo") / "starts", console) as progress:
         demo.read_ahead(progress)
         measured = {size: measure(size, args.starts, progress) for size in args.sizes or default}
@@ -240,7 +245,8 @@ def main() -> int:
     console.print(machine())
     if args.json:
         runs = {
-            each.result.run.title: each.result.phases | {"kernels": each.kernels}
+            each.result.run.title: each.result.phases
+            | {"kernels": each.kernels, "first_request": each.result.first, "requests": each.result.requests}
             for found in measured.values()
             for each in found.values()
         }
