@@ -59,7 +59,7 @@ def make(reason: str | None = None, others: Sequence[int] = (), seen: Mapping[st
         _why = reason or reason_to_spawn() or ""
         if not _why:
             seen = seen or dict(os.environ)
-            _zygote = Zygote(others, seen, functools.partial(make, None, seen=seen))
+            _zygote = Zygote([*others, *reads.given_files()], seen, functools.partial(make, None, seen=seen))
             _why = _threads_left() or ""
     except Exception as error:
         _why = harmless.error(error)

@@ -1,4 +1,4 @@
-"""Which environment variables Python code has read, and what to do where one is changed after that.
+"""Which environment variables Python code has read, and what to do where one is changed after that; given files.
 
 Standard library only, and little of it: this is imported before anything else is.
 """
@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+_files: list[str] = []
 _read: set[str] | None = None
 _stock: Any = None
 
 
 def watch() -> None:
-    """Note each variable that is read from here on, present or not."""
-    global _read, _stock
+    """Note each variable that is read from here on, present or not; and the files that the process was given."""
+    global _files, _read, _stock
     if _stock is not None:
         return
+    if os.path.isdir("/proc/self/fd"):  # noqa: PTH112
+        _files = os.listdir("/proc/self/fd")  # noqa: PTH208
     _read = noted = set[str]()
     _stock = stock = type(os.environ).__getitem__
 
@@ -40,6 +43,18 @@ def stop() -> None:
     if _stock is not None:
         type(os.environ).__getitem__ = _stock  # type: ignore[method-assign]
         _stock = None
+
+
+def given_files() -> list[int]:
+    """Open files, beside the standard streams, that whoever started the process has left it; a spawned one has none."""
+    return [int(file) for file in _files if int(file) > 2 and _is_given(int(file))]
+
+
+def _is_given(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)  # what Python itself opens is not
+    except OSError:
+        return False
 
 
 def was_read(name: str) -> bool:

@@ -110,3 +110,7 @@ class Unreadable:
 
     def __setstate__(self, state: int) -> None:
         raise ValueError("unreadable")
+
+
+def files(pipe: Connection) -> None:
+    pipe.send([str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()])

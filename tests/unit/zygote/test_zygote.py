@@ -342,6 +342,19 @@ def test_metrics_that_were_made_before_stay_as_they_are(tmp_path: Path) -> None:
     assert "PROMETHEUS_MULTIPROC_DIR was set after metrics were made" in line
 
 
+def test_files_that_the_command_was_given_stay_its_own(tmp_path: Path) -> None:
+    open_files, said = run(
+        """
+    os.set_inheritable(os.open("given", os.O_CREAT), True)  # as of `flock`, or a shell's redirection
+    begin()
+    report([run(context.Context(), spawned.files)[0], said])
+        """,
+        tmp_path,
+    )
+    assert said == []
+    assert not any("given" in name for name in open_files)
+
+
 def test_whatever_goes_wrong_the_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "reason_to_spawn", lambda: 1 / 0)
     monkeypatch.setattr(front, "_zygote", None)
