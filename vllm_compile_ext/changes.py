@@ -87,7 +87,6 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     OFF: (
         ("vllm.envs", "compile_factors", "settings:without_ours", "our variables are not in stock's cache key"),
         ("", "os.environ: JIT caches", "store.kernels:leave", "what a parent with the plugin has set is taken away"),
-        ("", "a forked process", "zygote.front:end", "what the .pth file has made is ended"),
     ),
     NOT_RECORDED: (("", "sys.meta_path", "plugin:drop_record", "what the .pth file has begun is dropped"),),
     ACTIVE: (

@@ -99,6 +99,8 @@ def _take_over() -> Status:
 
 def _give_up(error: Exception) -> Status:
     global _undos
+    if (front := sys.modules.get("vllm_compile_ext.zygote.front")) is not None:
+        front.end()
     bad_value = isinstance(error, settings.EnvError)
     reason = str(error) if bad_value or isinstance(error, PluginError | finder.TooLateError) else harmless.error(error)
     if settings.strict():

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import os
+import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import process, resource_tracker, spawn, util
 from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any
 
+from vllm_compile_ext import harmless
 from vllm_compile_ext.finder import finder
-from vllm_compile_ext.zygote import NotForkedError, threads
+from vllm_compile_ext.zygote import NotForkedError, reads, threads
 from vllm_compile_ext.zygote.surroundings import Surroundings
 
 
@@ -36,31 +39,35 @@ class Told:
 
 
 def run(
-    connection: Connection, files: Sequence[int], seen: Mapping[str, str], make_zygote: Callable[[Sequence[int]], None]
+    connection: Connection, files: Sequence[int], make_zygote: Callable[[Sequence[int]], Callable[[], None]]
 ) -> int:
     """Be the process that is asked for; returns its exit status.
 
-    seen: the environment while all was imported.  make_zygote: makes one for this process, without the files it names.
+    make_zygote: makes one for this process, without the files that it names; returns what ends it.
     """
-    with connection:
+    end: Callable[[], object] = int
+    with connection, contextlib.suppress(OSError):  # nobody listens any more
+        connection.send(os.getpid())
         parent, told = connection.recv()
         try:
             _wait_for_parent(parent)
             _place(files, told.files)
-            told.surroundings.give(seen)
+            told.surroundings.give()
             _forget(told.name)
             if told.starts:
-                make_zygote(told.files[3:])
-            threads.follow(seen, os.environ)
-        except (NotForkedError, OSError, ValueError) as error:
-            connection.send((os.getpid(), str(error)))
+                end = make_zygote([*told.files[3:], connection.fileno()])
+            threads.follow(reads.first(), os.environ)
+        except Exception as error:
+            end()
+            connection.send(str(error) if isinstance(error, NotForkedError) else harmless.error(error))
             return 0
-        connection.send((os.getpid(), ""))
+        connection.send("")
     setattr(resource_tracker._resource_tracker, "_fd", told.tracker)  # noqa: B010
-    code: int = spawn._main(told.pipe, os.dup(told.pipe))
-    atexit._run_exitfuncs()
-    util._flush_std_streams()  # type: ignore[attr-defined]
-    return code
+    try:
+        return int(spawn._main(told.pipe, os.dup(told.pipe)))
+    finally:
+        atexit._run_exitfuncs()
+        util._flush_std_streams()  # type: ignore[attr-defined]
 
 
 def _wait_for_parent(parent: int) -> None:
@@ -73,6 +80,8 @@ def _wait_for_parent(parent: int) -> None:
 
 def _place(files: Sequence[int], numbers: Sequence[int]) -> None:
     """Give the files that were sent the numbers that they had."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the asker's limit may be higher than this one
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for file in files]
     for file in files:
         os.close(file)

@@ -39,12 +39,12 @@ class Popen(_Spawned):
         zygote = front.zygote()
         config = process_obj._kwargs.get("vllm_config")
         backend = getattr(getattr(config, "parallel_config", None), "distributed_executor_backend", None)
-        if reason := reason_to_spawn(config):
-            raise NotForkedError(reason)
         try:
-            surroundings = Surroundings()
-        except OSError as error:
+            reason, surroundings = reason_to_spawn(config), Surroundings()
+        except Exception as error:
             raise NotForkedError(harmless.error(error)) from error
+        if reason:
+            raise NotForkedError(reason)
         tracker: Any = resource_tracker.getfd()
         self._fds.append(tracker)
         data = io.BytesIO()
@@ -76,7 +76,9 @@ class Popen(_Spawned):
 
 def reason_to_spawn(config: Any) -> str | None:
     """Why a process with this `VllmConfig` is spawned by vLLM's own advice (vllm/config/vllm.py, 0.32)."""
-    model = getattr(config, "model_config", None)
+    parallel, model = getattr(config, "parallel_config", None), getattr(config, "model_config", None)
+    if "ray" in (getattr(parallel, name, None) for name in ("distributed_executor_backend", "data_parallel_backend")):
+        return "Ray in a fork has not been tried"
     if getattr(getattr(model, "hf_config", None), "model_type", None) == "whisper":
         return "Whisper is known to hang in forked workers"
     if getattr(getattr(model, "multimodal_config", None), "mm_tensor_ipc", None) == "torch_shm":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import platform
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -41,16 +40,24 @@ def _watch(module: ModuleType) -> None:
     def cli_env_setup() -> None:
         method = os.environ.get(METHOD)
         stock()
-        if sys.argv[1:2] == ["serve"] or "api_server" in sys.argv[0]:
+        if _is_vllm_serve():
             make(f"{METHOD}={method} is set" if method else None)
 
     module.cli_env_setup = cli_env_setup  # type: ignore[attr-defined]
 
 
-def make(reason: str | None = None, others: Sequence[int] = (), seen: Mapping[str, str] | None = None) -> None:
-    """Make the zygote of this process, unless there is a `reason` not to.  Raises nothing.
+def _is_vllm_serve() -> bool:
+    """Whether the program is vLLM's own: the file of another, which is run again in the fork, may not bear that."""
+    name = str(getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", ""))
+    if name.startswith("vllm.") and "api_server" in name:
+        return True
+    return (name.startswith("vllm.") or Path(sys.argv[0]).name == "vllm") and sys.argv[1:2] == ["serve"]
 
-    others: files that it does not need.  seen: the environment while all was imported, if that is not the present one.
+
+def make(reason: str | None = None, others: Sequence[int] = ()) -> None:
+    """Make the zygote of this process, unless there is a `reason` not to.  `others`: files that it does not need.
+
+    Raises nothing.
     """
     global _zygote, _why
     reads.stop()
@@ -58,14 +65,19 @@ def make(reason: str | None = None, others: Sequence[int] = (), seen: Mapping[st
     try:
         _why = reason or reason_to_spawn() or ""
         if not _why:
-            seen = seen or dict(os.environ)
-            _zygote = Zygote([*others, *reads.given_files()], seen, functools.partial(make, None, seen=seen))
+            reads.first()
+            _zygote = Zygote([*others, *reads.given_files()], _make_below)
             _why = _threads_left() or ""
     except Exception as error:
         _why = harmless.error(error)
     if _why and _zygote is not None:
         _zygote.close()
         _zygote = None
+
+
+def _make_below(others: Sequence[int]) -> Callable[[], None]:
+    make(others=others)
+    return end
 
 
 def _threads_left() -> str | None:
@@ -85,6 +97,10 @@ def reason_to_spawn() -> str | None:
         return "WSL's NVML does not work in a fork"
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return "Ray has been started"
+    if re.search(r"^TracerPid:\s*[1-9]", Path("/proc/self/status").read_text(), re.MULTILINE) or any(
+        name in os.environ for name in ("CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH")
+    ):
+        return "a native debugger or profiler is at work"
     version = sys.modules["torch"].version if "torch" in sys.modules else None
     if getattr(version, "hip", None) or getattr(version, "xpu", None):
         return "only CPUs and CUDA have been tried"
@@ -119,7 +135,7 @@ def wanted() -> bool:
 
 
 def end() -> None:
-    """The plugin does not take over: end it.  A row of the table of changes."""
+    """End it, where there is one."""
     global _zygote
     reads.stop()
     if _zygote is not None:

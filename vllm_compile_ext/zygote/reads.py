@@ -14,24 +14,30 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+_first: dict[str, str] | None = None  # the environment that the process began with
+_read: dict[str, str | None] = {}  # what was read of it, at first
 _files: list[str] = []
-_read: set[str] | None = None
 _stock: Any = None
 
 
 def watch() -> None:
     """Note each variable that is read from here on, present or not; and the files that the process was given."""
-    global _files, _read, _stock
+    global _first, _files, _stock
     if _stock is not None:
         return
+    _first = dict(os.environ)
     if os.path.isdir("/proc/self/fd"):  # noqa: PTH112
         _files = os.listdir("/proc/self/fd")  # noqa: PTH208
-    _read = noted = set[str]()
+    _read.clear()
     _stock = stock = type(os.environ).__getitem__
 
     def read(self: Any, key: str) -> str:
-        noted.add(key)
-        found: str = stock(self, key)
+        try:
+            found: str = stock(self, key)
+        except KeyError:
+            _read.setdefault(key, None)
+            raise
+        _read.setdefault(key, found)
         return found
 
     type(os.environ).__getitem__ = read  # type: ignore[method-assign]
@@ -57,9 +63,21 @@ def _is_given(file: int) -> bool:
         return False
 
 
-def was_read(name: str) -> bool:
-    """Whether it was, or nobody watched."""
-    return _read is None or name in _read
+def first() -> dict[str, str]:
+    """The environment that the process began with, which C code has seen.  Raises `NotForkedError`: nobody watched."""
+    if _first is None:
+        raise NotForkedError("nobody noted what its imports read of the environment")
+    return _first
+
+
+def names() -> set[str]:
+    """The variables that Python code has read."""
+    return set(_read)
+
+
+def at_import(name: str) -> str | None:
+    """What imports have seen of a variable: what was first read, else what the process began with."""
+    return _read[name] if name in _read else first().get(name)
 
 
 def _compile_threads(value: str | None) -> None:
@@ -82,8 +100,18 @@ def _metrics_of_many(value: str | None) -> None:
     values.ValueClass = values.get_value_class()
 
 
-# Read anew by whoever uses them.
-LATE = frozenset(("VLLM_WORKER_MULTIPROC_METHOD", "_VLLM_COMPILE_EXT_START", "_VLLM_COMPILE_EXT_RUN"))
+# Read anew by whoever uses them, or, the last two, set by whoever reads them and finds nothing (torch, TileLang).
+LATE = frozenset(
+    (
+        *(
+            "VLLM_WORKER_MULTIPROC_METHOD",
+            "_VLLM_COMPILE_EXT_START",
+            "_VLLM_COMPILE_EXT_RUN",
+            "TORCHINDUCTOR_CACHE_DIR",
+        ),
+        *("TRITON_CACHE_AUTOTUNING", "TILELANG_CLEANUP_TEMP_FILES"),
+    )
+)
 # Read when a module is imported, which then sets something (torch/_inductor/config.py, 2.13 and 2.14;
 # prometheus_client/values.py, 0.22): sets it again.
 SET_BY: dict[str, Callable[[str | None], None]] = {

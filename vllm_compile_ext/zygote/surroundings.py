@@ -28,6 +28,8 @@ def fixed() -> dict[str, Any]:
         "the priority": os.getpriority(os.PRIO_PROCESS, 0),
         "the scheduling policy": os.sched_getscheduler(0),
         "the out-of-memory score": Path("/proc/self/oom_score_adj").read_text(),
+        "the process group or session": (os.getpgrp(), os.getsid(0)),
+        "a capability or a filter": re.findall(r"^(?:Cap|NoNewPrivs|Seccomp)\w*:.*", _status(), re.MULTILINE),
         "the root folder": str(Path("/proc/self/root").readlink()),
         "Python's executable": os.fsdecode(spawn.get_executable()),
     }
@@ -50,7 +52,11 @@ def _ignored() -> set[int]:
 
 
 def _umask() -> int:
-    return int(re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.M)[1], 8)  # type: ignore[index]
+    return int(re.findall(r"^Umask:\s*(\d+)", _status(), re.MULTILINE)[0], 8)
+
+
+def _status() -> str:
+    return Path("/proc/self/status").read_text()
 
 
 def _limits() -> dict[int, tuple[int, int]]:
@@ -74,15 +80,15 @@ class Surroundings:
     processors: set[int] = field(default_factory=lambda: os.sched_getaffinity(0))
     fixed: dict[str, Any] = field(default_factory=fixed)
 
-    def give(self, seen: Mapping[str, str]) -> None:
-        """Make them this process's; `seen` is the environment while all was imported.
+    def give(self) -> None:
+        """Make them this process's.
 
         Raises `NotForkedError`, and `OSError` or `ValueError` where the system refuses.
         """
         here = fixed()
         if differ := [what for what, value in self.fixed.items() if here.get(what) != value]:
             raise NotForkedError(f"{differ[0]} is not as it was")
-        check_environment(seen, self.environ)
+        check_environment(self.environ, self.folder)
         for name in os.environ.keys() - self.environ.keys():
             del os.environ[name]
         for name, value in self.environ.items():
@@ -101,10 +107,11 @@ class Surroundings:
         signal.pthread_sigmask(signal.SIG_SETMASK, self.blocked)
         os.sched_setaffinity(0, self.processors)
         for name, apply in reads.SET_BY.items():
-            if seen.get(name) != self.environ.get(name):
+            if reads.at_import(name) != self.environ.get(name):
                 apply(self.environ.get(name))
 
 
+_LIBRARIES = "LD_LIBRARY_PATH"
 # Read by the loader of programs, by C and C++ libraries, by Python itself: where no Python code sees it.
 _NATIVE = re.compile(
     "(LD|PYTHON|MALLOC|GLIBC|OMP|GOMP|KMP|MKL|OPENBLAS|GOTO|BLIS|DNNL|ONEDNN|TORCH|PYTORCH|ATEN|C10|CUDA|CUBLAS"
@@ -112,11 +119,20 @@ _NATIVE = re.compile(
 )
 
 
-def check_environment(seen: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise `NotForkedError` where `now` has a variable that was read while it was as in `seen`, or may have been."""
-    if problem := threads.problem(seen, now):
+def check_environment(now: Mapping[str, str], folder: str) -> None:
+    """Raise `NotForkedError` where a process that begins with `now` in `folder` would import something else."""
+    first, read = reads.first(), reads.names()
+    if problem := threads.problem(first, now):
         raise NotForkedError(problem)
-    changed = {name for name in {*seen, *now} if seen.get(name) != now.get(name)}
-    changed -= {*threads.KNOWN, *reads.LATE, *reads.SET_BY}
-    if late := sorted(name for name in changed if _NATIVE.match(name) or reads.was_read(name)):
+    known = {*threads.KNOWN, *reads.LATE, *reads.SET_BY}
+    if not _new_libraries(first.get(_LIBRARIES, ""), now.get(_LIBRARIES, ""), folder):
+        known.add(_LIBRARIES)
+    names = {*(name for name in (*first, *now) if _NATIVE.match(name)), *read} - known
+    if late := sorted(name for name in names if reads.at_import(name) != now.get(name)):
         raise NotForkedError(f"{', '.join(late)} changed after it may have been read")
+
+
+def _new_libraries(first: str, now: str, folder: str) -> bool:
+    """Whether another search path finds other libraries: OpenCV adds a folder that pip does not make."""
+    before, after = ({str(Path(folder, part)) for part in value.split(":") if value} for value in (first, now))
+    return bool(before - after) or any(next(Path(part).glob("*.so*"), None) for part in after - before)

@@ -5,6 +5,7 @@ A spawned process's OpenMP reads its variables when it is loaded; a fork's has b
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Mapping
@@ -48,11 +49,23 @@ def follow(seen: Mapping[str, str], now: Mapping[str, str]) -> None:
         os.sched_setaffinity(0, processors[:1])  # other threads, which begin later, get it from this one
     if seen.get("OMP_NUM_THREADS") != now.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(now["OMP_NUM_THREADS"]))
+        if not {"OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS"} & now.keys():
+            _set_openblas(int(now["OMP_NUM_THREADS"]))
     if pinned:
         before = _threads()
         torch.zeros(1 << 20).add_(1)  # large enough for OpenMP's threads to begin
         for thread, processor in zip(sorted(_threads() - before), processors[1:], strict=False):
             os.sched_setaffinity(thread, {processor})
+
+
+def _set_openblas(threads: int) -> None:
+    """NumPy and OpenCV each bring an OpenBLAS, which asks for `OMP_NUM_THREADS` when it is loaded."""
+    maps = Path("/proc/self/maps").read_text()
+    for path in {*re.findall(r" (/\S*openblas\S*)$", maps, re.MULTILINE)}:
+        library = ctypes.CDLL(path)
+        for name in ("openblas_set_num_threads", "scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_"):
+            if (function := getattr(library, name, None)) is not None:
+                function(threads)
 
 
 def _threads() -> set[int]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
@@ -19,7 +22,8 @@ from vllm_compile_ext import harmless
 from vllm_compile_ext.zygote import NotForkedError, child
 
 _MOST_FILES = 250  # of one message; Linux allows 253
-_ANSWER = 30.0  # seconds; it takes milliseconds
+_PATIENCE = 30  # seconds for what takes milliseconds
+_HIGH = 200  # numbers of files from here on are nobody's
 _SET_SUBREAPER, _GET_SUBREAPER = 36, 37  # linux/prctl.h
 
 
@@ -29,17 +33,14 @@ class Zygote:
     owner, pid: the numbers of that process and of the zygote.
     """
 
-    def __init__(
-        self, others: Sequence[int], seen: Mapping[str, str], make_zygote: Callable[[Sequence[int]], None]
-    ) -> None:
-        """others: open files of this process that the zygote closes.  The rest is for `child.run`."""
+    def __init__(self, others: Sequence[int], make_zygote: Callable[[Sequence[int]], Callable[[], None]]) -> None:
+        """others: open files of this process that the zygote closes.  make_zygote: for `child.run`."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.owner = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         self.pid = os.fork()
         if self.pid == 0:
-            be = functools.partial(child.run, seen=seen, make_zygote=make_zygote)
+            be = functools.partial(child.run, make_zygote=make_zygote)
             _only(lambda: _serve(theirs, [ours.detach(), *others], be))
         theirs.close()
         self._socket, self._lock = ours, threading.Lock()
@@ -51,51 +52,82 @@ class Zygote:
         """
         if len(files) > _MOST_FILES - 1:
             raise NotForkedError(f"{len(files)} files are to be handed over")
+        number = 0
         ours, theirs = socket.socketpair()
-        with Connection(ours.detach()) as connection, theirs:
+        for each in (ours, self._socket):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _PATIENCE, 0))
+        with Connection(ours.detach()) as connection, theirs, self._lock:
             try:
-                with self._lock, _adopting_orphans():
+                with _adopting_orphans():
                     socket.send_fds(self._socket, [b"f"], [theirs.fileno(), *files])
                     theirs.close()
                     connection.send((self.owner, told))
-                    if not connection.poll(_ANSWER):
-                        raise NotForkedError("the zygote does not answer")
-                    number, problem = connection.recv()
+                    number, problem = _answer(connection), _answer(connection)
             except (OSError, EOFError) as error:
-                raise NotForkedError(f"the zygote does not answer ({harmless.error(error)})") from None
+                self.close()  # and never again
+                problem = f"the zygote does not answer ({harmless.error(error)})"
         if problem:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(number, 0)
-            raise NotForkedError(problem)
+            with contextlib.suppress(OSError):  # ended, or not this process's child
+                if number:
+                    os.kill(number, signal.SIGKILL)
+                    os.waitpid(number, 0)
+            raise NotForkedError(str(problem))
         return int(number)
 
     def close(self) -> None:
-        """End it; it ends by itself when this process does."""
+        """End it; it ends by itself when its owner does."""
+        if self.owner != os.getpid():
+            return
         self._socket.close()
-        os.waitpid(self.pid, 0)
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)  # it may hold a lock of a library, and has nothing to lose
+            os.waitpid(self.pid, 0)
+
+
+def _answer(connection: Connection) -> Any:
+    if not connection.poll(_PATIENCE):
+        raise TimeoutError(f"{_PATIENCE} s")
+    return connection.recv()
+
+
+def _flush() -> None:
+    """What is in the buffers would be written by each fork."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    ctypes.CDLL(None).fflush(None)
 
 
 def _serve(requests: socket.socket, others: Sequence[int], be: Callable[..., int]) -> None:
     """Fork for each request, until the process that asks has ended."""
-    for file in others:
+    tracker: Any = resource_tracker._resource_tracker
+    for file in {*others, *filter(None, [tracker._fd])}:
         os.close(file)
+    tracker._fd = tracker._pid = None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for those who have something to end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if "vllm.utils.system_utils" in sys.modules:
         sys.modules["vllm.utils.system_utils"].set_process_title("Zygote")
     while True:
-        _, files, _, _ = socket.recv_fds(requests, 1, _MOST_FILES)
-        if not files:
+        message, files, _, _ = socket.recv_fds(requests, 1, _MOST_FILES)
+        if not message:
             return
         # A process whose parent ends at once is adopted by the one that asks: this is its parent from then on.
-        between = os.fork()
-        if between == 0:
-            if os.fork() == 0:
-                requests.close()
-                _only(functools.partial(be, Connection(files[0]), files[1:]))
-            os._exit(0)
-        os.waitpid(between, 0)
+        with contextlib.suppress(OSError):  # too many processes: the asker sees its connection end
+            between = os.fork()
+            if between == 0:
+                if os.fork() == 0:
+                    requests.close()
+                    _only(functools.partial(_begin, be, files))
+                os._exit(0)
+            os.waitpid(between, 0)
         for file in files:
             os.close(file)
+
+
+def _begin(be: Callable[..., int], files: Sequence[int]) -> int:
+    connection = fcntl.fcntl(files[0], fcntl.F_DUPFD_CLOEXEC, _HIGH)
+    os.close(files[0])
+    return be(Connection(connection), files[1:])
 
 
 def _only(function: Callable[[], int | None]) -> NoReturn:
@@ -106,6 +138,7 @@ def _only(function: Callable[[], int | None]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
+        ctypes.CDLL(None).fflush(None)
         os._exit(code & 0xFF)
 
 

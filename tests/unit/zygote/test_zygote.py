@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from multiprocessing.context import SpawnContext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,7 +21,7 @@ BEGIN = """
 import multiprocessing, os, resource, signal, sys, time, logging
 from multiprocessing import context as stock
 from tests.unit.zygote import spawned
-from vllm_compile_ext.zygote import front, reads, context, NotForkedError
+from vllm_compile_ext.zygote import child, front, reads, context, zygote, NotForkedError
 
 said = []
 class Handler(logging.Handler):
@@ -160,11 +161,23 @@ def test_locks_queues_and_random_numbers(tmp_path: Path) -> None:
 
 
 # What is done after the zygote was made, and what the line says of it.
-REASONS = {
+REASONS: dict[str, tuple[str, str | None]] = {
     "a variable that was read": ("os.environ['READ_BEFORE'] = '1'", "READ_BEFORE changed after it may have been read"),
     "a native one": ("os.environ['MKL_NUM_THREADS'] = '1'", "MKL_NUM_THREADS changed after"),
     "an allocator": ("os.environ['LD_PRELOAD'] = '/lib/libtcmalloc.so'", "LD_PRELOAD was changed"),
     "threads of no number": ("os.environ['OMP_NUM_THREADS'] = 'all'", "OMP_NUM_THREADS was set to 'all'"),
+    "a library's folder": ("os.environ['LD_LIBRARY_PATH'] = os.path.dirname(os.__file__)", None),
+    "libraries": (
+        "open('libany.so.1', 'w').close(); os.environ['LD_LIBRARY_PATH'] = os.getcwd()",
+        "LD_LIBRARY_PATH changed",
+    ),
+    "session": ("os.setsid()", "the process group or session is not as it was"),
+    "error": ("context.Surroundings = lambda: 1 / 0", "ZeroDivisionError"),
+    "stopped": (
+        "zygote._PATIENCE = 1; os.kill(front._zygote.pid, signal.SIGSTOP); os.environ['LARGE'] = 'x' * 100_000",
+        "the zygote does not answer",
+    ),
+    "a child that fails": ("child.threads.follow = None; front.end(); front.make()", "TypeError"),
     "priority": ("os.nice(1)", "the priority is not as it was"),
     "executable": ("multiprocessing.set_executable('/bin/true2')", "Python's executable is not as it was"),
     "killed": ("os.kill(front._zygote.pid, signal.SIGKILL); time.sleep(0.2)", "the zygote does not answer"),
@@ -174,7 +187,7 @@ REASONS = {
 @pytest.mark.parametrize("name", REASONS)
 def test_it_is_spawned_where_it_would_differ(name: str, tmp_path: Path) -> None:
     change, line = REASONS[name]
-    code, said = run(
+    code, said, states = run(
         f"""
     begin()
     {change}
@@ -187,14 +200,19 @@ def test_it_is_spawned_where_it_would_differ(name: str, tmp_path: Path) -> None:
         context._Spawned._launch = spawn
     (seen, pid, code) = run(context.Context())
     assert seen["environ"] == dict(os.environ)
-    report([code, said])
+    below = open(f"/proc/self/task/{{os.getpid()}}/children").read().split()
+    report([code, said, [open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[0] for pid in below]])
         """,
         tmp_path,
     )
     assert code == 0
+    if line is None:
+        assert said == []
+        return
     (found,) = said
     assert found.startswith("Example is spawned and imports everything again, not forked: ")
     assert line in found
+    assert "Z" not in states
 
 
 # What there is before the zygote is to be made.
@@ -208,6 +226,8 @@ NONE = {
     "ray": ("import types; sys.modules['ray'] = types.SimpleNamespace(is_initialized=lambda: True)", "Ray"),
     "driver": ("front._cuda_started = lambda: True", "the CUDA driver has been started"),
     "wsl": ("import platform; u = platform.uname(); platform.uname = lambda: u._replace(release='5-Microsoft')", "WSL"),
+    "native debugger": ("os.environ['CUDA_INJECTION64_PATH'] = '/x'", "a native debugger or profiler"),
+    "nobody watched": ("", "nobody noted what its imports read"),
     "rocm": (
         "import types; sys.modules['torch'] = types.SimpleNamespace(version=types.SimpleNamespace(hip='6'))",
         "CUDA",
@@ -250,21 +270,25 @@ def test_nothing_is_left_when_the_program_is_killed(tmp_path: Path) -> None:
 def test_vllms_command_makes_it_once_it_has_imported_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str | None] = []
     monkeypatch.setattr(front, "make", made.append)
-    for argv, method in (
-        (["/bin/vllm", "serve", "model"], None),
-        (["/bin/vllm", "serve", "model"], "spawn"),
-        (["/x/vllm/entrypoints/openai/api_server.py", "--model", "model"], None),
-        (["/bin/vllm", "bench", "latency"], None),
+    for argv, method, main in (
+        (["/bin/vllm", "serve", "model"], None, None),
+        (["/bin/vllm", "serve", "model"], "spawn", None),
+        (["/x/main.py", "serve", "model"], None, "vllm.entrypoints.cli.main"),
+        (["/x/api_server.py", "--model", "model"], None, "vllm.entrypoints.openai.api_server"),
+        (["/x/my_api_server.py", "serve"], None, None),
+        (["/bin/vllm", "bench", "latency"], None, None),
     ):
         module: Any = ModuleType("vllm.any")
         module.cli_env_setup = lambda: made.append("stock")
         monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", main and ModuleSpec(main, None))
         monkeypatch.delenv(front.METHOD, raising=False)
         if method:
             monkeypatch.setenv(front.METHOD, method)
         front._watch(module)
         module.cli_env_setup()
-    assert made == ["stock", None, "stock", f"{front.METHOD}=spawn is set", "stock", None, "stock"]
+    why = f"{front.METHOD}=spawn is set"
+    assert made == ["stock", None, "stock", why, "stock", None, "stock", None, "stock", "stock"]
 
 
 @pytest.mark.parametrize(
