@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def end(how: str) -> None:
         os._exit(7)
     if how in ("terminate", "interrupt"):
         print("waiting", flush=True)
-        signal.pause()
+        while True:  # not `signal.pause`, which sleeps on where the signal comes just before it
+            time.sleep(0.05)
 
 
 def numbers(pipe: Connection) -> None:
