@@ -23,6 +23,8 @@ from multiprocessing import context as stock
 from tests.unit.zygote import spawned
 from vllm_compile_ext.zygote import child, front, reads, context, zygote, NotForkedError
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a background job it is ignored
+
 said = []
 class Handler(logging.Handler):
     def emit(self, record):
