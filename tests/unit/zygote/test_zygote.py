@@ -168,7 +168,10 @@ REASONS: dict[str, tuple[str, str | None]] = {
     "a native one": ("os.environ['MKL_NUM_THREADS'] = '1'", "MKL_NUM_THREADS changed after"),
     "an allocator": ("os.environ['LD_PRELOAD'] = '/lib/libtcmalloc.so'", "LD_PRELOAD was changed"),
     "threads of no number": ("os.environ['OMP_NUM_THREADS'] = 'all'", "OMP_NUM_THREADS was set to 'all'"),
-    "a library's folder": ("os.environ['LD_LIBRARY_PATH'] = os.path.dirname(os.__file__)", None),
+    "a library's folder": (
+        "os.environ['LD_LIBRARY_PATH'] = f\"{os.environ.get('LD_LIBRARY_PATH', '')}:{os.path.dirname(os.__file__)}\"",
+        None,
+    ),
     "libraries": (
         "open('libany.so.1', 'w').close(); os.environ['LD_LIBRARY_PATH'] = os.getcwd()",
         "LD_LIBRARY_PATH changed",
