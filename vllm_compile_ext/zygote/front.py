@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from vllm_compile_ext import finder, harmless, versions
+from vllm_compile_ext.replace import replace
 from vllm_compile_ext.zygote import NotForkedError, reads
 from vllm_compile_ext.zygote.zygote import Zygote
 
@@ -33,17 +34,17 @@ def wait() -> None:
 
 
 def _watch(module: ModuleType) -> None:
-    stock: Callable[[], None] | None = getattr(module, "cli_env_setup", None)
-    if stock is None:
-        return
+    def and_make(stock: Callable[[], None]) -> Callable[[], None]:
+        def cli_env_setup() -> None:
+            method = os.environ.get(METHOD)
+            stock()
+            if _is_vllm_serve():
+                make(f"{METHOD}={method} is set" if method else None)
 
-    def cli_env_setup() -> None:
-        method = os.environ.get(METHOD)
-        stock()
-        if _is_vllm_serve():
-            make(f"{METHOD}={method} is set" if method else None)
+        return cli_env_setup
 
-    module.cli_env_setup = cli_env_setup  # type: ignore[attr-defined]
+    if hasattr(module, "cli_env_setup"):
+        replace(module, "cli_env_setup", and_make)
 
 
 def _is_vllm_serve() -> bool:

@@ -43,6 +43,7 @@ class Zygote:
             be = functools.partial(child.run, make_zygote=make_zygote)
             _only(lambda: _serve(theirs, [ours.detach(), *others], be))
         theirs.close()
+        _send_for_a_while(ours)
         self._socket, self._lock = ours, threading.Lock()
 
     def fork(self, told: child.Told, files: Sequence[int]) -> int:
@@ -54,8 +55,7 @@ class Zygote:
             raise NotForkedError(f"{len(files)} files are to be handed over")
         number = 0
         ours, theirs = socket.socketpair()
-        for each in (ours, self._socket):
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _PATIENCE, 0))
+        _send_for_a_while(ours)
         with Connection(ours.detach()) as connection, theirs, self._lock:
             try:
                 with _adopting_orphans():
@@ -75,13 +75,17 @@ class Zygote:
         return int(number)
 
     def close(self) -> None:
-        """End it; it ends by itself when its owner does."""
-        if self.owner != os.getpid():
+        """End it, once; it ends by itself when its owner does."""
+        if self.owner != os.getpid() or self._socket.fileno() < 0:
             return
         self._socket.close()
         with contextlib.suppress(OSError):
             os.kill(self.pid, signal.SIGKILL)  # it may hold a lock of a library, and has nothing to lose
             os.waitpid(self.pid, 0)
+
+
+def _send_for_a_while(to: socket.socket) -> None:
+    to.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _PATIENCE, 0))
 
 
 def _answer(connection: Connection) -> Any:

@@ -411,3 +411,16 @@ if __name__ == "__main__":
     )
     assert outcome.value == [[1, 1], []]
     assert outcome.output.count("ValueError: unreadable") == 2
+
+
+def test_after_the_zygote_has_ended_every_process_is_spawned(tmp_path: Path) -> None:
+    codes, said = run(
+        """
+    begin()
+    os.kill(front._zygote.pid, signal.SIGKILL)
+    report([[run(context.Context())[2] for _ in range(2)], said])
+        """,
+        tmp_path,
+    )
+    assert codes == [0, 0]
+    assert [line.startswith("Example is spawned") for line in said] == [True, True]
