@@ -30,6 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         unpack(PYTHON, Path(folder), site, native=False)
         unpack(NATIVE, Path(folder), site, native=True)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(site / "vllm")], check=False)  # as pip does
     metadata = site / "vllm-0.33.0.dist-info" / "METADATA"
     # vLLM takes the CPU platform where its version says "cpu".
     metadata.write_text(metadata.read_text().replace("Version: 0.33.0\n", "Version: 0.33.0+cpu\n", 1))
