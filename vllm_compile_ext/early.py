@@ -7,6 +7,7 @@ Standard library only, and little of it: this is imported before anything else i
 from __future__ import annotations
 
 import os
+import sys
 
 from vllm_compile_ext import finder
 
@@ -28,10 +29,13 @@ def begin() -> None:
         finder.finder.timing = True
         finder.install().after("vllm.tracing.otel", _record)
     if not off("VLLM_COMPILE_FORK"):
+        from vllm_compile_ext.standby import place
         from vllm_compile_ext.zygote import reads
 
         reads.watch()
         finder.install().after("vllm.tracing.otel", _wait_for_imports)
+        if place.program(sys.orig_argv) and os.path.exists(place.socket()):  # noqa: PTH110
+            finder.finder.before = _ask_standby
 
 
 def off(switch: str) -> bool:
@@ -47,6 +51,12 @@ def _record(tracing: Any) -> None:
 
     tracing.trace = vllm_spans.trace(tracing.trace)
     recorder.begin()
+
+
+def _ask_standby() -> None:
+    from vllm_compile_ext.standby import client
+
+    client.ask()
 
 
 def _wait_for_imports(tracing: Any) -> None:

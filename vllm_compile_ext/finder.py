@@ -72,6 +72,7 @@ class Finder:
     intervals: finished imports of all threads.  sink: called with each instead, where there is one.
     owner: asked what an import that begins belongs to.
     hooks: name of a module -> functions that are called with it once it is imported.
+    before: called once, before vLLM is imported.
     """
 
     def __init__(self) -> None:
@@ -81,9 +82,13 @@ class Finder:
         self.sink: Callable[[Interval], None] | None = None
         self.owner: Callable[[], Any] | None = None
         self.hooks: dict[str, list[Callable[[ModuleType], None]]] = {}
+        self.before: Callable[[], None] | None = None
         self._thread = _local()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == "vllm" and self.before is not None:
+            before, self.before = self.before, None
+            before()
         thread = self._thread.__dict__
         if name.startswith(f"{UPSTREAM}."):  # at any depth: a second copy of a module would have state of its own
             return self._serve(name, name.removeprefix(f"{UPSTREAM}."))
@@ -243,6 +248,7 @@ def remove() -> None:
         sys.meta_path.remove(finder)
     finder.stop_timing()
     finder.hooks.clear()
+    finder.before = None
 
 
 def swap() -> Callable[[], None]:

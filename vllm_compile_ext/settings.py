@@ -86,6 +86,11 @@ class Settings:
         "vllm serve forks its engines and workers from a process that has everything imported, where a fork is as a "
         "spawned process would be; else a line of the log says why it spawns them. 0 always spawns.",
     )
+    VLLM_COMPILE_STANDBY: str = _variable(
+        "",
+        "Folder of the socket at which `vllm serve` looks for `vllm-compile-ext standby`; only its user may have "
+        "access to it. Without a value it is one of the user's own in /tmp.",
+    )
     VLLM_COMPILE_PROGRESS: bool = _variable(
         True,
         "What a start is doing is said in a line of the log every 10 s. 0 says nothing; neither does "

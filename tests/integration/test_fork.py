@@ -1,19 +1,27 @@
-"""`vllm serve` with engine and worker forked is as with both spawned, and leaves nothing behind when it is ended."""
+"""`vllm serve` with engine and worker forked, or forked itself from the standby, is as with all of them spawned, and
+leaves nothing behind when it is ended.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.serve import Server
+from benchmarks.serve import Server, environment
 from tests.conftest import FULL
 
 pytestmark = pytest.mark.engine
@@ -39,7 +47,7 @@ def processes(mark: Path) -> dict[int, Path]:
 def wait_for_end(mark: Path) -> None:
     """Two minutes at most: on a busy machine vLLM takes its time."""
     deadline = time.monotonic() + 120
-    while processes(mark) and time.monotonic() < deadline:
+    while of_servers(mark) and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
@@ -70,10 +78,34 @@ def about(folder: Path) -> dict[str, Any]:
     }
 
 
-def serve(model: Path, folder: Path, name: str, **env: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def standing_by(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The mark of a standby, which its forks have too, and the environment that makes a start one of them."""
+    at, log, mark = tempfile.mkdtemp(prefix="vs-"), folder / "standby.log", folder / "standby"
+    env = {"VLLM_COMPILE_STANDBY": at, "VLLM_CPU_OMP_THREADS_BIND": "0-1", MARK: str(mark)}
+    command = [sys.executable, "-m", "vllm_compile_ext.cli", "standby"]
+    environ = environment(folder / "cache", env)
+    with log.open("wb") as to:
+        process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=to, stderr=to)
+    while "standing by" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    yield mark, env
+    process.terminate()
+    assert process.wait(30) == 0, log.read_text()
+    assert log.read_text().count("standing by for") == 1, log.read_text()
+    shutil.rmtree(at)
+
+
+def of_servers(mark: Path) -> dict[int, Path]:
+    """`processes` without the standby."""
+    return {number: path for number, path in processes(mark).items() if "Standby" not in (path / "cmdline").read_text()}
+
+
+def serve(model: Path, folder: Path, name: str, mark: Path | None = None, **env: str) -> dict[str, Any]:
     """A server that is asked 16 things at once."""
-    log = folder / f"{name}.log"
-    env |= {MARK: str(folder), "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    log, mark = folder / f"{name}.log", mark or folder
+    env |= {MARK: str(mark), "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
     prompts = [f"{n} things that a list {'may ' * n}hold" for n in range(16)]
     with Server(model, log, folder / "cache", env=env, args=ARGS) as server, ThreadPoolExecutor(16) as pool:
         server.wait_ready()
@@ -81,18 +113,21 @@ def serve(model: Path, folder: Path, name: str, **env: str) -> dict[str, Any]:
         asked = [pool.submit(server.post, "/v1/completions", common | {"prompt": prompt}) for prompt in prompts]
         answers = [each.result()["choices"][0] for each in asked]
         found = {}
-        for number, path in processes(folder).items():
+        served = re.findall(r"is served by (\d+)", log.read_text())
+        for number, path in of_servers(mark).items():
             title = (path / "cmdline").read_text().split("\0")[0].strip()
             kind = KINDS.get(title, "zygote" if title == "VLLM::Zygote" else "front" if "python" in title else title)
+            if served and kind == "front" and str(number) not in served:
+                kind = "client"
             if "resource_tracker" not in (path / "cmdline").read_text():
                 found[kind] = (number, about(path))
-        memory = shared_memory(folder)
-    wait_for_end(folder)
+        memory = shared_memory(mark)
+    wait_for_end(mark)
     return {
         "text": [(each["text"], each["logprobs"]["tokens"]) for each in answers],
         "logprobs": [each["logprobs"]["token_logprobs"] for each in answers],
         "found": found,
-        "left": [(path / "cmdline").read_text() for path in processes(folder).values()],
+        "left": [(path / "cmdline").read_text() for path in of_servers(mark).values()],
         "shared": [path for path in memory if path.exists()],
         "memory": len(memory),
         "log": log.read_text(),
@@ -102,45 +137,57 @@ def serve(model: Path, folder: Path, name: str, **env: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ran(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("fork")
-    return {
+    found = {
         "cache": folder / "cache",
         "spawned": serve(llama2, folder, "spawned", VLLM_COMPILE_FORK="0"),
         "forked": serve(llama2, folder, "forked"),
     }
+    with standing_by(folder) as (mark, env):
+        found["standby"] = serve(llama2, folder, "from the standby", mark, **env)
+        found["standby again"] = serve(llama2, folder, "again", mark, **env)
+    return found
+
+
+FORKED = ("forked", "standby", "standby again")
 
 
 def test_it_is_forked(ran: dict[str, Any]) -> None:
-    assert "zygote" in ran["forked"]["found"]
     assert "zygote" not in ran["spawned"]["found"]
-    assert "is spawned" not in ran["forked"]["log"]
+    for how in FORKED:
+        assert "zygote" in ran[how]["found"]
+        assert "is spawned" not in ran[how]["log"]
+        assert ("is served by" in ran[how]["log"]) == (how != "forked")
 
 
-def test_16_requests_at_once_get_the_answers_of_a_spawned_server(ran: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", FORKED)
+def test_16_requests_at_once_get_the_answers_of_a_spawned_server(ran: dict[str, Any], how: str) -> None:
     assert len({text for text, _ in ran["spawned"]["text"]}) > 8
-    assert ran["forked"]["text"] == ran["spawned"]["text"]
-    for forked, spawned in zip(ran["forked"]["logprobs"], ran["spawned"]["logprobs"], strict=True):
+    assert ran[how]["text"] == ran["spawned"]["text"]
+    for forked, spawned in zip(ran[how]["logprobs"], ran["spawned"]["logprobs"], strict=True):
         assert forked == pytest.approx(spawned, abs=1e-4)
 
 
-def test_what_a_spawned_worker_compiled_is_loaded(ran: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", FORKED)
+def test_what_a_spawned_worker_compiled_is_loaded(ran: dict[str, Any], how: str) -> None:
     assert "kept as" in ran["spawned"]["log"]
-    assert "loaded compiled code" in ran["forked"]["log"]
-    assert "cache miss" not in ran["forked"]["log"]
+    assert "loaded compiled code" in ran[how]["log"]
+    assert "cache miss" not in ran[how]["log"]
 
 
+@pytest.mark.parametrize("how", FORKED)
 @pytest.mark.parametrize("kind", ["engine", "worker"])
-def test_a_process_is_as_a_spawned_one(ran: dict[str, Any], kind: str) -> None:
-    seen = {}
-    for how in ("spawned", "forked"):
-        found = ran[how]["found"]
+def test_a_process_is_as_a_spawned_one(ran: dict[str, Any], kind: str, how: str) -> None:
+    seen = []
+    for each in ("spawned", how):
+        found = ran[each]["found"]
         _, what = found[kind]
         above, _ = found["front" if kind == "engine" else "engine"]
-        assert what.pop("parent") == above
-        seen[how] = what
-    assert seen["forked"] == seen["spawned"]
+        assert what["parent"] == above
+        seen.append({name: value for name, value in what.items() if name != "parent"})
+    assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("how", ["spawned", "forked"])
+@pytest.mark.parametrize("how", ["spawned", *FORKED])
 def test_nothing_is_left(ran: dict[str, Any], how: str) -> None:
     assert ran[how]["left"] == []
     assert ran[how]["memory"] > 0
@@ -171,3 +218,18 @@ def test_starts_that_are_ended_at_random_leave_nothing(llama2: Path, ran: dict[s
             left = [(path / "cmdline").read_text() for path in processes(tmp_path).values()]
         assert left == [], log.read_text()[-3000:]
         assert KILLED in log.read_text() or [path for path in memory if path.exists()] == []
+
+
+def test_starts_from_the_standby_that_are_killed_leave_no_process(
+    llama2: Path, ran: dict[str, Any], tmp_path: Path
+) -> None:
+    """30 in full, else 2, at any moment; of stock's, engine and worker go on where the front end is killed."""
+    r = random.Random(1)
+    with standing_by(tmp_path) as (mark, env):
+        for number in range(30 if FULL else 2):
+            log = tmp_path / f"{number}.log"
+            with Server(llama2, log, ran["cache"], env=env, args=ARGS) as server:
+                time.sleep(r.uniform(0.1, 8))
+                os.kill(server.pid, signal.SIGKILL)
+                wait_for_end(mark)
+                assert of_servers(mark) == {}, log.read_text()[-3000:]

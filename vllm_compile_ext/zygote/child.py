@@ -18,8 +18,8 @@ from typing import Any
 
 from vllm_compile_ext import harmless
 from vllm_compile_ext.finder import finder
-from vllm_compile_ext.zygote import NotForkedError, reads, threads
-from vllm_compile_ext.zygote.surroundings import Surroundings
+from vllm_compile_ext.zygote import NotForkedError
+from vllm_compile_ext.zygote.surroundings import Surroundings, follow_environment
 
 
 @dataclass
@@ -51,12 +51,13 @@ def run(
         parent, told = connection.recv()
         try:
             _wait_for_parent(parent)
-            _place(files, told.files)
+            place(files, told.files)
+            told.surroundings.check()
             told.surroundings.give()
-            _forget(told.name)
+            forget(told.name)
             if told.starts:
                 end = make_zygote([*told.files[3:], connection.fileno()])
-            threads.follow(reads.first(), os.environ)
+            follow_environment(os.environ)
         except Exception as error:
             end()
             connection.send(str(error) if isinstance(error, NotForkedError) else harmless.error(error))
@@ -78,8 +79,11 @@ def _wait_for_parent(parent: int) -> None:
         time.sleep(0.0002)
 
 
-def _place(files: Sequence[int], numbers: Sequence[int]) -> None:
-    """Give the files that were sent the numbers that they had."""
+def place(files: Sequence[int], numbers: Sequence[int], *, given: bool = False) -> None:
+    """Give the files that were sent the numbers that they had.
+
+    given: by whoever started the program, so that programs that this one starts may have them.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the asker's limit may be higher than this one
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, max(numbers) + 1) for file in files]
@@ -88,7 +92,7 @@ def _place(files: Sequence[int], numbers: Sequence[int]) -> None:
     for file, number in zip(moved, numbers, strict=True):
         if number > 2 and _is_open(number):
             raise NotForkedError(f"a file is open as number {number}")
-        os.dup2(file, number, inheritable=number <= 2)
+        os.dup2(file, number, inheritable=given or number <= 2)
         os.close(file)
 
 
@@ -100,7 +104,7 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def _forget(name: str) -> None:
+def forget(name: str) -> None:
     """Drop what is of the process that was forked, not of its imports."""
     process.current_process().name = name
     sys.modules["__main__"] = ModuleType("__main__")  # multiprocessing runs the program's file again, as "__mp_main__"

@@ -23,6 +23,7 @@ _NOT_INITIALIZED = 3  # cuda.h: CUDA_ERROR_NOT_INITIALIZED
 # driver is not started, and forks use CUDA all the same (tried on an H200).
 _HARMLESS = re.compile(r"jemalloc_bg_thd$|cuda[0-9a-f]{11}$")
 
+instead: Callable[[], None] | None = None  # is called where vLLM's command has imported everything
 _zygote: Zygote | None = None
 _why = ""  # there is none; "" where none was wanted
 
@@ -36,6 +37,8 @@ def wait() -> None:
 def _watch(module: ModuleType) -> None:
     def and_make(stock: Callable[[], None]) -> Callable[[], None]:
         def cli_env_setup() -> None:
+            if instead is not None:
+                instead()
             method = os.environ.get(METHOD)
             stock()
             if _is_vllm_serve():
@@ -68,7 +71,7 @@ def make(reason: str | None = None, others: Sequence[int] = ()) -> None:
         if not _why:
             reads.first()
             _zygote = Zygote([*others, *reads.given_files()], _make_below)
-            _why = _threads_left() or ""
+            _why = threads_left() or ""
     except Exception as error:
         _why = harmless.error(error)
     if _why and _zygote is not None:
@@ -81,7 +84,7 @@ def _make_below(others: Sequence[int]) -> Callable[[], None]:
     return end
 
 
-def _threads_left() -> str | None:
+def threads_left() -> str | None:
     """Threads that are there after a fork; those of libraries that know of forks, such as OpenBLAS, end before it."""
     tasks = (each for each in Path("/proc/self/task").iterdir() if each.name != str(os.getpid()))
     names = [name for each in tasks if not _HARMLESS.match(name := (each / "comm").read_text().strip())]

@@ -6,12 +6,13 @@ Standard library only, and little of it: this is imported before anything else i
 from __future__ import annotations
 
 import os
+import sys
 
 from vllm_compile_ext.zygote import NotForkedError
 
 TYPE_CHECKING = False  # of `typing`, which takes milliseconds to import
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
 _first: dict[str, str] | None = None  # the environment that the process began with
@@ -22,16 +23,28 @@ _stock: Any = None
 
 def watch() -> None:
     """Note each variable that is read from here on, present or not; and the files that the process was given."""
-    global _first, _files, _stock
+    global _first, _files
     if _stock is not None:
         return
     _first = dict(os.environ)
     if os.path.isdir("/proc/self/fd"):  # noqa: PTH112
         _files = os.listdir("/proc/self/fd")  # noqa: PTH208
     _read.clear()
+    go_on()
+
+
+def go_on() -> None:
+    """Note again, after `stop`."""
+    global _stock
     _stock = stock = type(os.environ).__getitem__
 
     def read(self: Any, key: str) -> str:
+        frame: Any = sys._getframe(1)
+        if frame.f_code.co_name == "__iter__":  # of `items`
+            frame = frame.f_back
+        beginning = _GO_THROUGH_ALL.get(frame.f_globals.get("__name__"))
+        if beginning is not None and not key.startswith(beginning):
+            return str(stock(self, key))
         try:
             found: str = stock(self, key)
         except KeyError:
@@ -44,16 +57,29 @@ def watch() -> None:
 
 
 def stop() -> None:
-    """Note no more; what was noted stays."""
+    """Note no more; what was noted stays.
+
+    What imports have set themselves counts as read: for the libraries that they load next.  Not so what only the
+    loader of a program reads.
+    """
     global _stock
     if _stock is not None:
         type(os.environ).__getitem__ = _stock  # type: ignore[method-assign]
         _stock = None
+        for name, value in os.environ.items():
+            if value != first().get(name) and not name.startswith("LD_"):
+                _read.setdefault(name, value)
 
 
 def given_files() -> list[int]:
     """Open files, beside the standard streams, that whoever started the process has left it; a spawned one has none."""
     return [int(file) for file in _files if int(file) > 2 and _is_given(int(file))]
+
+
+def set_given(files: Iterable[int]) -> None:
+    """The files that the process stands for was given; it was given none itself."""
+    global _files
+    _files = [str(file) for file in files]
 
 
 def _is_given(file: int) -> bool:
@@ -78,6 +104,16 @@ def names() -> set[str]:
 def at_import(name: str) -> str | None:
     """What imports have seen of a variable: what was first read, else what the process began with."""
     return _read[name] if name in _read else first().get(name)
+
+
+# Modules that go through all variables when they are imported, and how those begin whose values they take.  `platform`
+# hands all to the command `file`; what wsgiref keeps of them is given anew (`surroundings`).
+_GO_THROUGH_ALL = {
+    "tqdm.utils": "TQDM_",
+    "networkx.utils.backends": "NETWORKX_",
+    "platform": "\0",
+    "wsgiref.handlers": "\0",
+}
 
 
 def _compile_threads(value: str | None) -> None:

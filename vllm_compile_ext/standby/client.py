@@ -1,0 +1,138 @@
+"""`vllm serve` where there is a standby: it has a fork of that be the server, and stands for it until it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+from vllm_compile_ext import finder
+from vllm_compile_ext.record.recorder import process_start
+from vllm_compile_ext.standby import facts, place
+from vllm_compile_ext.zygote import reads
+from vllm_compile_ext.zygote.surroundings import Surroundings
+
+PATIENCE = 20  # seconds; a standby that is not itself busy takes a tenth of one
+_FROM_KERNEL = 0x80  # asm-generic/siginfo.h: SI_KERNEL, of a terminal, which signals a whole group
+# A server gets them by itself, or the kernel lets nobody have them.
+_OWN = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE}
+
+
+@dataclass
+class Asked:
+    """What a client says of itself.
+
+    program: its arguments, from the script or ``-m`` on.  files: numbers of the files that are sent along.
+    began: unix ns at which the system began this process; up: at which its Python was.
+    """
+
+    program: list[str]
+    files: tuple[int, ...]
+    began: int
+    up: int = finder.STARTED
+    path: list[str] = field(default_factory=lambda: sys.path)
+    orig_argv: list[str] = field(default_factory=lambda: sys.orig_argv)
+    facts: dict[str, Any] = field(default_factory=facts.look)
+    surroundings: Surroundings = field(default_factory=Surroundings)
+
+
+def peer(of: socket.socket) -> int:
+    """The user at the other end."""
+    _, user, _ = struct.unpack("3i", of.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)
+
+
+def ask() -> None:
+    """Become the one who stands for the server; returns where that is not possible, after a line that says why."""
+    program = place.program(sys.orig_argv)
+    if program is None or not place.is_private():
+        return
+    with socket.socket(socket.AF_UNIX) as there:
+        there.settimeout(PATIENCE)
+        try:
+            there.connect(place.socket())
+            if peer(there) != os.getuid():
+                return
+        except OSError:
+            return  # none is running
+        try:
+            found = _agree(there, program)
+        except Exception as error:
+            found = f"it did not answer ({type(error).__name__})"
+    if isinstance(found, str):
+        _say(f"the standby is not used: {found}")
+    else:
+        _stand_for(*found)
+
+
+def _say(text: str) -> None:
+    print(f"vllm-compile-ext: {text}", file=sys.stderr, flush=True)
+
+
+def _agree(there: socket.socket, program: list[str]) -> tuple[int, int, Connection] | str:
+    """Number and handle of the server and what tells of its end; or why there will be none."""
+    files = [0, 1, 2, *reads.given_files()]
+    socket.send_fds(there, [b"f"], files)
+    there.setblocking(True)
+    connection = Connection(os.dup(there.fileno()))
+    connection.send(Asked(program, tuple(files), process_start() or finder.STARTED))
+    if not connection.poll(PATIENCE):
+        raise TimeoutError
+    server = connection.recv()
+    return server if isinstance(server, str) else (server, os.pidfd_open(server), connection)
+
+
+def _stand_for(server: int, handle: int, connection: Connection) -> NoReturn:
+    passed: set[signal.Signals] = {
+        number for number in signal.valid_signals() if signal.getsignal(number) is not signal.SIG_IGN
+    } - _OWN
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+    _say(f"this is served by {server}, a fork of the standby")
+    connection.send("go")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    os.dup2(nowhere, 1)  # who reads it waits for its end
+    for number in reads.given_files():
+        os.close(number)
+    threading.Thread(target=_pass_on, args=(passed, server, handle), daemon=True).start()
+    try:
+        status = connection.recv()
+    except (OSError, EOFError):
+        _say("the process that watched over the server was killed; so is the server")
+        with contextlib.suppress(OSError):
+            os.killpg(server, signal.SIGKILL)
+        status = 1
+    _end(status, passed)
+
+
+def _pass_on(passed: set[signal.Signals], server: int, handle: int) -> None:
+    """Pass signals on: one of a terminal to all of the server's processes, as the terminal would."""
+    while True:
+        info = signal.sigwaitinfo(passed)
+        with contextlib.suppress(OSError):  # it is about to end
+            if info.si_code == _FROM_KERNEL or info.si_signo == signal.SIGCONT:
+                os.killpg(server, info.si_signo)
+            else:
+                signal.pidfd_send_signal(handle, info.si_signo)
+        if info.si_signo == signal.SIGTSTP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _end(status: int, passed: set[signal.Signals]) -> NoReturn:
+    """End as the server did: with its exit status, or by the signal that ended it."""
+    if status < 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the server has left one, if any
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(-status, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed)
+        signal.pthread_kill(threading.get_ident(), -status)  # the other thread waits for some
+    os._exit(status & 0xFF if status >= 0 else 128 - status)

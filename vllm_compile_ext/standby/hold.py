@@ -1,0 +1,199 @@
+"""The standby: imports what `vllm serve` imports, then waits for clients and forks itself for each."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from vllm_compile_ext.finder import finder
+from vllm_compile_ext.standby import client, facts, keeper, place
+from vllm_compile_ext.standby.files import Files
+from vllm_compile_ext.standby.server import Held
+from vllm_compile_ext.zygote import front, reads
+
+HIGHEST = 900  # numbers of files from here on are this process's own; those of clients keep theirs
+
+
+class CannotStandByError(Exception):
+    """The message says why."""
+
+
+class _ImportedError(BaseException):
+    """Ends vLLM's `main` where it has imported everything."""
+
+
+def hold(idle: float | None) -> Callable[[], None]:
+    """Serve clients until there has been nobody for `idle` seconds; returns in each server, with what it is to run.
+
+    Raises `CannotStandByError`.
+    """
+    began, owner, lock = time.monotonic(), os.getpid(), _lock()
+    for file in reads.given_files():
+        os.close(file)
+    held = _import()
+    listening = _listen()
+
+    def leave(number: int, frame: Any) -> None:
+        _leave("ended") if os.getpid() == owner else os._exit(1)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, leave)
+    sys.modules["vllm.utils.system_utils"].set_process_title("Standby")
+    seconds = time.monotonic() - began
+    print(f"standing by for vllm serve: {len(sys.modules)} modules, {seconds:.1f} s; {place.socket()}", flush=True)
+    there = _wait(listening, idle)
+    os.close(lock)
+    return keeper.keep(there, held)
+
+
+def _listen() -> socket.socket:
+    Path(place.socket()).unlink(missing_ok=True)  # of one that was killed
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(place.socket())
+    listening.listen(16)
+    return _move(listening)
+
+
+def _wait(listening: socket.socket, idle: float | None) -> socket.socket:
+    """Fork for each client; returns in each keeper, with what leads to the client."""
+    keepers: dict[int, int] = {}  # handle -> number
+    with selectors.DefaultSelector() as selector, listening:
+        selector.register(listening, selectors.EVENT_READ)
+        while True:
+            ready = [key.fd for key, _ in selector.select(idle if not keepers else None)]
+            if not ready and not keepers:
+                _leave(f"nobody came for {idle:g} s")
+            for handle in keepers.keys() & ready:
+                selector.unregister(handle)
+                os.close(handle)
+                _, status = os.waitpid(keepers.pop(handle), 0)
+                if os.waitstatus_to_exitcode(status) == keeper.STALE:
+                    _begin_again()
+            if listening.fileno() not in ready:
+                continue
+            try:
+                there = _move(listening.accept()[0])
+                number = os.fork() if client.peer(there) == os.getuid() else None
+            except OSError:  # the client has gone, or there are too many processes
+                continue
+            if number == 0:
+                for handle in keepers:
+                    os.close(handle)
+                return there
+            there.close()
+            if number is not None:
+                handle = _high(os.pidfd_open(number))
+                keepers[handle] = number
+                selector.register(handle, selectors.EVENT_READ)
+
+
+def _lock() -> int:
+    """Whoever has it is the standby; it ends with the process."""
+    folder = Path(place.folder())
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not place.is_private():
+        raise CannotStandByError(
+            f"{folder} is not a folder that only this user can write to: name another in {place.VARIABLE}"
+        )
+    if len(os.fsencode(place.socket())) > place.LONGEST:
+        raise CannotStandByError(
+            f"{place.socket()} is longer than {place.LONGEST} bytes: name another folder in {place.VARIABLE}"
+        )
+    lock = _high(os.open(place.socket() + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CannotStandByError(f"another one stands by at {place.socket()}") from None
+    return lock
+
+
+# Modules that read the command line when they are imported: vLLM's `main` does so again in each server, vLLM's options
+# look for --help (see `Held.differs`), tvm_ffi for a tool of its own.
+_READ_ARGUMENTS = {"vllm.entrypoints.cli.main", "vllm.engine.arg_utils", "tvm_ffi"}
+
+
+class _Arguments(list[str]):
+    """The command line while importing: notes which modules read it."""
+
+    readers: ClassVar[set[str]] = set()
+
+    @staticmethod
+    def _noting(name: str) -> Any:
+        def noting(self: _Arguments, *arguments: Any) -> Any:
+            frame = sys._getframe(1)
+            while frame.f_back is not None and frame.f_code.co_name == "<genexpr>":
+                frame = frame.f_back
+            self.readers.add(str(frame.f_globals.get("__name__")))
+            return getattr(list, name)(self, *arguments)
+
+        return noting
+
+    __iter__, __getitem__, __contains__, __len__ = map(_noting, ("__iter__", "__getitem__", "__contains__", "__len__"))
+    copy, index, count, __add__, __eq__ = map(_noting, ("copy", "index", "count", "__add__", "__eq__"))
+
+
+def _import() -> Held:
+    """Import what vLLM's command imports before it does anything else."""
+    began = time.time_ns()
+    seen: dict[str, Any] = {}
+
+    def look() -> None:
+        seen["facts"], seen["files"] = facts.look(), Files(began)
+
+    def stop() -> None:
+        raise _ImportedError
+
+    finder.before, front.instead = look, stop
+    arguments = sys.orig_argv
+    sys.argv, sys.orig_argv = _Arguments(["vllm", "serve"]), _Arguments(arguments)
+    try:
+        from vllm.entrypoints.cli.main import main
+
+        main()
+    except _ImportedError:
+        front.instead, sys.orig_argv = None, arguments
+    files: Files = seen["files"]
+    if changed := files.stop():
+        raise CannotStandByError(f"{changed} has changed meanwhile: begin again")
+    if readers := {each for each in _Arguments.readers if not each.startswith("vllm_compile_ext.")} - _READ_ARGUMENTS:
+        raise CannotStandByError(f"{', '.join(sorted(readers))} reads the command line when it is imported")
+    if reason := front.reason_to_spawn():
+        raise CannotStandByError(reason)
+    reads.stop()
+    first, variables = reads.first(), reads.names()
+    changes = {name: os.environ.get(name) for name in {*first, *os.environ} if first.get(name) != os.environ.get(name)}
+    return Held(seen["facts"], files, variables, changes)
+
+
+def _leave(why: str) -> NoReturn:
+    with contextlib.suppress(OSError):
+        Path(place.socket()).unlink()
+    print(f"no longer standing by: {why}", flush=True)
+    os._exit(0)
+
+
+def _begin_again() -> NoReturn:
+    """With the command line and the environment that this process began with; its lock ends with `execve`."""
+    print("what was imported has changed: begins again", flush=True)
+    os.execve(sys.executable, sys.orig_argv, reads.first())
+
+
+def _high(file: int) -> int:
+    moved = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, HIGHEST)
+    os.close(file)
+    return moved
+
+
+def _move(of: socket.socket) -> socket.socket:
+    return socket.socket(fileno=_high(of.detach()))
