@@ -27,6 +27,7 @@ def environment(cache: Path, extra: Mapping[str, str]) -> dict[str, str]:
         kept
         | {
             "VLLM_CACHE_ROOT": str(cache),
+            "VLLM_COMPILE_STANDBY": os.devnull,  # no start is another one's fork, unless asked for
             # Stock's mode on CPU leaves Inductor's files in a folder that all starts of a user share.
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import sys
 
-from vllm_compile_ext import finder
+from vllm_compile_ext import finder, pycache
 
 TYPE_CHECKING = False  # of `typing`, which takes milliseconds to import
 if TYPE_CHECKING:
     from typing import Any
 
-_OFF = ("0", "false", "no", "off")
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def begin() -> None:
@@ -25,6 +25,8 @@ def begin() -> None:
     """
     if finder.finder.timing or off("VLLM_COMPILE_EXT"):
         return
+    if os.environ.get("VLLM_COMPILE_PYCACHE", "").strip().lower() in _ON:
+        pycache.keep()
     if not off("VLLM_COMPILE_STARTS"):
         finder.finder.timing = True
         finder.install().after("vllm.tracing.otel", _record)

@@ -86,6 +86,11 @@ class Settings:
         "vllm serve forks its engines and workers from a process that has everything imported, where a fork is as a "
         "spawned process would be; else a line of the log says why it spawns them. 0 always spawns.",
     )
+    VLLM_COMPILE_PYCACHE: bool = _variable(
+        False,
+        "Bytecode of modules that have none, which Python would compile in each process, is kept in compile_pycache in "
+        "vLLM's cache root, private to the user. 0: as Python does.",
+    )
     VLLM_COMPILE_STANDBY: str = _variable(
         "",
         "Folder of the socket at which `vllm serve` looks for `vllm-compile-ext standby`; only its user may have "

@@ -25,8 +25,11 @@ def site(tmp_path: Path) -> Path:
     """A folder with the file and the part of the package that it needs."""
     shutil.copy(PTH, tmp_path)
     package = tmp_path / "vllm_compile_ext"
-    (package / "zygote").mkdir(parents=True)
-    for name in ("__init__.py", "early.py", "finder.py", "zygote/__init__.py", "zygote/reads.py"):
+    for name in (
+        *("__init__.py", "early.py", "finder.py", "pycache.py", "zygote/__init__.py", "zygote/reads.py"),
+        *("standby/__init__.py", "standby/place.py"),
+    ):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(process.ROOT / "vllm_compile_ext" / name, package / name)
     return tmp_path
 

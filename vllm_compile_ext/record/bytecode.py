@@ -7,7 +7,10 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 COST = 0.0015  # seconds a module: 5,000 in 7.5 s (vLLM on an H200's machine)
-WAY_OUT = "run python -m compileall on the site-packages folder, in the image; unset PYTHONDONTWRITEBYTECODE"
+WAY_OUT = (
+    "run python -m compileall on the site-packages folder, in the image; unset PYTHONDONTWRITEBYTECODE; "
+    "or set VLLM_COMPILE_PYCACHE=1"
+)
 
 
 def missing() -> str | None:

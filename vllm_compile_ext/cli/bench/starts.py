@@ -76,6 +76,7 @@ def environment(root: Path, side: str, environ: Mapping[str, str] = os.environ) 
         **kept,
         "HOME": str(home),
         "VLLM_CACHE_ROOT": str(root / "vllm"),
+        "VLLM_COMPILE_STANDBY": os.devnull,  # no start is another one's fork
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
         "VLLM_COMPILE_EXT": "0" if side == "stock" else "1",
         "VLLM_NO_USAGE_STATS": "1",
