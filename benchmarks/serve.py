@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import requests
 
 from vllm_compile_ext.cli.bench import server
-from vllm_compile_ext.cli.program import Line
+from vllm_compile_ext.cli.program import Line, Program
 
 # A CPU engine refuses to start when less than this share of a NUMA node's memory is free (vLLM 0.32.0, default 0.92).
 MEMORY_SHARE = 0.4
@@ -38,6 +42,22 @@ def environment(cache: Path, extra: Mapping[str, str]) -> dict[str, str]:
         }
         | dict(extra)
     )
+
+
+@contextlib.contextmanager
+def standing_by(cache: Path, env: Mapping[str, str], log: Path) -> Iterator[Mapping[str, str]]:
+    """`env` with a standby for servers that have it, which all become forks of that.  Raises `ProgramError`."""
+    with tempfile.TemporaryDirectory(prefix="standby-") as at:  # the path of a socket has 107 bytes
+        env = {**env, "VLLM_COMPILE_STANDBY": at}
+        command = [sys.executable, "-m", "vllm_compile_ext.cli", "standby"]
+        with Program(command, environment(cache, env), log=log) as standby:
+            while not any("standing by" in line.text for line in standby.lines):
+                if not standby.running or standby.elapsed() > 300:
+                    raise standby.error("the standby did not begin")
+                time.sleep(0.1)
+            yield env
+            if len([line for line in standby.lines if "standing by for" in line.text]) > 1:
+                raise standby.error("the standby began again")
 
 
 class Server(server.Server):

@@ -13,6 +13,7 @@ compile.  For models of your own there is ``vllm-compile-ext bench``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -30,6 +31,7 @@ from rich.table import Table
 
 from benchmarks import demo, ranks
 from benchmarks.models import SIZES
+from benchmarks.serve import standing_by
 from vllm_compile_ext.cli.bench.figures import machine
 from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.store.store import Store
@@ -38,7 +40,8 @@ SIDES = ("stock", "ours")
 STARTS = ("stock cold", "stock warm", "ours cold", "ours warm")
 EAGER = ("stock eager", "ours eager")
 SPAWNED = ("ours spawned",)  # a warm start with VLLM_COMPILE_FORK=0
-MORE = EAGER + SPAWNED
+STANDBY = ("ours standby", "eager standby")  # warm or eager, from the standby
+MORE = EAGER + SPAWNED + STANDBY
 # A folder with such a file is one kernel: Triton's, and those of the libraries in `vllm_compile_ext.store.kernels`.
 KERNELS = ("__grp__*.json", "*.cubin", "*.so")
 PLUGIN = """
@@ -92,8 +95,8 @@ def measure(size: str, starts: Sequence[str], progress: Progress) -> Starts:
     """The starts of one model: stock and ours on caches of their own."""
     model, made = demo.make_model(progress, size), Starts()
     for number, start in enumerate(starts, 1):
-        side = start.split()[0]
-        eager = ("--enforce-eager",) if start in EAGER else ()
+        side = "stock" if start.startswith("stock") else "ours"
+        eager = ("--enforce-eager",) if "eager" in start else ()
         run = demo.Run(f"{size} {start}", str(int(side == "ours")), f"cache-{size}-{side}", eager)
         cache, home = (demo.FOLDER / run.cache).resolve(), (demo.FOLDER / f"home-{size}-{number}").resolve()
         home.mkdir()
@@ -102,7 +105,11 @@ def measure(size: str, starts: Sequence[str], progress: Progress) -> Starts:
         if start in SPAWNED:
             env["VLLM_COMPILE_FORK"] = "0"
         before = kernel_folders(cache, home)
-        result = demo.measure(run, f"{number}/{len(starts)}", model, progress, env)
+        with contextlib.ExitStack() as stack:
+            if start in STANDBY:
+                env |= {"VLLM_COMPILE_EXT": "1"}
+                env = stack.enter_context(standing_by(cache, env, demo.FOLDER / f"standby-{number}.log"))
+            result = demo.measure(run, f"{number}/{len(starts)}", model, progress, env)
         made[start] = Start(result, len(kernel_folders(cache, home) - before))
     return made
 

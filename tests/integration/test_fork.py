@@ -8,11 +8,7 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serve import Server, environment
+from benchmarks.serve import Server, standing_by
 from tests.conftest import FULL
 
 pytestmark = pytest.mark.engine
@@ -79,22 +75,11 @@ def about(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def standing_by(folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+def standby(cache: Path, folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """The mark of a standby, which its forks have too, and the environment that makes a start one of them."""
-    at, log, mark = tempfile.mkdtemp(prefix="vs-"), folder / "standby.log", folder / "standby"
-    env = {"VLLM_COMPILE_STANDBY": at, "VLLM_CPU_OMP_THREADS_BIND": "0-1", MARK: str(mark)}
-    command = [sys.executable, "-m", "vllm_compile_ext.cli", "standby"]
-    environ = environment(folder / "cache", env)
-    with log.open("wb") as to:
-        process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=to, stderr=to)
-    while "standing by" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    yield mark, env
-    process.terminate()
-    assert process.wait(30) == 0, log.read_text()
-    assert log.read_text().count("standing by for") == 1, log.read_text()
-    shutil.rmtree(at)
+    mark = folder / "standby"
+    with standing_by(cache, {"VLLM_CPU_OMP_THREADS_BIND": "0-1", MARK: str(mark)}, folder / "standby.log") as env:
+        yield mark, dict(env)
 
 
 def of_servers(mark: Path) -> dict[int, Path]:
@@ -142,7 +127,7 @@ def ran(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         "spawned": serve(llama2, folder, "spawned", VLLM_COMPILE_FORK="0"),
         "forked": serve(llama2, folder, "forked"),
     }
-    with standing_by(folder) as (mark, env):
+    with standby(folder / "cache", folder) as (mark, env):
         found["standby"] = serve(llama2, folder, "from the standby", mark, **env)
         found["standby again"] = serve(llama2, folder, "again", mark, **env)
     return found
@@ -225,7 +210,7 @@ def test_starts_from_the_standby_that_are_killed_leave_no_process(
 ) -> None:
     """30 in full, else 2, at any moment; of stock's, engine and worker go on where the front end is killed."""
     r = random.Random(1)
-    with standing_by(tmp_path) as (mark, env):
+    with standby(ran["cache"], tmp_path) as (mark, env):
         for number in range(30 if FULL else 2):
             log = tmp_path / f"{number}.log"
             with Server(llama2, log, ran["cache"], env=env, args=ARGS) as server:
