@@ -6,14 +6,22 @@ Standby and client look at the same moment: what was imported before is the same
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext.zygote.surroundings import fixed
 
 _GIVEN = "the process group or session"  # to a server: one of its own, which the client's signals reach
+
+
+def differs(process: int) -> str | None:
+    """What the system says of another process and not of this one."""
+    here, there = fixed(), fixed(process)
+    return next((what for what in here if what != _GIVEN and here[what] != there[what]), None)
 
 
 def look() -> dict[str, Any]:
@@ -22,9 +30,9 @@ def look() -> dict[str, Any]:
     limits = {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
     streams = (sys.stdin, sys.stdout, sys.stderr)
     return {
-        **{what: value for what, value in fixed().items() if what != _GIVEN},
         "Python": (sys.version, sys.prefix, sys.base_prefix),
         "an option of Python": (tuple(sys.flags), sys.warnoptions, sorted(sys._xoptions.items()), sys.pycache_prefix),
+        "Python's executable": sys.executable,
         "the search path of modules": sys.path[skip:],
         "what finds modules": [type(each).__name__ for each in sys.meta_path] + [repr(type(e)) for e in sys.path_hooks],
         "what is imported before vLLM": _imported(),
@@ -32,8 +40,22 @@ def look() -> dict[str, Any]:
         "the processors that it may use": sorted(os.sched_getaffinity(0)),
         "whether a standard stream is a terminal": [os.isatty(number) for number in (0, 1, 2)],
         "the encoding of a standard stream": [each and (each.encoding, each.errors) for each in streams],
-        "a debugger, a profiler or a thread": (sys.gettrace(), sys.getprofile(), threading.active_count()),
+        "the memory policy": _memory_policy(),
+        "a debugger, a profiler or a thread": (sys.gettrace(), sys.getprofile(), threading.active_count(), _tracer()),
     }
+
+
+def _memory_policy() -> str:
+    """Of NUMA, as numactl sets it: "default", "bind:0" (man 7 numa); "" where the system has none."""
+    try:
+        with Path("/proc/self/numa_maps").open() as file:
+            return file.readline().split()[1]
+    except (OSError, IndexError):
+        return ""
+
+
+def _tracer() -> list[str]:
+    return re.findall(r"^TracerPid:\s*([1-9]\d*)", Path("/proc/self/status").read_text(), re.MULTILINE)
 
 
 def _imported() -> dict[str, str]:

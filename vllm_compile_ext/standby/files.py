@@ -6,8 +6,11 @@ that are loaded, and names that are looked for and not found.  Bytecode is not: 
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import re
+import ssl
 import sys
 from collections.abc import Callable
 from importlib.machinery import all_suffixes
@@ -31,89 +34,123 @@ class Files:
         self._listed: dict[str, set[str]] = {}
         self._asked_for_folder = set[str]()
         self.sought = set[str]()
-        self._stock: dict[str, Any] = {name: getattr(os, name) for name in ("stat", "lstat", "getcwd")}
-        sys.addaudithook(self._audit)  # for life: what it notes ends with `stop`
-        os.stat, os.lstat = self._noting("stat"), self._noting("lstat")
-        os.getcwd = self._getcwd
+        self._stock: dict[tuple[Any, str], Any] = {}
+        for owner, name in ((os, "stat"), (os, "lstat"), (os, "open"), (io, "open"), (builtins, "open")):
+            self._replace(owner, name, self._noting(getattr(owner, name)))
+        for name in ("listdir", "scandir"):
+            self._replace(os, name, self._listing(getattr(os, name)))
+        self._replace(os, "getcwd", self._getcwd)
         sys.meta_path.insert(0, self)
+
+    def _replace(self, owner: Any, name: str, by: Any) -> None:
+        self._stock[owner, name] = getattr(owner, name)
+        setattr(owner, name, by)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Find nothing, and note what is looked for."""
         self.sought.add(name.partition(".")[0])
 
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self._on:
-            return
-        if event == "open":
-            path, _, flags = arguments
-            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                self._note(path)
-        elif event in ("os.listdir", "os.scandir") and isinstance(arguments[0], str) and _may_change(arguments[0]):
-            self._on = False
-            self._listed.setdefault(arguments[0], _names(arguments[0]))
-            self._on = True
-
     def _note(self, path: Any) -> None:
         if isinstance(path, bytes | os.PathLike):
             path = os.fsdecode(path)
         if self._on and isinstance(path, str) and _may_change(path) and path not in self._paths:
-            self._paths[path] = _identity(self._stock["stat"], path)
+            self._paths[path] = self._identity(path)
 
-    def _noting(self, name: str) -> Any:
-        stock = self._stock[name]
-
-        def noting(path: Any, *args: Any, **options: Any) -> Any:
-            if options.get("dir_fd") is None:
+    def _noting(self, stock: Any) -> Any:
+        def noting(path: Any, *arguments: Any, **options: Any) -> Any:
+            how = next(iter(arguments), options.get("mode"))
+            writes = (
+                how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) if isinstance(how, int) else {*(how or "")} & {*"wax+"}
+            )
+            if options.get("dir_fd") is None and not writes:
                 self._note(path)
-            return stock(path, *args, **options)
+            return stock(path, *arguments, **options)
 
         return noting
+
+    def _listing(self, stock: Any) -> Any:
+        def listing(path: Any = ".", *arguments: Any) -> Any:
+            if isinstance(path, str | bytes | os.PathLike):
+                self._list(os.fsdecode(path))
+            return stock(path, *arguments)
+
+        return listing
+
+    def _list(self, folder: str) -> None:
+        if self._on and _may_change(folder) and folder not in self._listed:
+            self._listed[folder] = self._names(folder)
+
+    def _identity(self, path: str) -> Identity:
+        try:
+            found = self._stock[os, "stat"](path)
+        except (OSError, ValueError):
+            return None
+        kind = found.st_mode, found.st_dev, found.st_ino, found.st_uid
+        if S_ISDIR(found.st_mode):  # what is in it counts where it is listed
+            return kind
+        return *kind, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def _names(self, folder: str) -> set[str]:
+        try:
+            return {*self._stock[os, "listdir"](folder)} - {"__pycache__"}
+        except OSError:
+            return set()
 
     def _getcwd(self) -> str:
         frame = sys._getframe(1)
         while frame.f_back is not None and frame.f_globals.get("__name__") in _GO_BETWEENS:
             frame = frame.f_back
         self._asked_for_folder.add(str(frame.f_globals.get("__name__")))
-        return str(self._stock["getcwd"]())
+        return str(self._stock[os, "getcwd"]())
 
     def stop(self) -> str | None:
         """Note no more, but all that is loaded by now; returns a file that has changed since `began`, if any."""
+        modules = list(sys.modules.values())
+        for folder in {*sys.path, *(path for module in modules for path in _folders(module))}:
+            self._list(folder)  # importlib has done so, by functions of its own
         self._on = False
-        for name, stock in self._stock.items():
-            setattr(os, name, stock)
+        for (owner, name), stock in self._stock.items():
+            setattr(owner, name, stock)
         sys.meta_path.remove(self)
-        loaded = {getattr(getattr(module, "__spec__", None), "origin", None) for module in list(sys.modules.values())}
+        loaded = {str(getattr(getattr(module, "__spec__", None), "origin", None)) for module in modules}
         loaded |= {*re.findall(r" (/\S.*)$", Path("/proc/self/maps").read_text(), re.MULTILINE)}
-        loaded |= {f"{sys.prefix}/pyvenv.cfg", *(str(file) for each in sys.path for file in Path(each).glob("*.pth"))}
         for path in loaded:
-            if not isinstance(path, str) or not path.startswith("/") or not _may_change(path):
+            if not path.startswith("/") or not _may_change(path):
                 continue
-            self._paths[path] = found = _identity(os.stat, path)
-            if found is not None and found[-1] >= self._began:
+            self._paths[path] = found = self._identity(path)
+            if found is None or found[-1] >= self._began:
                 return path
+        for path in _read_by_libraries():
+            self._paths[path] = self._identity(path)
         for path, found in self._paths.items():
             if found is None and Path(path).is_dir():  # made by an import, as by those of the next process
-                self._paths[path] = _identity(os.stat, path)
+                self._paths[path] = self._identity(path)
         return None
 
-    def changed(self, folder: str) -> str | None:
-        """The first path under which a process in `folder` would read something else; None: all is as it was."""
+    def changed(self) -> str | None:
+        """The first path under which imports would read something else; None: all is as it was."""
         for path, found in self._paths.items():
-            if _identity(os.stat, os.path.join(folder, path)) != found:
+            if self._identity(path) != found:
                 return path
-        for path, names in self._listed.items():
-            if _names(os.path.join(folder, path)) != names:
+        return next((path for path, names in self._listed.items() if self._names(path) != names), None)
+
+    def differs_in(self, folder: str) -> str | None:
+        """A path that imports have asked for relative to the working folder, which is another in `folder`."""
+        for path, found in self._paths.items():
+            if not path.startswith("/") and self._identity(f"{folder}/{path}") != found:
                 return path
-        return None
+        listed = ((path, names) for path, names in self._listed.items() if not path.startswith("/"))
+        return next((path for path, names in listed if self._names(f"{folder}/{path}") != names), None)
 
     def hidden_by(self, folder: str) -> str | None:
         """A module that an import would find in a program's own folder, which comes first on the search path."""
         suffixes = "|".join(map(re.escape, sorted(all_suffixes(), key=len, reverse=True)))
-        for name in _names(folder):
+        known = self.sought | {name.partition(".")[0] for name in sys.modules}
+        for name in self._names(folder):
             module, path = re.sub(rf"({suffixes})$", "", name), str(Path(folder, name))
             loaded = str(getattr(sys.modules.get(module), "__file__", None))
             is_module = module != name or Path(path).is_dir()
-            if is_module and module in self.sought and loaded != path and not loaded.startswith(f"{path}/"):
+            if is_module and module in known and loaded != path and not loaded.startswith(f"{path}/"):
                 return path
         return None
 
@@ -131,25 +168,22 @@ class Files:
 
 def _may_change(path: str) -> bool:
     """What /proc, /sys and /dev say is the machine's: `facts` compares what of it may differ."""
-    return not path.startswith(("/proc/", "/sys/", "/dev/")) and not path.endswith(".pyc") and path != ""
+    machine = path.startswith(("/proc/", "/sys/", "/dev/", "/memfd:", "/SYSV"))
+    return not machine and not path.endswith(".pyc") and path != ""
 
 
-def _identity(stat: Any, path: str) -> Identity:
+def _folders(module: Any) -> list[str]:
     try:
-        found = stat(path)
-    except (OSError, ValueError):
-        return None
-    kind = found.st_mode, found.st_dev, found.st_ino, found.st_uid
-    if S_ISDIR(found.st_mode):  # what is in it counts where it is listed
-        return kind
-    return *kind, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return [path for path in getattr(module, "__path__", ()) if isinstance(path, str)]
+    except Exception:  # of a module that makes things up when it is asked
+        return []
 
 
-def _names(folder: str) -> set[str]:
-    try:
-        return {*os.listdir(folder)} - {"__pycache__"}
-    except OSError:
-        return set()
+def _read_by_libraries() -> set[str]:
+    """Files that are read where no Python code sees it: by OpenSSL, and by Python when it starts."""
+    paths = ssl.get_default_verify_paths()
+    certificates = {paths.openssl_cafile, paths.openssl_capath, str(Path(paths.openssl_cafile).parent / "openssl.cnf")}
+    return {f"{sys.prefix}/pyvenv.cfg", *certificates, *(str(f) for each in sys.path for f in Path(each).glob("*.pth"))}
 
 
 def _nothing(folder: str) -> None: ...
@@ -184,6 +218,7 @@ def _set_default(config: Any, name: str, value: str) -> None:
     config._config[name].default = value
 
 
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # What asks for somebody else.
 _GO_BETWEENS = ("posixpath", "os", "pathlib", "pathlib._local", "genericpath")
 # Modules that ask for the working folder when they are imported, and what they keep of it (Python 3.11, torch 2.13

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -14,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from vllm_compile_ext.finder import finder
-from vllm_compile_ext.standby import client, facts, keeper, place
+from vllm_compile_ext.finder import STARTED, finder
+from vllm_compile_ext.standby import facts, keeper, place
 from vllm_compile_ext.standby.files import Files
 from vllm_compile_ext.standby.server import Held
 from vllm_compile_ext.zygote import front, reads
 
-HIGHEST = 900  # numbers of files from here on are this process's own; those of clients keep theirs
+HIGHEST = 900  # numbers of files from here on are this process's own, those below its clients'
 
 
 class CannotStandByError(Exception):
@@ -36,10 +38,14 @@ def hold(idle: float | None) -> Callable[[], None]:
 
     Raises `CannotStandByError`.
     """
+    if finder not in sys.meta_path or not reads.is_watching():
+        raise CannotStandByError("the plugin's .pth file was not read: install it with pip, not on PYTHONPATH")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     began, owner, lock = time.monotonic(), os.getpid(), _lock()
     for file in reads.given_files():
         os.close(file)
     held = _import()
+    gc.freeze()  # else each fork goes through all of it, and so gets a copy
     listening = _listen()
 
     def leave(number: int, frame: Any) -> None:
@@ -50,7 +56,7 @@ def hold(idle: float | None) -> Callable[[], None]:
             signal.signal(number, leave)
     sys.modules["vllm.utils.system_utils"].set_process_title("Standby")
     seconds = time.monotonic() - began
-    print(f"standing by for vllm serve: {len(sys.modules)} modules, {seconds:.1f} s; {place.socket()}", flush=True)
+    _say(f"standing by for vllm serve: {len(sys.modules)} modules, {seconds:.1f} s; {place.socket()}")
     there = _wait(listening, idle)
     os.close(lock)
     return keeper.keep(there, held)
@@ -66,35 +72,40 @@ def _listen() -> socket.socket:
 
 def _wait(listening: socket.socket, idle: float | None) -> socket.socket:
     """Fork for each client; returns in each keeper, with what leads to the client."""
-    keepers: dict[int, int] = {}  # handle -> number
+    keepers = set[int]()  # handles
     with selectors.DefaultSelector() as selector, listening:
         selector.register(listening, selectors.EVENT_READ)
         while True:
-            ready = [key.fd for key, _ in selector.select(idle if not keepers else None)]
+            ready = {key.fd for key, _ in selector.select(idle if not keepers else None)}
             if not ready and not keepers:
                 _leave(f"nobody came for {idle:g} s")
-            for handle in keepers.keys() & ready:
+            for handle in keepers & ready:
                 selector.unregister(handle)
                 os.close(handle)
-                _, status = os.waitpid(keepers.pop(handle), 0)
-                if os.waitstatus_to_exitcode(status) == keeper.STALE:
-                    _begin_again()
+            keepers -= ready
+            _collect()
             if listening.fileno() not in ready:
                 continue
             try:
-                there = _move(listening.accept()[0])
-                number = os.fork() if client.peer(there) == os.getuid() else None
-            except OSError:  # the client has gone, or there are too many processes
+                with _move(listening.accept()[0]) as there:
+                    number = os.fork()
+                    if number == 0:
+                        for handle in keepers:
+                            os.close(handle)
+                        return _move(there)
+                    handle = _high(os.pidfd_open(number))
+                    keepers.add(handle)
+                    selector.register(handle, selectors.EVENT_READ)
+            except OSError:  # the client has gone, or there are too many processes or files
                 continue
-            if number == 0:
-                for handle in keepers:
-                    os.close(handle)
-                return there
-            there.close()
-            if number is not None:
-                handle = _high(os.pidfd_open(number))
-                keepers[handle] = number
-                selector.register(handle, selectors.EVENT_READ)
+
+
+def _collect() -> None:
+    """Collect those that have ended, also of the time before it began again; begin again where one found a reason."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if os.waitstatus_to_exitcode(ended[1]) == keeper.STALE:
+                _begin_again()
 
 
 def _lock() -> int:
@@ -145,30 +156,33 @@ class _Arguments(list[str]):
 
 def _import() -> Held:
     """Import what vLLM's command imports before it does anything else."""
-    began = time.time_ns()
     seen: dict[str, Any] = {}
 
     def look() -> None:
-        seen["facts"], seen["files"] = facts.look(), Files(began)
+        # Not the system's time of this process: where it has begun again, that is the first one's.
+        seen["facts"], seen["files"] = facts.look(), Files(STARTED)
 
     def stop() -> None:
         raise _ImportedError
 
     finder.before, front.instead = look, stop
     arguments = sys.orig_argv
-    sys.argv, sys.orig_argv = _Arguments(["vllm", "serve"]), _Arguments(arguments)
+    # Of an option that vLLM does not have it complains, where it has come so far: not where it does what is expected.
+    sys.argv, sys.orig_argv = _Arguments(["vllm", "serve", "--standing-by"]), _Arguments(arguments)
     try:
         from vllm.entrypoints.cli.main import main
 
         main()
     except _ImportedError:
         front.instead, sys.orig_argv = None, arguments
+    except SystemExit:
+        raise CannotStandByError("vLLM's command is not as it is in the versions that are supported") from None
     files: Files = seen["files"]
     if changed := files.stop():
         raise CannotStandByError(f"{changed} has changed meanwhile: begin again")
     if readers := {each for each in _Arguments.readers if not each.startswith("vllm_compile_ext.")} - _READ_ARGUMENTS:
         raise CannotStandByError(f"{', '.join(sorted(readers))} reads the command line when it is imported")
-    if reason := front.reason_to_spawn():
+    if reason := front.reason_to_spawn() or _threads_left():
         raise CannotStandByError(reason)
     reads.stop()
     first, variables = reads.first(), reads.names()
@@ -176,21 +190,36 @@ def _import() -> Held:
     return Held(seen["facts"], files, variables, changes)
 
 
+def _threads_left() -> str | None:
+    """Threads of libraries that do not end for a fork: in it they would be missing."""
+    number = os.fork()
+    if number == 0:
+        os._exit(0)
+    os.waitpid(number, 0)
+    return front.threads_left()
+
+
 def _leave(why: str) -> NoReturn:
     with contextlib.suppress(OSError):
         Path(place.socket()).unlink()
-    print(f"no longer standing by: {why}", flush=True)
+    _say(f"no longer standing by: {why}")
     os._exit(0)
 
 
 def _begin_again() -> NoReturn:
     """With the command line and the environment that this process began with; its lock ends with `execve`."""
-    print("what was imported has changed: begins again", flush=True)
+    _say("what was imported has changed: begins again")
     os.execve(sys.executable, sys.orig_argv, reads.first())
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(text, flush=True)
+
+
 def _high(file: int) -> int:
-    moved = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, HIGHEST)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    moved = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, min(HIGHEST, limit // 2))
     os.close(file)
     return moved
 

@@ -7,12 +7,14 @@ import os
 import select
 import signal
 import socket
+import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
 from vllm_compile_ext import harmless
-from vllm_compile_ext.standby import server
+from vllm_compile_ext.standby import client, facts, server
 from vllm_compile_ext.standby.server import Held
 
 STALE = 3  # its exit status where files that the standby has imported have changed
@@ -20,18 +22,31 @@ STALE = 3  # its exit status where files that the standby has imported have chan
 
 def keep(there: socket.socket, held: Held) -> Callable[[], None]:
     """Fork the server that is asked for, in which this returns, with what it is to run."""
+    try:
+        return _keep(there, held)
+    except (OSError, EOFError):  # the client has gone
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _keep(there: socket.socket, held: Held) -> Callable[[], None]:
     os.setsid()
+    process = client.peer(there)
+    if process == 0 or facts.differs(process):
+        os._exit(0)  # and read nothing that it says: what is pickled may do anything
     _, files, _, _ = socket.recv_fds(there, 1, 253)
     connection = Connection(there.detach())
     asked = connection.recv()
+    stale = None
     try:
-        stale = held.files.changed(asked.surroundings.folder)
-        reason = held.differs(asked) or (stale and f"{stale} has changed")
+        if not (reason := held.differs(asked)) and (stale := held.files.changed()):
+            reason = f"{stale} has changed"
     except Exception as error:
-        stale, reason = None, harmless.error(error)
+        reason = harmless.error(error)
     if reason:
-        with contextlib.suppress(OSError):
-            connection.send(reason)
+        connection.send(reason)
         os._exit(STALE if stale else 0)
     number = os.fork()
     if number != 0:
@@ -45,17 +60,30 @@ def keep(there: socket.socket, held: Held) -> Callable[[], None]:
 def _watch(number: int, connection: Connection) -> NoReturn:
     for each in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
         signal.signal(each, signal.SIG_IGN)  # it ends when the server has
+    sys.modules["vllm.utils.system_utils"].set_process_title("Keeper")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):
+        os.dup2(nowhere, file)
     handle = os.pidfd_open(number)
     poll = select.poll()
     poll.register(handle, select.POLLIN)
     poll.register(connection, 0)  # the client's end
-    if handle not in {file for file, _ in poll.poll()}:
-        with contextlib.suppress(OSError):
-            os.killpg(number, signal.SIGKILL)
-    result = os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)  # the client may still use its number
+    client_is_there = handle in {file for file, _ in poll.poll()}
+    if not client_is_there:
+        _end_all(number)
+    result = os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)  # its number stays its own
     if result is not None:
+        killed = result.si_code != os.CLD_EXITED
+        if killed:
+            _end_all(number)  # engines would not notice
         with contextlib.suppress(OSError):
-            connection.send(result.si_status if result.si_code == os.CLD_EXITED else -result.si_status)
+            connection.send(-result.si_status if killed else result.si_status)
             poll.unregister(handle)
-            poll.poll(1000)
+            poll.poll(1000)  # until the client has ended, which may still use the number
+    os.waitpid(number, 0)
     os._exit(0)
+
+
+def _end_all(group: int) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(group, signal.SIGKILL)

@@ -7,6 +7,7 @@ import os
 import runpy
 import shlex
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vllm_compile_ext import finder, harmless
 from vllm_compile_ext.record import recorder
 from vllm_compile_ext.standby.client import Asked
 from vllm_compile_ext.standby.files import Files
-from vllm_compile_ext.zygote import NotForkedError, child, front, reads
+from vllm_compile_ext.zygote import NotForkedError, child, reads
 from vllm_compile_ext.zygote.surroundings import read_otherwise
 
 
@@ -45,6 +46,8 @@ class Held:
             return "it is asked for help, for which imports prepare"
         if not sys.flags.safe_path and (hidden := self.files.hidden_by(asked.path[0])):
             return f"{hidden} would be imported"
+        if path := self.files.differs_in(asked.surroundings.folder):
+            return f"{path} in {asked.surroundings.folder} is another"
         return None
 
 
@@ -66,8 +69,6 @@ def become(asked: Asked, files: Sequence[int], connection: Connection, held: Hel
 
 def _become(asked: Asked, files: Sequence[int], connection: Connection, held: Held) -> None:
     os.setpgid(0, 0)
-    if threads := front.threads_left():
-        raise NotForkedError(threads)
     given, first = asked.surroundings, reads.first()
     child.place(files, asked.files, given=True)
     for name, value in held.changes.items():
@@ -87,10 +88,20 @@ def _become(asked: Asked, files: Sequence[int], connection: Connection, held: He
     recorder.process_start.cache_clear()
     child.forget("MainProcess")
     reads.go_on()
+    _renew_ids()
     with contextlib.suppress(ImportError):
         import setproctitle
 
         setproctitle.setproctitle(shlex.join(asked.orig_argv))
+        setproctitle.setthreadtitle(asked.name)
+
+
+def _renew_ids() -> None:
+    """Of a process, made when their modules are imported: what counts servers would count one."""
+    if (usage := sys.modules.get("vllm.usage.usage_lib")) is not None:
+        usage.usage_message.uuid = str(uuid.uuid4())
+    if (hub := sys.modules.get("transformers.utils.hub")) is not None:
+        vars(hub)["SESSION_ID"] = uuid.uuid4().hex
 
 
 def _run(program: list[str]) -> None:

@@ -19,6 +19,7 @@ _first: dict[str, str] | None = None  # the environment that the process began w
 _read: dict[str, str | None] = {}  # what was read of it, at first
 _files: list[str] = []
 _stock: Any = None
+all_read_by: set[str] = set()  # modules that have gone through all variables, and may have kept any
 
 
 def watch() -> None:
@@ -53,7 +54,20 @@ def go_on() -> None:
         _read.setdefault(key, found)
         return found
 
+    def go_through(self: Any) -> Any:
+        frame: Any = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") == "collections.abc":
+            frame = frame.f_back
+        name = str(frame.f_globals.get("__name__"))
+        if name not in _GO_THROUGH_ALL and not name.startswith("vllm_compile_ext."):
+            all_read_by.add(name)
+        return _stock_iter(self)
+
     type(os.environ).__getitem__ = read  # type: ignore[method-assign]
+    type(os.environ).__iter__ = go_through  # type: ignore[method-assign]
+
+
+_stock_iter = type(os.environ).__iter__
 
 
 def stop() -> None:
@@ -65,6 +79,7 @@ def stop() -> None:
     global _stock
     if _stock is not None:
         type(os.environ).__getitem__ = _stock  # type: ignore[method-assign]
+        type(os.environ).__iter__ = _stock_iter  # type: ignore[method-assign]
         _stock = None
         for name, value in os.environ.items():
             if value != first().get(name) and not name.startswith("LD_"):
@@ -94,6 +109,10 @@ def first() -> dict[str, str]:
     if _first is None:
         raise NotForkedError("nobody noted what its imports read of the environment")
     return _first
+
+
+def is_watching() -> bool:
+    return _stock is not None
 
 
 def names() -> set[str]:
@@ -141,6 +160,8 @@ LATE = frozenset(
     (
         *(
             "VLLM_WORKER_MULTIPROC_METHOD",
+            "TRACEPARENT",
+            "traceparent",
             "_VLLM_COMPILE_EXT_START",
             "_VLLM_COMPILE_EXT_RUN",
             "TORCHINDUCTOR_CACHE_DIR",

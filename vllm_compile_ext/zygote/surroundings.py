@@ -19,21 +19,35 @@ from typing import Any
 from vllm_compile_ext.zygote import NotForkedError, reads, threads
 
 
-def fixed() -> dict[str, Any]:
-    """What a process has for life, or what only its start could give it, by what it is called."""
-    spaces = Path("/proc/self/ns")
+def fixed(process: int = 0) -> dict[str, Any]:
+    """What a process, by default this one, has for life, or what only its start could give it, by what it is called."""
+    folder = Path("/proc", str(process or "self"))
+    status = (folder / "status").read_text()
     return {
-        "the user or group": (os.getresuid(), os.getresgid(), sorted(os.getgroups())),
-        "the namespaces": sorted(str(each.readlink()) for each in spaces.iterdir()),
-        "the control group": Path("/proc/self/cgroup").read_text(),
-        "the priority": os.getpriority(os.PRIO_PROCESS, 0),
-        "the scheduling policy": os.sched_getscheduler(0),
-        "the out-of-memory score": Path("/proc/self/oom_score_adj").read_text(),
-        "the process group or session": (os.getpgrp(), os.getsid(0)),
-        "a capability or a filter": re.findall(r"^(?:Cap|NoNewPrivs|Seccomp)\w*:.*", _status(), re.MULTILINE),
-        "the root folder": str(Path("/proc/self/root").readlink()),
+        "the user or group": _lines("Uid|Gid|Groups", status),
+        "the namespaces": sorted(str(each.readlink()) for each in (folder / "ns").iterdir()),
+        "the control group": (folder / "cgroup").read_text(),
+        "the priority": os.getpriority(os.PRIO_PROCESS, process),
+        "the scheduling policy": os.sched_getscheduler(process),
+        "the out-of-memory score": (folder / "oom_score_adj").read_text(),
+        "the process group or session": (os.getpgid(process), os.getsid(process)),
+        "a capability or a filter": _lines(r"Cap\w*|NoNewPrivs|Seccomp\w*", status),
+        "the security label": _label(folder),
+        "the root folder": str((folder / "root").readlink()),
         "Python's executable": os.fsdecode(spawn.get_executable()),
     }
+
+
+def _lines(names: str, status: str) -> list[str]:
+    return re.findall(rf"^(?:{names}):.*", status, re.MULTILINE)
+
+
+def _label(folder: Path) -> str:
+    """Of SELinux, AppArmor and their like; "" without one."""
+    try:
+        return (folder / "attr/current").read_text().strip("\0\n")
+    except OSError:
+        return ""
 
 
 # What Python does with these when it starts (Python/pylifecycle.c, Modules/signalmodule.c, 3.11).
@@ -114,8 +128,9 @@ class Surroundings:
 _LIBRARIES = "LD_LIBRARY_PATH"
 # Read by the loader of programs, by C and C++ libraries, by Python itself: where no Python code sees it.
 _NATIVE = re.compile(
-    "(LD|PYTHON|MALLOC|GLIBC|OMP|GOMP|KMP|MKL|OPENBLAS|GOTO|BLIS|DNNL|ONEDNN|TORCH|PYTORCH|ATEN|C10|CUDA|CUBLAS"
-    "|CUDNN|NVIDIA|HIP|ROCR|HSA|NCCL|GLOO|LC|LANG|TZ|TMPDIR|HOME|PATH)(_|$)|.*MALLOC"
+    "(LD|MALLOC|GLIBC|OMP|GOMP|KMP|MKL|OPENBLAS|GOTO|BLIS|DNNL|ONEDNN|TORCH|PYTORCH|ATEN|C10|CUDA|CUBLAS|CUBLASLT"
+    "|CUDNN|CUFFT|CUSPARSE|NVIDIA|HIP|ROCR|HSA|NCCL|GLOO|LC|LANG|TZ|TMPDIR|HOME|PATH|SSL|OPENSSL|OPENCV|NPY|NUMPY"
+    "|NUMBA|KINETO|GRPC|TQDM|NETWORKX)(_|$)|PYTHON|.*MALLOC"
 )
 
 
@@ -146,7 +161,8 @@ def read_otherwise(now: Mapping[str, str], read: Set[str]) -> list[str]:
     read: those that Python code has read.
     """
     first = reads.first()
-    names = {*(name for name in (*first, *now) if _NATIVE.match(name)), *read} - reads.LATE
+    native = (name for name in (*first, *now) if _NATIVE.match(name))
+    names = {*native, *read, *((*first, *now) if reads.all_read_by else ())} - reads.LATE
     return sorted(name for name in names if first.get(name) != now.get(name))
 
 
