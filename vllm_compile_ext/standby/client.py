@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import struct
@@ -22,6 +23,8 @@ from vllm_compile_ext.zygote.surroundings import Surroundings
 
 PATIENCE = 10  # seconds; a standby that is not itself busy takes a tenth of one
 _FROM_KERNEL = 0x80  # asm-generic/siginfo.h: SI_KERNEL, of a terminal, which signals a whole group
+# What a script may do before it imports vLLM, since the server does it again: pip's and uv's do no more.
+_SCRIPT = re.compile(r"(#.*\n|\s*\n|import [\w., ]+\n|from [\w.]+ import [\w., ]+\n)*?(import|from) vllm\b")
 # A server gets them by itself, or the kernel lets nobody have them.
 _OWN = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE}
 
@@ -80,6 +83,8 @@ def _say(text: str) -> None:
 
 def _agree(there: socket.socket, program: list[str]) -> tuple[int, int, Connection] | str:
     """Number and handle of the server and what tells of its end; or why there will be none."""
+    if program[0] != "-m" and not _SCRIPT.match(Path(program[0]).read_text(errors="replace")):
+        return f"{program[0]} does something of its own before it imports vLLM"
     standby = peer(there)
     if standby == 0:
         return "it is another user's, or beyond reach"

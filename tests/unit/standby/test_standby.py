@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.process import ROOT, environment
+from vllm_compile_ext.standby import client
 
 STARTED = "standing by"
 SERVED = "is served by"
@@ -339,9 +340,9 @@ def test_children_of_a_server_that_is_killed_end_too(place: Place) -> None:
 def test_a_client_that_says_nothing_harms_nobody(place: Place) -> None:
     (at,) = (place.folder / "at").glob("*.sock")
     for said in (b"", b"f", b"x" * 1000):
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(at))
-            client.sendall(said)
+        with socket.socket(socket.AF_UNIX) as there:
+            there.connect(str(at))
+            there.sendall(said)
     assert is_served(place.run("pass"))
     assert is_served(place.run("pass", env=place.env | {f"MANY_{n}": "x" * 1000 for n in range(900)}))
 
@@ -482,6 +483,27 @@ def test_a_module_in_the_way_is_an_ordinary_start(place: Place, tmp_path: Path) 
         assert f"{path} would be imported" in done.stderr
         assert done.stdout == f"{tmp_path}\n"
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_program_that_does_something_of_its_own_is_run_once(place: Place, tmp_path: Path) -> None:
+    script = tmp_path / "vllm"
+    script.write_text('import sys\nprint("once")\nimport vllm\n')
+    command = [sys.executable, str(script), "serve"]
+    done = subprocess.run(command, env=place.env, cwd=place.folder, input="", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "once\n")
+    assert "does something of its own before it imports vLLM" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#!/bin/python\n# -*- coding: utf-8 -*-\nimport re\nimport sys\nfrom vllm.entrypoints.cli.main import main\n",
+        "#!/usr/bin/python\nimport sys\nfrom vllm.entrypoints.cli.main import main\nif __name__ == '__main__':\n",
+    ],
+)
+def test_scripts_of_pip_and_uv_do_nothing_of_their_own(script: str) -> None:
+    assert client._SCRIPT.match(script)
+    assert not client._SCRIPT.match(script.replace("import sys\n", "import sys\nsys.stdin.read()\n"))
 
 
 @pytest.mark.parametrize(
