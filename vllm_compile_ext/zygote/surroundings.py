@@ -169,4 +169,5 @@ def read_otherwise(now: Mapping[str, str], read: Set[str]) -> list[str]:
 def _new_libraries(first: str, now: str, folder: str) -> bool:
     """Whether another search path finds other libraries: OpenCV adds a folder that pip does not make."""
     before, after = ({str(Path(folder, part)) for part in value.split(":") if value} for value in (first, now))
-    return bool(before - after) or any(next(Path(part).glob("*.so*"), None) for part in after - before)
+    found = (file.name for part in after - before for file in Path(part).glob("*.so*"))
+    return bool(before - after) or any(re.search(r"\.so(\.\d+)*$", name) for name in found)
