@@ -51,7 +51,12 @@ for command in (cache.ls, cache.show, cache.verify, cache.gc, cache.rm, cache.pa
     _cache.command()(command)
 app.add_typer(_cache, name="cache", no_args_is_help=True)
 
-_explain = typer.Typer(help="Why something happened.")
+_explain = typer.Typer(cls=explain.Explain, help=explain.HELP)
 _explain.callback()(lambda: None)
+_explain.command(
+    options_metavar="MODEL [OPTIONS OF vllm serve]",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    help=explain.HELP,
+)(explain.config)
 _explain.command()(explain.miss)
 app.add_typer(_explain, name="explain", no_args_is_help=True)

@@ -74,6 +74,12 @@ print(json.dumps({
 """
 
 
+def usual() -> None:
+    """A background job begins with some signals ignored."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Place:
     """A folder with the program, the socket's folder, and the environment of both sides."""
@@ -122,12 +128,12 @@ class Place:
         return [sys.executable, str(self.bin / "vllm"), "serve", code]
 
     def run(self, code: str, command: Sequence[str] = (), **options: Any) -> subprocess.CompletedProcess[str]:
-        options = {"env": self.env, "cwd": self.folder, "input": "", "timeout": 60} | options
+        options = {"env": self.env, "cwd": self.folder, "input": "", "timeout": 60, "preexec_fn": usual} | options
         return subprocess.run([*command, *self.command(code)], capture_output=True, text=True, **options)
 
     def start(self, code: str, **options: Any) -> subprocess.Popen[str]:
         """Start a program that prints a line when it runs; wait for it."""
-        options = {"env": self.env, "cwd": self.folder, "stdin": subprocess.DEVNULL} | options
+        options = {"env": self.env, "cwd": self.folder, "stdin": subprocess.DEVNULL, "preexec_fn": usual} | options
         piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         program: subprocess.Popen[str] = subprocess.Popen(self.command(code), **(piped | options))
         return program
@@ -380,6 +386,7 @@ def test_a_terminal_reaches_all_of_it(short: Path) -> None:
         said += os.read(ours, 1000).decode()
 
     def lead() -> None:
+        usual()
         os.setsid()
         import fcntl
         import termios
