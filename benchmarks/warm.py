@@ -40,8 +40,12 @@ SIDES = ("stock", "ours")
 STARTS = ("stock cold", "stock warm", "ours cold", "ours warm")
 EAGER = ("stock eager", "ours eager")
 SPAWNED = ("ours spawned",)  # a warm start with VLLM_COMPILE_FORK=0
-STANDBY = ("ours standby", "eager standby")  # warm or eager, from the standby
+STANDBY = ("ours standby", "eager standby")  # warm, and eager, from `vllm-compile-ext standby`
 MORE = EAGER + SPAWNED + STANDBY
+COMPARED = (
+    *((f"ours {kind}", "ours cold") for kind in ("warm", "spawned", "standby")),
+    ("ours cold", "stock cold"),
+)
 # A folder with such a file is one kernel: Triton's, and those of the libraries in `vllm_compile_ext.store.kernels`.
 KERNELS = ("__grp__*.json", "*.cubin", "*.so")
 PLUGIN = """
@@ -192,7 +196,7 @@ def start_table(size: str, starts: Starts) -> Table:
         grid.add_row(start, *cells, result.code)
     same = [
         f"{one} as {other}: {demo.agreement(done[one].answers, done[other].answers)}"
-        for one, other in (("ours warm", "ours cold"), ("ours spawned", "ours cold"), ("ours cold", "stock cold"))
+        for one, other in COMPARED
         if one in done and other in done
     ]
     grid.caption, grid.caption_justify = "tokens, " + "; ".join(same), "left"
