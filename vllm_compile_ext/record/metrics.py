@@ -114,7 +114,7 @@ def _write(name: str, value: float, labels: dict[str, str], *, add: bool) -> Non
                 raise _Mistake(f"there is no {kind} {name} with the labels {', '.join(labels) or '(none)'}")
             folder = os.environ.get(temporary.RUN)
             if folder != _folder:
-                forget()
+                _begin_anew()
                 _folder = folder
             if not folder or _over or (add and not value > 0):
                 return
@@ -159,8 +159,13 @@ def _warn(error: Exception) -> None:
 
 def forget() -> None:
     """Begin anew: for a forked child, which has files and a process number of its own, and for tests."""
-    global _lock, _over, _warned
-    _lock = threading.RLock()
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it
+    _begin_anew()
+
+
+def _begin_anew() -> None:
+    global _over, _warned
     _series.clear()
     _files.clear()
     _over = _warned = False

@@ -102,6 +102,15 @@ def test_threads_do_not_lose_counts() -> None:
     assert metrics.samples()[(HITS,)] == 16000
 
 
+def test_the_first_count_in_a_folder_keeps_the_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes the files; with a new lock meanwhile another thread's count would be lost."""
+    lock = metrics._lock
+    monkeypatch.setenv(temporary.RUN, str(tmp_path))
+    metrics.inc("store_hits_total")
+    assert metrics.samples()[(HITS,)] == 1
+    assert metrics._lock is lock
+
+
 def test_a_forked_child_counts_in_a_file_of_its_own(folder: Path) -> None:
     metrics.inc("store_hits_total")
     process = os.fork()
