@@ -176,7 +176,11 @@ REASONS: dict[str, tuple[str, str | None]] = {
         "open('libany.so.1', 'w').close(); os.environ['LD_LIBRARY_PATH'] = os.getcwd()",
         "LD_LIBRARY_PATH changed",
     ),
-    "a folder of sockets": ("open('u.sock', 'w').close(); os.environ['LD_LIBRARY_PATH'] = os.getcwd()", None),
+    "a folder of sockets": (
+        "open('u.sock', 'w').close()\n"
+        "    os.environ['LD_LIBRARY_PATH'] = f\"{os.environ.get('LD_LIBRARY_PATH', '')}:{os.getcwd()}\"",
+        None,
+    ),
     "session": ("os.setsid()", "the process group or session is not as it was"),
     "error": ("context.Surroundings = lambda: 1 / 0", "ZeroDivisionError"),
     "stopped": (
