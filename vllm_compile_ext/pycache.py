@@ -3,7 +3,7 @@
 A `.pyc` file beside a module is used as ever.  Where there is none and none may be written, as in an image with
 read-only packages or with PYTHONDONTWRITEBYTECODE, Python would compile the module in each process: it does so once.
 
-Standard library only, and little of it: this is imported before anything else is.
+Standard library only, and little of it until it is chosen: this is imported before anything else is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ importing: Any = sys.modules["importlib._bootstrap_external"]  # what imports ru
 
 def keep() -> None:
     """From here on.  Python itself checks what it reads against the source, and writes a file whole or not at all."""
-    folder = f"{_cache_root()}/compile_pycache"
+    from vllm_compile_ext import settings  # milliseconds, where this saves seconds
+
+    folder = str(settings.cache_root() / "compile_pycache")
     os.makedirs(folder, mode=0o700, exist_ok=True)  # noqa: PTH103
     status = os.stat(folder)  # noqa: PTH116
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
@@ -38,9 +40,3 @@ def keep() -> None:
 
     importing.cache_from_source = cache_from_source
     sys.dont_write_bytecode = False  # beside a module nothing is written that would not have been
-
-
-def _cache_root() -> str:
-    """As `settings.cache_root`, which takes too long to import here."""
-    base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return os.path.abspath(os.path.expanduser(os.environ.get("VLLM_CACHE_ROOT") or f"{base}/vllm"))  # noqa: PTH100, PTH111

@@ -18,15 +18,12 @@ pytestmark = pytest.mark.engine
 REAL = """
 import importlib.metadata, os, sys
 from vllm_compile_ext import versions
-from vllm_compile_ext.cli.resolve import settings, text
+from vllm_compile_ext.cli.resolve import shown, text
 from vllm.v1.engine import utils
 
 def instead(self, *arguments, vllm_config=None, **options):
-    found = [("optimization_level", vllm_config, "optimization_level")]
-    found.append(("enforce_eager", vllm_config.model_config, "enforce_eager"))
-    for part in ("compilation_config", "kernel_config"):
-        found += settings(getattr(vllm_config, part), f"{part}.")
-    report({name.removeprefix("compilation_config."): text(getattr(within, field)) for name, within, field in found})
+    found = {name: text(getattr(within, field)) for name, within, field in shown(vllm_config)}
+    report({name.removeprefix("compilation_config."): value for name, value in found.items()})
     os._exit(0)
 
 utils.CoreEngineProcManager.__init__ = instead

@@ -134,6 +134,14 @@ def settings(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
             yield prefix + field.name, config, field.name
 
 
+def shown(config: Any) -> Iterator[tuple[str, Any, str]]:
+    """`settings` of a `VllmConfig` that are shown."""
+    yield "optimization_level", config, "optimization_level"
+    yield "enforce_eager", config.model_config, "enforce_eager"
+    for part in ("compilation_config", "kernel_config"):
+        yield from settings(getattr(config, part), f"{part}.")
+
+
 def _ask(config: Any, untouched: Mapping[str, Any]) -> None:
     """Note as asked for what the parser has made otherwise than an untouched configuration."""
     for _, within, field in settings(config):
@@ -155,10 +163,8 @@ def row(name: str, config: Any, field: str, untouched: Mapping[str, Any], factor
     elif asked == value:
         source, where = USER, ""
     else:
-        source, where = (
-            (DEFAULT if text(getattr(untouched.get(cls, type(config)), field, None)) == value else UNKNOWN),
-            "",
-        )
+        default = text(getattr(untouched.get(cls, type(config)), field, None))
+        source, where = DEFAULT if default == value else UNKNOWN, ""
     factor = f"config.{name.replace('_config.', '.')}"
     in_key = any(each == factor or each.startswith(f"{factor}.") for each in factors)
     found = {"name": name.removeprefix("compilation_config."), "value": value, "source": source, "where": where}
@@ -195,11 +201,7 @@ def main() -> None:
             kind = type(getattr(of, field))  # a bool, or an enumeration of numbers
             vars(of).setdefault(_ASKED, {})[field] = text(kind(int(getattr(args, field))))
     factors = {*config_factors(config, ())}
-    found = [("optimization_level", config, "optimization_level")]
-    found.append(("enforce_eager", config.model_config, "enforce_eager"))
-    for part in ("compilation_config", "kernel_config"):
-        found += settings(getattr(config, part), f"{part}.")
-    Path(to).write_text(json.dumps([row(*each, untouched, factors) for each in found]))
+    Path(to).write_text(json.dumps([row(*each, untouched, factors) for each in shown(config)]))
 
 
 # Options that are no field of a configuration that the parser makes.

@@ -3,9 +3,7 @@
 import sys
 
 if not sys.flags.safe_path:
-    sys.path[0] = (
-        "/dev/null"  # the folder of this file; of `vllm serve` it is another, and nothing is to come from there
-    )
+    sys.path[0] = "/dev/null"  # this file's folder; `vllm serve` has another: `Files.hidden_by`
 
 from vllm_compile_ext.standby.hold import CannotStandByError, hold
 

@@ -6,14 +6,12 @@ Standby and client look at the same moment: what was imported before is the same
 from __future__ import annotations
 
 import os
-import re
-import resource
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from vllm_compile_ext.zygote.surroundings import fixed
+from vllm_compile_ext.zygote.surroundings import fixed, limits, traced
 
 _GIVEN = "the process group or session"  # to a server: one of its own, which the client's signals reach
 
@@ -27,7 +25,6 @@ def differs(process: int) -> str | None:
 def look() -> dict[str, Any]:
     """By what it is called in a sentence that says what differs."""
     skip = 0 if sys.flags.safe_path else 1  # the program's own folder: `standby.files.Files.hidden_by`
-    limits = {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")}
     streams = (sys.stdin, sys.stdout, sys.stderr)
     return {
         "Python": (sys.version, sys.prefix, sys.base_prefix),
@@ -36,12 +33,12 @@ def look() -> dict[str, Any]:
         "the search path of modules": sys.path[skip:],
         "what finds modules": [type(each).__name__ for each in sys.meta_path] + [repr(type(e)) for e in sys.path_hooks],
         "what is imported before vLLM": _imported(),
-        "a resource limit": limits,
+        "a resource limit": limits(),
         "the processors that it may use": sorted(os.sched_getaffinity(0)),
         "whether a standard stream is a terminal": [os.isatty(number) for number in (0, 1, 2)],
         "the encoding of a standard stream": [each and (each.encoding, each.errors) for each in streams],
         "the memory policy": _memory_policy(),
-        "a debugger, a profiler or a thread": (sys.gettrace(), sys.getprofile(), threading.active_count(), _tracer()),
+        "a debugger, a profiler or a thread": (sys.gettrace(), sys.getprofile(), threading.active_count(), traced()),
     }
 
 
@@ -52,10 +49,6 @@ def _memory_policy() -> str:
             return file.readline().split()[1]
     except (OSError, IndexError):
         return ""
-
-
-def _tracer() -> list[str]:
-    return re.findall(r"^TracerPid:\s*([1-9]\d*)", Path("/proc/self/status").read_text(), re.MULTILINE)
 
 
 def _imported() -> dict[str, str]:

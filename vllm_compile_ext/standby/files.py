@@ -20,9 +20,6 @@ from typing import Any
 
 Identity = tuple[int, ...] | None  # None: there is no such file
 
-# Modules that ask for the working folder when they are imported -> puts right what they keep of it.
-_Follow = Callable[[str], None]
-
 
 class Files:
     """Notes from its making on, until `stop`."""
@@ -59,9 +56,7 @@ class Files:
     def _noting(self, stock: Any) -> Any:
         def noting(path: Any, *arguments: Any, **options: Any) -> Any:
             how = next(iter(arguments), options.get("mode"))
-            writes = (
-                how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) if isinstance(how, int) else {*(how or "")} & {*"wax+"}
-            )
+            writes = how & _WRITES if isinstance(how, int) else {*(how or "")} & {*"wax+"}
             if options.get("dir_fd") is None and not writes:
                 self._note(path)
             return stock(path, *arguments, **options)
@@ -223,7 +218,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _GO_BETWEENS = ("posixpath", "os", "pathlib", "pathlib._local", "genericpath")
 # Modules that ask for the working folder when they are imported, and what they keep of it (Python 3.11, torch 2.13
 # and 2.14, transformers 5.19): puts that right.
-_KEEP_FOLDER: dict[str, _Follow] = {
+_KEEP_FOLDER: dict[str, Callable[[str], None]] = {
     "inspect": _nothing,
     "tempfile": _nothing,
     "multiprocessing.process": _multiprocessing,

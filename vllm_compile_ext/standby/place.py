@@ -38,7 +38,7 @@ def program(arguments: list[str]) -> list[str] | None:
     if words[:1] == ["-m"]:
         module = words[1] if len(words) > 1 else ""
         serves = module == "vllm.entrypoints.openai.api_server" or (
-            module in ("vllm", "vllm.entrypoints.cli.main") and words[2:3] == ["serve"]
+            module == "vllm.entrypoints.cli.main" and words[2:3] == ["serve"]
         )
     else:
         serves = os.path.basename(words[0] if words else "") == "vllm" and words[1:2] == ["serve"]  # noqa: PTH119

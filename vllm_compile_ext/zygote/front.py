@@ -15,6 +15,7 @@ from types import ModuleType
 from vllm_compile_ext import finder, harmless, versions
 from vllm_compile_ext.replace import replace
 from vllm_compile_ext.zygote import NotForkedError, reads
+from vllm_compile_ext.zygote.surroundings import traced
 from vllm_compile_ext.zygote.zygote import Zygote
 
 METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
@@ -101,9 +102,7 @@ def reason_to_spawn() -> str | None:
         return "WSL's NVML does not work in a fork"
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return "Ray has been started"
-    if re.search(r"^TracerPid:\s*[1-9]", Path("/proc/self/status").read_text(), re.MULTILINE) or any(
-        name in os.environ for name in ("CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH")
-    ):
+    if traced() or any(name in os.environ for name in ("CUDA_INJECTION64_PATH", "NVTX_INJECTION64_PATH")):
         return "a native debugger or profiler is at work"
     version = sys.modules["torch"].version if "torch" in sys.modules else None
     if getattr(version, "hip", None) or getattr(version, "xpu", None):

@@ -70,11 +70,16 @@ def _umask() -> int:
     return int(re.findall(r"^Umask:\s*(\d+)", _status(), re.MULTILINE)[0], 8)
 
 
+def traced() -> bool:
+    """Whether a native debugger is at work."""
+    return re.search(r"^TracerPid:\s*[1-9]", _status(), re.MULTILINE) is not None
+
+
 def _status() -> str:
     return Path("/proc/self/status").read_text()
 
 
-def _limits() -> dict[int, tuple[int, int]]:
+def limits() -> dict[int, tuple[int, int]]:
     names = (getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))
     return {number: resource.getrlimit(number) for number in names}
 
@@ -89,7 +94,7 @@ class Surroundings:
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     folder: str = field(default_factory=os.getcwd)
     mask: int = field(default_factory=_umask)
-    limits: dict[int, tuple[int, int]] = field(default_factory=_limits)
+    limits: dict[int, tuple[int, int]] = field(default_factory=limits)
     ignored: set[int] = field(default_factory=_ignored)
     blocked: set[int] = field(default_factory=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()))
     processors: set[int] = field(default_factory=lambda: os.sched_getaffinity(0))
@@ -142,7 +147,7 @@ def check_environment(now: Mapping[str, str], folder: str) -> None:
     known = {*threads.KNOWN, *reads.LATE, *reads.SET_BY}
     if not _new_libraries(first.get(_LIBRARIES, ""), now.get(_LIBRARIES, ""), folder):
         known.add(_LIBRARIES)
-    names = {*(name for name in (*first, *now) if _NATIVE.match(name)), *read} - known
+    names = {*_native(first, now), *read} - known
     if late := sorted(name for name in names if reads.at_import(name) != now.get(name)):
         raise NotForkedError(f"{', '.join(late)} changed after it may have been read")
 
@@ -161,9 +166,12 @@ def read_otherwise(now: Mapping[str, str], read: Set[str]) -> list[str]:
     read: those that Python code has read.
     """
     first = reads.first()
-    native = (name for name in (*first, *now) if _NATIVE.match(name))
-    names = {*native, *read, *((*first, *now) if reads.all_read_by else ())} - reads.LATE
+    names = {*_native(first, now), *read, *((*first, *now) if reads.all_read_by else ())} - reads.LATE
     return sorted(name for name in names if first.get(name) != now.get(name))
+
+
+def _native(*environments: Mapping[str, str]) -> set[str]:
+    return {name for each in environments for name in each if _NATIVE.match(name)}
 
 
 def _new_libraries(first: str, now: str, folder: str) -> bool:
