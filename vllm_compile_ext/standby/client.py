@@ -108,6 +108,7 @@ def _begin(server: int, handle: int, connection: Connection) -> str | None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         signal.pthread_sigmask(signal.SIG_BLOCK, passed)
         threading.Thread(target=_pass_on, args=(passed, server, handle, ignores_stop), daemon=True).start()
+        _say(f"this is served by {server}, a fork of the standby")  # before the server says anything
         connection.send("go")
     except Exception as error:  # the server ends when the connection does
         connection.close()
@@ -119,7 +120,6 @@ def _begin(server: int, handle: int, connection: Connection) -> str | None:
 
 
 def _stand_for(server: int, connection: Connection) -> NoReturn:
-    _say(f"this is served by {server}, a fork of the standby")
     for number in reads.given_files():
         os.close(number)
     with socket.socket(fileno=os.dup(connection.fileno())) as forever:
