@@ -49,7 +49,9 @@ def go_on() -> None:
         try:
             found: str = stock(self, key)
         except KeyError:
-            _read.setdefault(key, None)
+            # Not what `setdefault` asks for: it reads what it has set, which it would find in the next process.
+            if frame.f_code.co_name != "__contains__" or frame.f_back.f_code.co_name != "setdefault":
+                _read.setdefault(key, None)
             raise
         _read.setdefault(key, found)
         return found

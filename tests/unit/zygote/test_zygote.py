@@ -35,6 +35,7 @@ logging.getLogger("vllm_compile_ext").setLevel("INFO")
 def begin():
     reads.watch()
     os.environ.get("READ_BEFORE")
+    os.environ.setdefault("KMP_OF_AN_IMPORT", "1")  # as scikit-learn does
     front.make()
     assert front.wanted(), front._why
 
@@ -165,6 +166,7 @@ def test_locks_queues_and_random_numbers(tmp_path: Path) -> None:
 # What is done after the zygote was made, and what the line says of it.
 REASONS: dict[str, tuple[str, str | None]] = {
     "a variable that was read": ("os.environ['READ_BEFORE'] = '1'", "READ_BEFORE changed after it may have been read"),
+    "one that an import has set": ("os.environ['KMP_OF_AN_IMPORT'] = '2'", "KMP_OF_AN_IMPORT changed after"),
     "a native one": ("os.environ['MKL_NUM_THREADS'] = '1'", "MKL_NUM_THREADS changed after"),
     "an allocator": ("os.environ['LD_PRELOAD'] = '/lib/libtcmalloc.so'", "LD_PRELOAD was changed"),
     "threads of no number": ("os.environ['OMP_NUM_THREADS'] = 'all'", "OMP_NUM_THREADS was set to 'all'"),
