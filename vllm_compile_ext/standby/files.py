@@ -30,12 +30,15 @@ class Files:
         self._paths: dict[str, Identity] = {}
         self._listed: dict[str, set[str]] = {}
         self._asked_for_folder = set[str]()
+        self._made = set[str]()
+        self.temporary = set[str]()
         self.sought = set[str]()
         self._stock: dict[tuple[Any, str], Any] = {}
         for owner, name in ((os, "stat"), (os, "lstat"), (os, "open"), (io, "open"), (builtins, "open")):
             self._replace(owner, name, self._noting(getattr(owner, name)))
         for name in ("listdir", "scandir"):
             self._replace(os, name, self._listing(getattr(os, name)))
+        self._replace(os, "mkdir", self._mkdir)
         self._replace(os, "getcwd", self._getcwd)
         sys.meta_path.insert(0, self)
 
@@ -75,6 +78,13 @@ class Files:
         if self._on and _may_change(folder) and folder not in self._listed:
             self._listed[folder] = self._names(folder)
 
+    def _mkdir(self, path: Any, *arguments: Any, **options: Any) -> None:
+        self._stock[os, "mkdir"](path, *arguments, **options)
+        if self._on and options.get("dir_fd") is None:
+            self._made.add(os.fsdecode(path))
+            if sys._getframe(1).f_globals.get("__name__") == "tempfile":
+                self.temporary.add(os.fsdecode(path))
+
     def _identity(self, path: str) -> Identity:
         try:
             found = self._stock[os, "stat"](path)
@@ -99,7 +109,10 @@ class Files:
         return str(self._stock[os, "getcwd"]())
 
     def stop(self) -> str | None:
-        """Note no more, but all that is loaded by now; returns a file that has changed since `began`, if any."""
+        """Note no more, but all that is loaded by now; returns a path that has changed since `began`, if any.
+
+        `temporary` then are the temporary folders that imports have made and not removed.
+        """
         modules = list(sys.modules.values())
         for folder in {*sys.path, *(path for module in modules for path in _folders(module))}:
             self._list(folder)  # importlib has done so, by functions of its own
@@ -117,10 +130,18 @@ class Files:
                 return path
         for path in _read_by_libraries():
             self._paths[path] = self._identity(path)
-        for path, found in self._paths.items():
-            if found is None and Path(path).is_dir():  # made by an import, as by those of the next process
-                self._paths[path] = self._identity(path)
-        return None
+        for folder in self._made:  # as imports of the next process do
+            self._paths.pop(folder, None)
+            if self._identity(folder) is None:
+                self._forget(folder)
+        self.temporary = {folder for folder in self.temporary if self._identity(folder) is not None}
+        return self.changed()
+
+    def _forget(self, folder: str) -> None:
+        """What was in a folder that imports have made and removed."""
+        for noted in (self._paths, self._listed):
+            for path in [path for path in noted if path == folder or path.startswith(f"{folder}/")]:
+                del noted[path]
 
     def changed(self) -> str | None:
         """The first path under which imports would read something else; None: all is as it was."""

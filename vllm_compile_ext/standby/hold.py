@@ -44,7 +44,7 @@ def hold(idle: float | None) -> Callable[[], None]:
     began, owner, lock = time.monotonic(), os.getpid(), _lock()
     for file in reads.given_files():
         os.close(file)
-    held = _import()
+    held = _import(again=reads.first().pop(_AGAIN, None) is not None)
     gc.freeze()  # else each fork goes through all of it, and so gets a copy
     listening = _listen()
 
@@ -154,8 +154,9 @@ class _Arguments(list[str]):
     copy, index, count, __add__, __eq__ = map(_noting, ("copy", "index", "count", "__add__", "__eq__"))
 
 
-def _import() -> Held:
-    """Import what vLLM's command imports before it does anything else."""
+def _import(again: bool) -> Held:
+    """Import what vLLM's command imports before it does anything else.  again: it has begun again for that."""
+    os.environ.pop(_AGAIN, None)
     seen: dict[str, Any] = {}
 
     def look() -> None:
@@ -179,7 +180,11 @@ def _import() -> Held:
         raise CannotStandByError("vLLM's command is not as it is in the versions that are supported") from None
     files: Files = seen["files"]
     if changed := files.stop():
-        raise CannotStandByError(f"{changed} has changed meanwhile: begin again")
+        if again:
+            raise CannotStandByError(f"{changed} changes whenever vLLM is imported")
+        _begin_again(changed)
+    if files.temporary:
+        raise CannotStandByError(f"imports have made {min(files.temporary)}, which servers would remove")
     if readers := {each for each in _Arguments.readers if not each.startswith("vllm_compile_ext.")} - _READ_ARGUMENTS:
         raise CannotStandByError(f"{', '.join(sorted(readers))} reads the command line when it is imported")
     if reason := front.reason_to_spawn() or _threads_left():
@@ -206,10 +211,16 @@ def _leave(why: str) -> NoReturn:
     os._exit(0)
 
 
-def _begin_again() -> NoReturn:
-    """With the command line and the environment that this process began with; its lock ends with `execve`."""
-    _say("what was imported has changed: begins again")
-    os.execve(sys.executable, sys.orig_argv, reads.first())
+def _begin_again(changed: str = "") -> NoReturn:
+    """With the command line and the environment that this process began with; its lock ends with `execve`.
+
+    changed: a path that has changed while importing, which is not to happen again.
+    """
+    _say(f"{changed or 'what was imported'} has changed: begins again")
+    os.execve(sys.executable, sys.orig_argv, reads.first() | ({_AGAIN: "1"} if changed else {}))
+
+
+_AGAIN = "_VLLM_COMPILE_EXT_AGAIN"
 
 
 def _say(text: str) -> None:

@@ -595,6 +595,44 @@ def test_changed_files_are_noticed(short: Path) -> None:
     assert "standby" not in done.stderr
 
 
+# What an import does, what the standby says then, and whether it stands by.
+WHILE_IMPORTING = {
+    "a folder that is removed": (
+        "with tempfile.TemporaryDirectory() as made:\n"
+        "    note = pathlib.Path(made, 'note'); note.write_text('x'); note.read_text(); os.listdir(made)",
+        None,
+        True,
+    ),
+    "a file that the next import finds": (
+        "found = pathlib.Path(cache, 'found'); found.exists() or found.write_text('x')",
+        "found has changed: begins again",
+        True,
+    ),
+    "a file of every import": (
+        "each = pathlib.Path(cache, 'each'); each.exists(); each.write_text('x')",
+        "each changes whenever vLLM is imported",
+        False,
+    ),
+    "a folder that stays": ("kept = tempfile.mkdtemp(prefix='kept-', dir=cache)", "which servers would remove", False),
+}
+
+
+@pytest.mark.parametrize("what", WHILE_IMPORTING)
+def test_what_imports_make(short: Path, what: str) -> None:
+    place = Place(short)
+    code, said, stands_by = WHILE_IMPORTING[what]
+    lines = (f"cache = {str(short)!r}", "import os, pathlib, tempfile", *code.split("\n"))
+    during = "        if name == 'vllm.version':\n" + "".join(f"            {line}\n" for line in lines)
+    (place.extra / "sitecustomize.py").write_text(SITE.replace("        if name", f"{during}        if name", 1))
+    standby = place.stand_by()
+    assert (STARTED in place.log) == stands_by, place.log
+    assert said is None or said in place.log
+    if stands_by:
+        assert place.log.count("begins again") == (said is not None)
+        assert is_served(place.run("pass"))
+        end(standby)
+
+
 def test_a_standby_that_was_killed_is_none(short: Path) -> None:
     place = Place(short)
     standby = place.stand_by()
