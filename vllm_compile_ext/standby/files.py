@@ -175,7 +175,7 @@ class Files:
         if folder == self._folder:
             return None
         if strange := sorted(self._asked_for_folder - _KEEP_FOLDER.keys()):
-            return strange[0]
+            return ", ".join(strange)
         for name, follow in _KEEP_FOLDER.items():
             if name in sys.modules:
                 follow(folder)
@@ -224,6 +224,12 @@ def _inductor(folder: str) -> None:
     _set_default(config, "xpu.cutlass_dir", os.path.realpath(os.environ.get("TORCHINDUCTOR_CUTLASS_DIR", "")))
 
 
+def _rich(folder: str) -> None:
+    import rich
+
+    rich._IMPORT_CWD = os.path.abspath(folder)
+
+
 def _transformers(folder: str) -> None:
     module: Any = sys.modules["transformers.utils.auto_docstring"]  # a function of this name hides it
     module.PATH_TO_TRANSFORMERS = Path(folder, "src").resolve() / "transformers"
@@ -245,5 +251,6 @@ _KEEP_FOLDER: dict[str, Callable[[str], None]] = {
     "multiprocessing.process": _multiprocessing,
     "torch._dynamo.config": _dynamo,
     "torch._inductor.config": _inductor,
+    "rich": _rich,
     "transformers.utils.auto_docstring": _transformers,
 }

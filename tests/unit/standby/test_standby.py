@@ -599,7 +599,8 @@ def test_changed_files_are_noticed(short: Path) -> None:
 WHILE_IMPORTING = {
     "a folder that is removed": (
         "with tempfile.TemporaryDirectory() as made:\n"
-        "    note = pathlib.Path(made, 'note'); note.write_text('x'); note.read_text(); os.listdir(made)",
+        "    note = pathlib.Path(made, 'note'); note.write_text('x'); note.read_text(); os.listdir(made)\n"
+        "import rich",
         None,
         True,
     ),
@@ -629,7 +630,9 @@ def test_what_imports_make(short: Path, what: str) -> None:
     assert said is None or said in place.log
     if stands_by:
         assert place.log.count("begins again") == (said is not None)
-        assert is_served(place.run("pass"))
+        done = place.run("import os, rich; print(rich._IMPORT_CWD == os.getcwd())", cwd=place.bin)
+        assert is_served(done), done.stderr
+        assert done.stdout == "True\n"
         end(standby)
 
 
