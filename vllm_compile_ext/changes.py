@@ -97,6 +97,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
             "platforms:keep_mode",
             "the compilation mode that the user asked for survives on CPU",
         ),
+        (_ARGUMENTS, "EngineArgs.create_engine_config", "ops.auto:create_engine_config", "custom ops, as measured"),
         ("", "os.environ: JIT caches", "store.kernels:use", "kernels that libraries compile are kept in the store"),
         ("", "os.environ: reading", "zygote.reads:stop", "what is read is noted only until there is a zygote"),
         ("", "os.environ: _VLLM_COMPILE_EXT_RUN", "temporary:make_run_folder", "a folder for one vLLM's processes"),

@@ -72,6 +72,12 @@ class Settings:
         "while starting, as in stock vLLM.",
         choices=("lazy", "idle", "eager"),
     )
+    VLLM_COMPILE_CUSTOM_OPS: str = _variable(
+        "stock",
+        "Which of vLLM's custom ops run their kernels: stock, as vLLM decides; auto, as measured here by "
+        "vllm-compile-ext ops MODEL --measure, unless custom_ops are set.",
+        choices=("stock", "auto"),
+    )
     VLLM_COMPILE_WAIT: int = _variable(
         200,
         "How many seconds to wait for another process that compiles the same model, before doing it here too.",

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_compile_ext.cli import bench, cache, doctor, env, explain, report, standby, warm
+from vllm_compile_ext.cli import bench, cache, doctor, env, explain, ops, report, standby, warm
 from vllm_compile_ext.cli.program import ProgramError, excerpt
 from vllm_compile_ext.cli.shared import EXPECTED
 from vllm_compile_ext.harmless import plain
@@ -38,7 +38,7 @@ app.command("env")(env.command)
 app.command("doctor")(doctor.command)
 app.command("report")(report.command)
 app.command("standby")(standby.command)
-for name, module in (("warm", warm), ("bench", bench)):
+for name, module in (("warm", warm), ("bench", bench), ("ops", ops)):
     app.command(
         name,
         help=module.HELP,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +15,8 @@ import typer
 from rich.console import Console
 
 from vllm_compile_ext import settings
-from vllm_compile_ext.cli.program import ProgramError
+from vllm_compile_ext.cli.program import Line, Program, ProgramError, interruptible
+from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.record.read import ReadError
 from vllm_compile_ext.store.bundle import BundleError
 from vllm_compile_ext.store.store import DamagedError, ManifestError, Store, UnsafeStoreError
@@ -71,6 +76,36 @@ def only(found: list[str], none: str, many: str) -> str:
         some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise UserError(f"{len(found)} {many}: give more of {some}")
     return found[0]
+
+
+STEP = "step: "  # how a line of a program begins that says what it does
+
+
+def ask(module: str, arguments: Sequence[str], title: str, verbose: bool) -> Any:
+    """The answer of a program of ours that imports vLLM and reads its options: ``module FILE ARGUMENTS`` writes it.
+
+    Raises `ProgramError`.  A bad option ends with status 2, after what vLLM says of it.
+    """
+    progress = Progress(Console(stderr=True, highlight=False), verbose=verbose)
+
+    def listen(line: Line) -> None:
+        progress.listen(line)
+        if line.text.startswith(STEP):
+            progress.step(line.text.removeprefix(STEP))
+
+    with tempfile.TemporaryDirectory(prefix="vllm-compile-ext-") as folder, interruptible(), progress:
+        to = Path(folder, "answer.json")
+        progress.begin(title)
+        command = [sys.executable, "-m", module, str(to), *arguments]
+        with Program(command, os.environ | {"VLLM_COMPILE_STARTS": "0"}, listen=listen) as program:
+            status = program.wait()
+        lines = [line.text for line in program.lines]
+        if status == 2:
+            typer.echo("\n".join(lines), err=True)
+            raise typer.Exit(2)
+        if status != 0:
+            raise ProgramError(f"vLLM does not take these options (exit status {status})", [] if verbose else lines)
+        return json.loads(to.read_text())
 
 
 def console() -> Console:

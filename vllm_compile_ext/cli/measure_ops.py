@@ -1,0 +1,138 @@
+"""What ``vllm-compile-ext ops`` shows, a program of its own: ``measure_ops FILE WHAT [OPTIONS OF vllm serve]``.
+
+WHAT: "list", or "measure", which takes a model.  Writes JSON to FILE.  Exit status 2: a bad option; the output is what
+vLLM says of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import statistics
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from vllm_compile_ext import harmless
+from vllm_compile_ext.cli import warm_start
+from vllm_compile_ext.cli.shared import STEP
+from vllm_compile_ext.ops import auto, dispatch
+from vllm_compile_ext.store.store import key_of
+
+
+def classes() -> dict[str, Any]:
+    """All light ops of vLLM by name: those with a native form of their own.  Imports what this machine can import."""
+    from vllm.model_executor import layers
+    from vllm.model_executor.custom_op import CustomOp, op_registry
+
+    for module in pkgutil.walk_packages(layers.__path__, f"{layers.__name__}.", onerror=lambda name: None):
+        with suppress(Exception):
+            importlib.import_module(module.name)
+    found = {name: cls for name, cls in op_registry.items() if issubclass(cls, CustomOp)}
+    return {name: cls for name, cls in sorted(found.items()) if implementations(cls)[:1] == ["native"]}
+
+
+def implementations(cls: Any) -> list[str]:
+    """What an op defines: "native", "cuda", "cpu"."""
+    names = ("native", *(method.removeprefix("forward_") for method in dispatch.CHOSEN.values()))
+    bases = [base for base in cls.__mro__ if base.__name__ != "CustomOp"]
+    return [name for name in names if any(f"forward_{name}" in vars(base) for base in bases)]
+
+
+def platform() -> str:
+    """As `dispatch` names it."""
+    from vllm.platforms import current_platform
+
+    for name in ("rocm", "cpu", "tpu", "xpu"):
+        if getattr(current_platform, f"is_{name}")():
+            return name
+    return "out of tree" if current_platform.is_out_of_tree() else "cuda"
+
+
+def main() -> None:
+    to, what, *arguments = sys.argv[1:]
+    from vllm.config import VllmConfig
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    config = warm_start.configure(warm_start.parse(arguments)) if arguments else VllmConfig()
+    custom_ops = config.compilation_config.custom_ops
+    calls, problem = _calls(config) if arguments else ([], None)
+    ops, here = [], platform()
+    used = {call.op.name for call in calls}
+    for name, cls in (classes() | {call.op.name: type(call.op) for call in calls}).items():
+        enabled, why = dispatch.rule(name, custom_ops)
+        kernel = dispatch.method(cls, here)
+        row: dict[str, Any] = {"name": name, "implementations": implementations(cls), "kernel": kernel, "rule": why}
+        ops.append(row | {"runs": _runs(kernel, enabled, config), "used": name in used})
+    found: dict[str, Any] = {"ops": ops, "custom_ops": custom_ops, "problem": problem, "calls": [], "measured": None}
+    found["calls"] = [{"name": each.op.name, "shapes": each.shapes, "count": each.count} for each in calls]
+    if what == "measure":
+        found["busy"] = _busy()
+        found["measured"] = _measure(config, calls, {op["name"]: op["kernel"] for op in ops}, found["calls"])
+    Path(to).write_text(json.dumps(found))
+
+
+def _runs(kernel: str, enabled: bool, config: Any) -> str:
+    from vllm.config import CompilationMode
+
+    if enabled and kernel != "forward_native":
+        return "kernel"
+    return "native" if config.compilation_config.mode == CompilationMode.NONE else "compiled"
+
+
+def _busy() -> float:
+    """Percent of the processors that this process may use, that others use now."""
+    taken = psutil.cpu_percent(1, percpu=True)
+    return float(statistics.mean(taken[each] for each in os.sched_getaffinity(0)))
+
+
+def _calls(config: Any) -> tuple[list[Any], str | None]:
+    from vllm_compile_ext.ops import model
+
+    return model.find(config)
+
+
+def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add figures to `shown`; returns an `auto.Measured`."""
+    import torch
+    from vllm.config import CompilationMode, set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    from vllm_compile_ext.ops import measure
+
+    device = torch.device("cpu" if current_platform.is_cpu() else current_platform.device_type)
+    compilation = config.compilation_config
+    graphs = device.type == "cuda" and compilation.cudagraph_mode.name != "NONE"
+    figures: dict[str, list[list[Any]]] = {}
+    with set_current_vllm_config(config):
+        for call, row in zip(calls, shown, strict=True):
+            kernel = kernels[call.op.name]
+            if kernel == "forward_native":
+                continue
+            print(f"{STEP}measuring {call.op.name} {call.shapes}", flush=True)
+            rows = []
+            try:
+                rows = measure.measure(call, kernel, config.model_config.max_model_len, device, graphs)
+            except Exception as error:  # of kernels, and of the compiler
+                row["problem"] = harmless.error(error)
+            row["figures"] = msgspec.to_builtins(rows)
+            figures.setdefault(call.op.name, []).append(rows)
+    compiled = compilation.mode != CompilationMode.NONE
+    choice = []
+    for name, found in figures.items():
+        measured = [each for rows in found for each in rows] if all(found) else []
+        choice += auto.choose(name, measured, compilation.custom_ops, compiled)
+    factors = auto.factors(config)
+    made: dict[str, Any] = msgspec.to_builtins(auto.Measured(key_of(factors), factors, choice))
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""``vllm-compile-ext ops``: which of vLLM's custom ops run what, by which rule, and what would be faster."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.table import Table
+
+from vllm_compile_ext import settings
+from vllm_compile_ext.cli import shared
+from vllm_compile_ext.cli.shared import JsonOption, VerboseOption
+from vllm_compile_ext.harmless import plain
+from vllm_compile_ext.ops import auto
+from vllm_compile_ext.store.store import Store
+
+HELP = "\n\n".join(
+    (
+        "vLLM's custom ops: which implementations there are, which one runs with these options, and the rule that says "
+        "so. With a MODEL and the options of `vllm serve` those that it calls, and their shapes; without one all, with "
+        "vLLM's defaults.",
+        "--measure times the kernel, the native form and the compiled native form of each, and keeps the outcome for "
+        "VLLM_COMPILE_CUSTOM_OPS=auto. It takes minutes, and a machine without other work.",
+    )
+)
+RUNS = {"kernel": "vLLM's kernel", "compiled": "Inductor's code", "native": "PyTorch, as it is"}
+
+BUSY = 20  # percent of the processors, from which on a measurement is not kept
+
+
+def command(
+    context: typer.Context,
+    measure: Annotated[bool, typer.Option("--measure", help="Time them on this machine, too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show those that the model does not call, too.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    if measure and not context.args:
+        raise typer.BadParameter("name a model: vllm-compile-ext ops MODEL --measure")
+    arguments = ["measure" if measure else "list", *context.args]
+    found = shared.ask("vllm_compile_ext.cli.measure_ops", arguments, "ops", verbose)
+    busy = found["measured"] is not None and found["busy"] > BUSY
+    if found["measured"] is not None and not busy:
+        measured = msgspec.convert(found["measured"], auto.Measured)
+        store = Store.open(settings.store())
+        auto.keep(store.root, measured)
+    if as_json:
+        shared.print_json(found)
+        return
+    out = shared.console()
+    out.print(_list([op for op in found["ops"] if everything or op["used"] or not context.args], found["calls"]))
+    out.print(f"custom_ops: {' '.join(found['custom_ops'])}", soft_wrap=True)
+    if found["problem"] is not None:
+        out.print(f"not all that the model calls is known: {plain(found['problem'])}", soft_wrap=True)
+    if found["measured"] is None:
+        return
+    out.print(_figures(found["calls"]))
+    if busy:
+        out.print(f"not kept: other work took {found['busy']:.0f} % of the processors, so that these times say little")
+        return
+    choice = found["measured"]["choice"]
+    if not choice:
+        out.print("recommended: custom_ops as they are")
+        return
+    custom_ops = ", ".join(f'"{entry}"' for entry in choice)
+    out.print(f"recommended: --compilation-config '{{\"custom_ops\": [{custom_ops}]}}'", soft_wrap=True)
+    out.print("or VLLM_COMPILE_CUSTOM_OPS=auto, for which this is kept")
+
+
+def _list(ops: list[dict[str, Any]], calls: list[dict[str, Any]]) -> Table:
+    table = Table("op", "runs", "by", "there are", "calls a step, with shapes (n: tokens)", show_lines=True)
+    for op in ops:
+        shapes = [f"{call['count']} x {call['shapes']}" for call in calls if call["name"] == op["name"]]
+        runs = RUNS[op["runs"]] + (f" ({op['kernel'].removeprefix('forward_')})" if op["runs"] == "kernel" else "")
+        cells = op["name"], runs, op["rule"], ", ".join(op["implementations"])
+        table.add_row(*map(plain, cells), "\n".join(map(plain, shapes)))
+    return table
+
+
+def _figures(calls: list[dict[str, Any]]) -> Table:
+    table = Table(title="microseconds a call; error: the largest difference, as a share of the largest result")
+    for name in ("op", "shapes", "tokens", "error", "kernel", "native", "compiled"):
+        table.add_column(name, justify="left" if name in ("op", "shapes") else "right")
+    for call in calls:
+        if "problem" in call:
+            table.add_row(plain(call["name"]), plain(f"{call['shapes']}: {call['problem']}"))
+        for number, row in enumerate(call.get("figures", ())):
+            times = [f"{row[name] * 1e6:.1f}" for name in ("kernel", "native", "compiled")]
+            names = [plain(call[name]) if number == 0 else "" for name in ("name", "shapes")]
+            table.add_row(*names, str(row["tokens"]), f"{row['error']:.4f}", *times)
+        table.add_section()
+    return table
