@@ -96,11 +96,9 @@ def _prepare(model: Any, calls: dict[tuple[str, ...], Call]) -> None:
         if isinstance(module, LinearBase):
             module.forward = _linear(module)
         elif isinstance(module, AttentionLayerBase):
-            module.forward = _attention
+            module.forward = _like_first
         elif isinstance(module, CustomOp):
             module.forward = _noting(module, calls)
-        elif type(module).__name__ in ("FusedMoE", "SharedFusedMoE"):
-            module.forward = lambda hidden, *_, **__: torch.empty_like(hidden)
 
 
 def _linear(module: Any) -> Callable[..., Any]:
@@ -115,8 +113,9 @@ def _linear(module: Any) -> Callable[..., Any]:
     return forward
 
 
-def _attention(query: Any, *_: Any, output_shape: Any = None, **__: Any) -> Any:
-    return query.new_empty(output_shape or query.shape)
+def _like_first(*given: Any, output_shape: Any = None, **named: Any) -> Any:
+    first = next(each for each in (*given, *named.values()) if torch.is_tensor(each))
+    return first.new_empty(output_shape or first.shape)
 
 
 def _noting(op: Any, calls: dict[tuple[str, ...], Call]) -> Callable[..., Any]:
@@ -126,7 +125,10 @@ def _noting(op: Any, calls: dict[tuple[str, ...], Call]) -> Callable[..., Any]:
         )
         same = op.name, type(op).__qualname__, op.extra_repr(), repr(found)
         calls.setdefault(same, Call(op, found)).count += 1
-        return op.forward_native(*given, **named)
+        try:
+            return op.forward_native(*given, **named)
+        except Exception:  # experts, for example, want weights
+            return _like_first(*given, **named)
 
     return forward
 
