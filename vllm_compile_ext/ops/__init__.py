@@ -1,0 +1,1 @@
+"""vLLM's light custom ops: which implementation of each runs here, and why."""
