@@ -24,15 +24,18 @@ INSTEAD = dict.fromkeys(("forward_cpu", "forward_xpu", "forward_tpu", "forward_o
 
 
 def rule(name: str, custom_ops: Sequence[str]) -> tuple[bool, str]:
-    """Whether the op `name` is enabled, and the entry of `custom_ops` that decides it: its own, else the mode."""
+    """Whether the op `name` is enabled, and the entry of `custom_ops` that decides it: its own, else the mode.
+
+    An op that is made with `enforce_enable` is enabled whatever they say.
+    """
     modes = [entry for entry in custom_ops if entry in ("all", "none")]
     entries = [entry for entry in (f"+{name}", f"-{name}") if entry in custom_ops]
     if len(entries) == 2:
         raise ValueError(f"custom_ops both enables and disables {name}: remove +{name} or -{name}")
     if len(modes) != 1:
-        raise ValueError(f"custom_ops needs 'all' or 'none', once: it has {modes}")
+        raise ValueError(f"custom_ops needs 'all' or 'none', once: it has {', '.join(modes) or 'none of them'}")
     why = (entries or modes)[0]
-    return why[0] == "+" or why == "all", why
+    return why in ("all", f"+{name}"), why
 
 
 def method(cls: type[Any], platform: str) -> str:
