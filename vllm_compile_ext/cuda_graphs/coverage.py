@@ -165,11 +165,11 @@ def say(config: Any) -> None:
 
 
 def _not_asked_for(config: Any) -> str | None:
+    if id(config) in _given_up:
+        return "profiling their memory met a surprise"
     if settings.load().VLLM_COMPILE_CUDAGRAPHS == "eager":
         return "VLLM_COMPILE_CUDAGRAPHS=eager"
-    if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
-        return "cudagraph_mode NONE"
-    return "a surprise while their memory was measured" if id(config) in _given_up else None
+    return "cudagraph_mode NONE" if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE else None
 
 
 def _backends(config: Any) -> set[str]:
