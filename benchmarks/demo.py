@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,7 @@ class Result:
     requests: float
     plugin: str
     code: str
+    tokens_per_second: float | None
 
 
 @contextmanager
@@ -124,14 +125,22 @@ def read_ahead(progress: Progress) -> None:
     call(progress, title, [sys.executable, "-c", code], "read-ahead.log", VLLM_COMPILE_EXT="0")
 
 
-def measure(run: Run, number: str, model: Path, progress: Progress, env: Mapping[str, str] | None = None) -> Result:
-    """Start one server, ask it everything, end it.  Raises `ProgramError`."""
+def measure(
+    run: Run,
+    number: str,
+    model: Path,
+    progress: Progress,
+    env: Mapping[str, str] | None = None,
+    rate: Callable[[Server], float] | None = None,
+) -> Result:
+    """Start one server, ask it everything, end it.  rate: measures its tokens/s then.  Raises `ProgramError`."""
     progress.begin(f"[{number}] {run.title}")
     cache, switch, args = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}, (*ARGS, *run.args)
     with Server(model, run.log, cache, env=switch | dict(env or {}), args=args, listen=progress.listen) as server:
         server.wait_ready()
         progress.step("answering requests")
         answers, seconds = ask(server)
+        tokens_per_second = rate(server) if rate is not None else None
         progress.step("ending the server")
     progress.done()
     line = server.said("vllm-compile-ext ") or ""
@@ -139,7 +148,7 @@ def measure(run: Run, number: str, model: Path, progress: Progress, env: Mapping
     loaded = server.said("Directly load AOT compilation") or server.said("loaded compiled code")
     compiled = server.said("saved AOT compiled function") or server.said("kept as")
     code = "loaded" if loaded else "compiled" if compiled else "-"
-    return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin, code)
+    return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin, code, tokens_per_second)
 
 
 def ask(server: Server) -> tuple[list[list[int]], list[float]]:

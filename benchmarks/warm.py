@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks import demo, ranks
 from benchmarks.models import SIZES
-from benchmarks.serve import standing_by
+from benchmarks.serve import Server, standing_by
 from vllm_compile_ext.cli.bench.figures import machine
 from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.store.store import Store
@@ -95,14 +95,24 @@ def kernel_folders(*roots: Path) -> set[Path]:
     return {path for path in found if "compile_scratch" not in path.parts}
 
 
-def measure(size: str, starts: Sequence[str], progress: Progress) -> Starts:
-    """The starts of one model: stock and ours on caches of their own."""
-    model, made = demo.make_model(progress, size), Starts()
+def measure(
+    name: str,
+    model: Path,
+    starts: Sequence[str],
+    progress: Progress,
+    args: tuple[str, ...] = (),
+    rate: Callable[[Server], float] | None = None,
+) -> Starts:
+    """The starts of one model with options `args`: stock and ours on caches of their own, which `name` names.
+
+    rate: measures the tokens/s of a warm server.
+    """
+    made = Starts()
     for number, start in enumerate(starts, 1):
         side = "stock" if start.startswith("stock") else "ours"
         eager = ("--enforce-eager",) if "eager" in start else ()
-        run = demo.Run(f"{size} {start}", str(int(side == "ours")), f"cache-{size}-{side}", eager)
-        cache, home = (demo.FOLDER / run.cache).resolve(), (demo.FOLDER / f"home-{size}-{number}").resolve()
+        run = demo.Run(f"{name} {start}", str(int(side == "ours")), f"cache-{name}-{side}", (*eager, *args))
+        cache, home = (demo.FOLDER / run.cache).resolve(), (demo.FOLDER / f"home-{name}-{number}").resolve()
         home.mkdir()
         # Packages that were installed for the user stay where they are.
         env = {"HOME": str(home), "PYTHONUSERBASE": os.environ.get("PYTHONUSERBASE", site.getuserbase())}
@@ -113,7 +123,9 @@ def measure(size: str, starts: Sequence[str], progress: Progress) -> Starts:
             if start in STANDBY:
                 env |= {"VLLM_COMPILE_EXT": "1"}
                 env = stack.enter_context(standing_by(cache, env, demo.FOLDER / f"standby-{number}.log"))
-            result = demo.measure(run, f"{number}/{len(starts)}", model, progress, env)
+            result = demo.measure(
+                run, f"{number}/{len(starts)}", model, progress, env, None if start.endswith("cold") else rate
+            )
         made[start] = Start(result, len(kernel_folders(cache, home) - before))
     return made
 
@@ -243,7 +255,9 @@ def main() -> int:
     console = Console() if sys.stdout.isatty() else Console(width=130)
     with demo.running(Path(".demo") / "starts", console) as progress:
         demo.read_ahead(progress)
-        measured = {size: measure(size, args.starts, progress) for size in args.sizes or default}
+        measured = {}
+        for size in args.sizes or default:
+            measured[size] = measure(size, demo.make_model(progress, size), args.starts, progress)
         counts = count_ranks(next(iter(measured)), progress) if args.ranks else {}
     for size, found in measured.items():
         console.print(start_table(size, found))

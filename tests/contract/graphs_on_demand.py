@@ -457,6 +457,7 @@ def test_each_line_of_the_table_alone_keeps_stocks_capture(
     assert f"self.{communicator}" in inspect.getsource(CudaCommunicator)
     group = SimpleNamespace(device_communicator=SimpleNamespace(**{communicator: object()}))
     monkeypatch.setattr(parallel_state, "get_tp_group", lambda: group)
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
     if "model_config.enable_sleep_mode" in case:
         monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
     for path, value in case.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,11 @@ from vllm.entrypoints.cli.main import main
 main()
 """
 EXPLAINED = """
-import json, sys
+import sys
+from vllm.plugins import load_general_plugins
 from vllm_compile_ext.cli import resolve
-sys.argv = ["resolve", "rows.json", *sys.argv[1:]]
-resolve.main()
-report(json.load(open("rows.json")))
+load_general_plugins()
+report(resolve.resolve(sys.argv[1:])["settings"])
 """
 OPTIONS = {
     "none": "",
@@ -112,3 +113,104 @@ def test_the_command(llama2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["explain", "--json"])
     assert done.exit_code == 2
     assert "name a model" in done.output
+
+
+LEVELS = ("-O0", "-O1", "-O2", "-O3")
+RESOLVED = """
+import json, sys
+from vllm_compile_ext.cli import resolve
+sys.argv = ["resolve", "resolved.jsonl", *sys.argv[1:]]
+resolve.main()
+report([json.loads(line) for line in open("resolved.jsonl")])
+"""
+CODE = (
+    "identical layers traced once and copied",
+    "pieces compiled in parallel",
+    "code kept in and loaded from the store",
+)
+GRAPHS = "CUDA graphs captured on demand"
+
+
+class Levels:
+    """What the four levels come to with some options: rows and what is ours, one of each for each level."""
+
+    def __init__(self, resolved: list[dict[str, Any]]) -> None:
+        self.rows = [{row["name"]: row for row in each["settings"]} for each in resolved]
+        self.ours = [each["ours"] for each in resolved]
+
+    def values(self, name: str) -> list[str]:
+        return [rows[name]["value"] for rows in self.rows]
+
+    def sources(self, name: str) -> list[str]:
+        return [rows[name]["source"] for rows in self.rows]
+
+    def why_not(self, name: str) -> list[str | None]:
+        return [each[name] for each in self.ours]
+
+
+@functools.cache
+def levels(model: Path, *options: str, plugin: str = "1") -> Levels:
+    arguments = [json.dumps([[level] for level in LEVELS]), str(model), "--max-model-len", "128", *options]
+    env = {"VLLM_COMPILE_EXT": plugin, "VLLM_COMPILE_WORKERS": "2"}  # also where there is one core
+    done = run(RESOLVED, *arguments, fork=True, plugin=False, **env)
+    assert done.code == 0, done.output
+    return Levels(done.value)
+
+
+def test_the_table_has_what_explain_says_of_each_level(llama2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    done = CliRunner().invoke(app, ["explain", str(llama2), "--max-model-len", "128", "--json", "--levels"])
+    assert done.exit_code == 0, done.output
+    table = {row["name"]: row["levels"] for row in json.loads(done.stdout)["settings"]}
+    alone = {level: explained(llama2, level) for level in LEVELS}
+    for name in alone["-O0"]:
+        rows = {level: alone[level][name] for level in LEVELS}
+        if name in table:
+            assert table[name] == rows
+        assert (name in table) is (len({row["value"] for row in rows.values()}) > 1), name
+    assert [row["value"] for row in table["optimization_level"].values()] == ["O0", "O1", "O2", "O3"]
+
+
+def test_what_applies_is_what_the_rules_say(llama2: Path) -> None:
+    plain = levels(llama2)
+    for name in CODE:
+        assert plain.why_not(name) == ["mode NONE", None, None, None]
+    assert plain.why_not(GRAPHS) == ["there is no CUDA"] * 4
+    parted = levels(llama2, "-cc.use_inductor_graph_partition=true")
+    assert parted.why_not(CODE[0])[1:] == ["mode DYNAMO_TRACE_ONCE"] * 3
+    off = levels(llama2, plugin="0")
+    for name in (*CODE, GRAPHS):
+        (why,) = {*off.why_not(name)}
+        assert why is not None
+        assert "VLLM_COMPILE_EXT=0" in why
+
+
+def test_the_user_wins_over_a_level(llama2: Path) -> None:
+    # What -O0 would leave out, the user has: the plugin's part too.  Of a list a level adds what is left open.
+    compiled = levels(llama2, "-cc.mode=3", "-cc.custom_ops+=+rms_norm")
+    assert compiled.values("mode") == ["VLLM_COMPILE"] * 4
+    assert compiled.values("custom_ops") == ["['+rms_norm', 'none']"] * 4
+    for name in CODE:
+        assert compiled.why_not(name) == [None] * 4
+    config = {"pass_config": {"eliminate_noops": False}, "custom_ops": ["all"], "cudagraph_mode": "PIECEWISE"}
+    autotune = "--kernel-config.enable_flashinfer_autotune=true"
+    chosen = levels(llama2, "-cc", json.dumps(config), autotune)
+    for name, value in {
+        "pass_config.eliminate_noops": "False",
+        "custom_ops": "['all']",
+        "kernel_config.enable_flashinfer_autotune": "True",
+    }.items():
+        assert chosen.values(name) == [value] * 4
+        assert chosen.sources(name) == ["user"] * 4
+    # Where the platform cannot do what the user wants, each level says so.
+    assert chosen.values("cudagraph_mode") == ["NONE"] * 4
+    assert {rows["cudagraph_mode"]["asked"] for rows in chosen.rows} == {"PIECEWISE"}
+
+
+def test_a_level_wins_over_the_platform(llama2: Path) -> None:
+    ours, stock = levels(llama2), levels(llama2, plugin="0")
+    assert stock.values("mode") == ["NONE", *["DYNAMO_TRACE_ONCE"] * 3]
+    assert stock.sources("mode")[1:] == ["platform"] * 3
+    assert ours.values("mode") == ["NONE", *["VLLM_COMPILE"] * 3]
+    assert ours.sources("kernel_config.enable_flashinfer_autotune") == [*LEVELS]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
@@ -34,6 +35,9 @@ HELP = "\n\n".join(
         "`explain miss` says why the last start compiled.",
     )
 )
+Setting = dict[str, Any]  # a row of `resolve.py`
+Resolved = tuple[list[Setting], dict[str, str | None]]  # and why what the plugin does is not done, or None
+LEVELS = ("-O0", "-O1", "-O2", "-O3")
 # What a setting means for a start; of several that fit the first.
 EFFECTS = (
     ("optimization_level", "which of these are on, where nobody says otherwise"),
@@ -67,35 +71,79 @@ def config(
     diff: Annotated[
         str | None, typer.Option(metavar="OPTIONS", help="Show what is another with these options added: --diff=-O0.")
     ] = None,
+    levels: Annotated[bool, typer.Option("--levels", help="Show what -O0 to -O3 make different.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="Show what is as it is by default, too.")] = False,
     as_json: JsonOption = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown, for a page.")] = False,
     verbose: VerboseOption = False,
 ) -> None:
     if not context.args:
         raise typer.BadParameter("name a model: vllm-compile-ext explain MODEL [options of vllm serve]")
-    rows = resolve(context.args, verbose)
-    if diff is None:
-        shown = [row | {"effect": effect(row["name"])} for row in rows if everything or row["source"] != "default"]
-        if as_json:
-            shared.print_json(shown)
-            return
-        table = Table("setting", "value", "set by", "where", "asked for", "code", "at a start", show_lines=True)
-        for row in shown:
-            cells = [row["name"], _short(row["value"]), row["source"], row["where"], _short(row["asked"] or "")]
-            table.add_row(*map(plain, cells), "its own" if row["in_key"] else "the same", row["effect"])
+    if levels and diff is not None:
+        raise typer.BadParameter("--levels and --diff are two tables: leave one out")
+    if levels:
+        data, table = _levels(resolve(context.args, [[level] for level in LEVELS], verbose))
+    elif diff is not None:
+        data, table = _difference(diff, resolve(context.args, [[], shlex.split(diff)], verbose))
     else:
-        others = {row["name"]: row for row in resolve([*context.args, *shlex.split(diff)], verbose)}
-        changed = [(row, others[row["name"]]) for row in rows if row["value"] != others[row["name"]]["value"]]
-        if as_json:
-            shared.print_json([{"name": row["name"], "these": row, "those": other} for row, other in changed])
-            return
-        table = Table("setting", "value", "set by", f"with {diff}", "set by", "code", show_lines=True)
-        for row, other in changed:
-            cells = [text for each in (row, other) for text in (_short(each["value"]), each["source"])]
-            table.add_row(row["name"], *map(plain, cells), "its own" if row["in_key"] else "the same")
+        ((rows, _),) = resolve(context.args, [[]], verbose)
+        data, table = _settings([row for row in rows if everything or row["source"] != "default"])
+    if as_json:
+        shared.print_json(data)
+        return
     console = shared.console()
+    if as_markdown:
+        table.box, table.show_lines, console.width = box.MARKDOWN, False, 10_000  # a row has to be one line
     console.print(table)
     console.print("code: whether other values of a setting need code of their own, which is compiled once more")
+
+
+# Each of these makes what --json prints, and the table.
+
+
+def _settings(rows: Sequence[Setting]) -> tuple[Any, Table]:
+    table = Table("setting", "value", "set by", "where", "asked for", "code", "at a start", show_lines=True)
+    for row in rows:
+        cells = [row["name"], _short(row["value"]), row["source"], row["where"], _short(row["asked"] or "")]
+        table.add_row(*map(plain, cells), _code(row), effect(row["name"]))
+    return [row | {"effect": effect(row["name"])} for row in rows], table
+
+
+def _difference(diff: str, resolved: Sequence[Resolved]) -> tuple[Any, Table]:
+    changed = _differing(resolved)
+    table = Table("setting", "value", "set by", f"with {diff}", "set by", "code", show_lines=True)
+    for row, other in changed:
+        cells = [text for each in (row, other) for text in (_short(each["value"]), each["source"])]
+        table.add_row(row["name"], *map(plain, cells), _code(row, other))
+    return [{"name": row["name"], "these": row, "those": other} for row, other in changed], table
+
+
+def _levels(resolved: Sequence[Resolved]) -> tuple[Any, Table]:
+    changed = _differing(resolved)
+    table = Table("setting", *LEVELS, "code", show_lines=True)
+    for rows in changed:
+        table.add_row(rows[0]["name"], *(plain(_short(row["value"])) for row in rows), _code(*rows))
+    reasons = {name: [ours[name] for _, ours in resolved] for name in resolved[0][1]}
+    for name, each in reasons.items():
+        table.add_row(name, *("yes" if why is None else plain(f"no: {why}") for why in each))
+
+    def by_level(values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(LEVELS, values, strict=True))
+
+    settings = [{"name": rows[0]["name"], "levels": by_level(rows)} for rows in changed]
+    ours = [{"name": name, "why_not": by_level(each)} for name, each in reasons.items()]
+    return {"settings": settings, "ours": ours}, table
+
+
+def _differing(resolved: Sequence[Resolved]) -> list[tuple[Setting, ...]]:
+    """The rows of each setting whose value is not the same in all."""
+    others = [{row["name"]: row for row in rows} for rows, _ in resolved[1:]]
+    found = [(row, *(rows[row["name"]] for rows in others)) for row in resolved[0][0]]
+    return [rows for rows in found if len({row["value"] for row in rows}) > 1]
+
+
+def _code(*rows: Setting) -> str:
+    return "its own" if any(row["in_key"] for row in rows) else "the same"
 
 
 def effect(name: str) -> str:
@@ -106,12 +154,15 @@ def _short(value: str) -> str:
     return value if len(value) <= 60 else f"{value[:57]}..."
 
 
-def resolve(arguments: Sequence[str], verbose: bool) -> list[dict[str, Any]]:
-    """The rows of `resolve.py` for the options of `vllm serve`.  Raises `ProgramError`; a bad option ends with 2."""
+def resolve(arguments: Sequence[str], added: Sequence[Sequence[str]], verbose: bool) -> list[Resolved]:
+    """What `resolve.py` says of the options of `vllm serve`, with each of `added` behind them.
+
+    Raises `ProgramError`; a bad option ends with 2.
+    """
     progress = Progress(Console(stderr=True, highlight=False), verbose=verbose)
     with tempfile.TemporaryDirectory(prefix="vllm-compile-ext-explain-") as folder, interruptible(), progress:
-        to = Path(folder, "rows.json")
-        command = [sys.executable, "-m", "vllm_compile_ext.cli.resolve", str(to), *arguments]
+        to = Path(folder, "resolved.jsonl")
+        command = [sys.executable, "-m", "vllm_compile_ext.cli.resolve", str(to), json.dumps(added), *arguments]
         env = dict(os.environ) | {"VLLM_COMPILE_STARTS": "0"}
         progress.begin("explain")
         with Program(command, env, listen=progress.listen) as program:
@@ -122,8 +173,8 @@ def resolve(arguments: Sequence[str], verbose: bool) -> list[dict[str, Any]]:
             raise typer.Exit(2)
         if status != 0:
             raise ProgramError(f"vLLM does not take these options (exit status {status})", [] if verbose else lines)
-        rows: list[dict[str, Any]] = json.loads(to.read_text())
-    return rows
+        found = [json.loads(line) for line in to.read_text().splitlines()]
+    return [(each["settings"], each["ours"]) for each in found]
 
 
 _WIDTH = 200  # characters of a value that are shown, from a little before the difference; --json has all

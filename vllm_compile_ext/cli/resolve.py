@@ -1,21 +1,26 @@
-"""The configuration that ``vllm-compile-ext explain`` shows, a program of its own: ``resolve FILE OPTIONS``.
+"""The configuration that ``vllm-compile-ext explain`` shows, a program of its own: ``resolve FILE ADDED OPTIONS``.
 
-Resolves the options of ``vllm serve`` as that does, without weights and without starting a device, and writes to FILE
-each setting of compilation, graphs, passes and kernels, and who set it: noted at each assignment, not guessed from the
-outcome.  Exit status 2: a bad option; the output is what vLLM says of it.
+Resolves the options of ``vllm serve`` as that does, without weights and without starting a device, with each list of
+ADDED (JSON) behind them in turn.  Writes to FILE a line of JSON for each: every setting of compilation, graphs, passes
+and kernels, and who set it, noted at each assignment, not guessed from the outcome; and what of the plugin applies.
+Exit status 2: a bad option; the output is what vLLM says of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_compile_ext.cli import warm_start
+from vllm_compile_ext import plugin
+from vllm_compile_ext.cli import doctor, warm_start
+from vllm_compile_ext.compilation import rules
+from vllm_compile_ext.inductor import workers
 
 USER, DEFAULT, UNKNOWN = "user", "default", "vLLM"
 # Whose code a file is that sets something, by its beginning; what else is vLLM's sets by rules.
@@ -179,14 +184,31 @@ def parts(config: Any) -> Iterator[Any]:
             yield from parts(value)
 
 
-def main() -> None:
-    to, *arguments = sys.argv[1:]
+def ours(config: Any) -> dict[str, str | None]:
+    """What the plugin does for a `VllmConfig`: None, or why it does not."""
+    from vllm.platforms import current_platform
+
+    from vllm_compile_ext.cuda_graphs import coverage
+
+    status = plugin.status()
+    off = "vLLM does not load the plugin" if status is None else None if status.active else status.line
+    code = off or rules.why_upstream(config)
+    store = doctor.store()
+    return {
+        "identical layers traced once and copied": code,
+        "pieces compiled in parallel": code or ("one at a time" if workers.wanted() == 1 else None),
+        "code kept in and loaded from the store": code or (store.text if store.state != "ok" else None),
+        "CUDA graphs captured on demand": off
+        or (coverage.why_at_start(config) if current_platform.is_cuda() else "there is no CUDA"),
+    }
+
+
+def resolve(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings with these options, and what is `ours` with them."""
     from vllm.config import CompilationConfig, KernelConfig, ModelConfig, VllmConfig
-    from vllm.plugins import load_general_plugins
 
     from vllm_compile_ext.key.config import config_factors
 
-    load_general_plugins()  # as `vllm serve` has, before it resolves anything
     untouched = {type(each).__name__: each for made in (CompilationConfig(), KernelConfig()) for each in parts(made)}
     noting = Noting({VllmConfig, ModelConfig, *map(type, untouched.values())})
     args = warm_start.parse(arguments)
@@ -201,7 +223,25 @@ def main() -> None:
             kind = type(getattr(of, field))  # a bool, or an enumeration of numbers
             vars(of).setdefault(_ASKED, {})[field] = text(kind(int(getattr(args, field))))
     factors = {*config_factors(config, ())}
-    Path(to).write_text(json.dumps([row(*each, untouched, factors) for each in shown(config)]))
+    return {"settings": [row(*each, untouched, factors) for each in shown(config)], "ours": ours(config)}
+
+
+def main() -> None:
+    to, added, *arguments = sys.argv[1:]
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # as `vllm serve` has, before it resolves anything
+    import vllm.entrypoints.cli.serve  # noqa: F401 - takes 10 s, and each fork would do it
+
+    for more in json.loads(added):
+        # In a fork: what vLLM leaves in its environment while it resolves (VLLM_USE_BREAKABLE_CUDAGRAPH) and what is
+        # noted of classes are not there for the next.
+        if not (child := os.fork()):
+            with Path(to).open("a") as file:
+                print(json.dumps(resolve([*arguments, *more])), file=file)
+            os._exit(0)  # to free all that was imported takes 2 s
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(status)
 
 
 # Options that are no field of a configuration that the parser makes.

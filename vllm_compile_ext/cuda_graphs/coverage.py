@@ -143,9 +143,14 @@ def stock_because(config: Any) -> str | None:
     return next((f"{row.what}: {row.why}" for row in STOCK if row.holds(config)), None)
 
 
+def why_at_start(config: Any) -> str | None:
+    """Why no graph is captured on demand: not asked for, or not covered; None where they are."""
+    return _not_asked_for(config) or stock_because(config)
+
+
 def on_demand(config: Any) -> bool:
-    """Whether graphs are captured on demand: asked for, and covered."""
-    return _asked_for(config) and stock_because(config) is None
+    """Whether graphs are captured on demand."""
+    return why_at_start(config) is None
 
 
 def give_up(config: Any) -> None:
@@ -155,14 +160,16 @@ def give_up(config: Any) -> None:
 
 def say(config: Any) -> None:
     """Log why graphs are captured at start, where that was not asked for."""
-    if _asked_for(config) and (reason := stock_because(config)):
+    if not _not_asked_for(config) and (reason := stock_because(config)):
         logger.info("CUDA graphs are captured at start, as in stock vLLM, with %s", reason)
 
 
-def _asked_for(config: Any) -> bool:
-    if id(config) in _given_up or settings.load().VLLM_COMPILE_CUDAGRAPHS == "eager":
-        return False
-    return bool(config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
+def _not_asked_for(config: Any) -> str | None:
+    if id(config) in _given_up:
+        return "profiling their memory met a surprise"
+    if settings.load().VLLM_COMPILE_CUDAGRAPHS == "eager":
+        return "VLLM_COMPILE_CUDAGRAPHS=eager"
+    return "cudagraph_mode NONE" if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE else None
 
 
 def _backends(config: Any) -> set[str]:
@@ -174,6 +181,8 @@ def _backends(config: Any) -> set[str]:
 def _exchanges() -> bool:
     from vllm.distributed import parallel_state
 
+    if not parallel_state.model_parallel_is_initialized():  # a configuration that is only looked at
+        return False
     communicator = parallel_state.get_tp_group().device_communicator
     return any(getattr(communicator, name, None) is not None for name in ("fi_pcie_ipc_ar_comm", "aiter_ar_comm"))
 

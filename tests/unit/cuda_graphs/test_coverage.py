@@ -37,6 +37,13 @@ def test_the_first_line_that_holds_is_the_reason(caplog: pytest.LogCaptureFixtur
     assert [record.getMessage() for record in caplog.records] == [f"{said} two: b", f"{said} one: a"]
 
 
+def test_it_says_why_no_graph_is_captured_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = (config(), config(two=True), config(two=True, mode=CUDAGraphMode.NONE))
+    assert [coverage.why_at_start(each) for each in made] == [None, "two: b", "cudagraph_mode NONE"]
+    monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", "eager")
+    assert coverage.why_at_start(config()) == "VLLM_COMPILE_CUDAGRAPHS=eager"
+
+
 def test_a_configuration_that_was_given_up_is_stocks_without_another_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     made = SimpleNamespace()  # a surprise again, if it were asked

@@ -48,7 +48,7 @@ def test_capture_model_returns_what_is_kept_free_or_what_stock_captured_and_says
     module.freeze_gc_for_cudagraph_capture = freeze  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(coverage, "stock_because", lambda config: config)
-    monkeypatch.setattr(coverage, "_asked_for", lambda config: True)
+    monkeypatch.setattr(coverage, "_not_asked_for", lambda config: None)
 
     def stock(runner: Any, *, profile_only: bool = False) -> int:
         with module.freeze_gc_for_cudagraph_capture():

@@ -1,0 +1,103 @@
+"""Start time and speed of vLLM's four levels, stock and ours in one run: ``python -m benchmarks.levels llama16``.
+
+For each level four servers, as in `benchmarks.warm`, on caches of their own.  Tokens/s are those of `REQUESTS` greedy
+requests at a time, of `TOKENS` tokens each, after a warm start, the best of `ROUNDS`: on GPUs the first captures the
+graphs that ours has not.  The tokens that are compared are those of single requests: what is in a batch together may
+round differently.  What each level sets: ``vllm-compile-ext explain MODEL --levels``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import demo, warm
+from benchmarks.models import SIZES
+from benchmarks.serve import Server
+from vllm_compile_ext.cli.bench.figures import machine
+
+LEVELS = (0, 1, 2, 3)
+REQUESTS, TOKENS, ROUNDS = 8, 256, 3
+
+
+def rate(server: Server) -> float:
+    """Tokens/s of a server that is ready."""
+    body = {"prompt": demo.PROMPTS[0], "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+
+    def request(_: int) -> int:
+        return int(server.post("/v1/completions", body)["usage"]["completion_tokens"])
+
+    best = 0.0
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        for _ in range(ROUNDS):
+            begin = time.monotonic()
+            made = sum(pool.map(request, range(REQUESTS)))
+            best = max(best, made / (time.monotonic() - begin))
+    return best
+
+
+def table(size: str, measured: Mapping[int, warm.Starts]) -> Table:
+    """A row for each level, and ours as a ratio to stock's start of the same kind."""
+    grid = Table(title=f"vllm serve, {size}: seconds to ready, and ours as a ratio to stock's", title_justify="left")
+    for name in ("level", *warm.STARTS, "stock, tokens/s", "ours, tokens/s", "tokens as stock"):
+        grid.add_column(name, justify="left" if name == "level" else "right")
+    for level, starts in measured.items():
+        done = {name: start.result for name, start in starts.items()}
+        ready = {name: result.phases["ready"] for name, result in done.items()}
+        cells = [
+            demo.cell(ready[name], ready[name.replace("ours", "stock")] if name.startswith("ours") else None)
+            for name in warm.STARTS
+        ]
+        rates = [done[f"{side} warm"].tokens_per_second for side in warm.SIDES]
+        same = [
+            demo.agreement(done[f"ours {kind}"].answers, done[f"stock {kind}"].answers) for kind in ("cold", "warm")
+        ]
+        grid.add_row(
+            f"-O{level}",
+            *cells,
+            *(demo.cell(each, rates[0] if i else None) for i, each in enumerate(rates)),
+            ", ".join(dict.fromkeys(same)),
+        )
+    return grid
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    default = "n70" if shutil.which("nvidia-smi") else "llama16"
+    parser.add_argument(
+        "size", nargs="?", choices=sorted(SIZES), default=default, metavar="SIZE", help=f"default: {default}"
+    )
+    parser.add_argument("--levels", nargs="+", type=int, choices=LEVELS, default=LEVELS, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    args = parser.parse_args()
+    console = Console() if sys.stdout.isatty() else Console(width=130)
+    measured = {}
+    with demo.running(Path(".demo") / "levels", console) as progress:
+        demo.read_ahead(progress)
+        model = demo.make_model(progress, args.size)
+        for level in args.levels:
+            measured[level] = warm.measure(f"{args.size}-O{level}", model, warm.STARTS, progress, (f"-O{level}",), rate)
+    console.print(table(args.size, measured))
+    console.print(machine())
+    if args.json:
+        runs = {
+            start.result.run.title: start.result.phases | {"tokens_per_second": start.result.tokens_per_second}
+            for starts in measured.values()
+            for start in starts.values()
+        }
+        data = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "runs": runs}
+        args.json.write_text(json.dumps(data, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
