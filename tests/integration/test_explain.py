@@ -110,6 +110,9 @@ def test_the_command(llama2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["explain", str(llama2), "--no-such-option"])
     assert done.exit_code == 2
     assert "--no-such-option" in done.output
+    done = CliRunner().invoke(app, ["explain", str(llama2), "--levels", "--diff=-O0"])
+    assert done.exit_code == 2
+    assert "leave one out" in done.output
     done = CliRunner().invoke(app, ["explain", "--json"])
     assert done.exit_code == 2
     assert "name a model" in done.output
