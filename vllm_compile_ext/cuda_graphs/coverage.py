@@ -160,7 +160,7 @@ def say(config: Any) -> None:
 
 
 def _asked_for(config: Any) -> bool:
-    if id(config) in _given_up or settings.load().VLLM_COMPILE_CUDAGRAPHS == "eager":
+    if id(config) in _given_up or settings.of(config).VLLM_COMPILE_CUDAGRAPHS == "eager":
         return False
     return bool(config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
 
