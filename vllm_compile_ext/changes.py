@@ -66,6 +66,7 @@ class Change:
         return pkgutil.resolve_name(f"{self.module}:{path}"), name
 
 
+_CONFIG = "vllm.config.vllm"
 _RUNNER = "vllm.v1.worker.gpu.model_runner"
 _V1_RUNNER = "vllm.v1.worker.gpu_model_runner"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
@@ -91,6 +92,8 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     NOT_RECORDED: (("", "sys.meta_path", "plugin:drop_record", "what the .pth file has begun is dropped"),),
     ACTIVE: (
         ("vllm.envs", "compile_factors", "settings:with_our_version", "stock's entries are neither read nor replaced"),
+        (_CONFIG, "VllmConfig.__post_init__", "settings:checked", "our settings in additional_config are checked"),
+        (_CONFIG, "VllmConfig.compute_hash", "settings:without_namespace", "they are not in the key"),
         (
             "vllm.platforms.cpu",
             "CpuPlatform.check_and_update_config",

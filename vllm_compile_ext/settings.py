@@ -1,33 +1,47 @@
-"""Every environment variable of the plugin: name, type, default, meaning.
+"""Every setting of the plugin: the environment variable, type, default, meaning.
 
 `Settings` is the one table: the command ``vllm-compile-ext env``, the docs page and what vLLM knows are made from it.
-None of the variables changes compiled code: all are left out of vLLM's compile cache key.
+Some can also be set for one engine, in the dictionary `NAMESPACE` of vLLM's ``additional_config``: those that are read
+where the engine's `VllmConfig` is at hand, and that concern nothing which engines share.
+None of the settings changes compiled code: all are left out of vLLM's compile cache key.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_compile_ext import __version__
 from vllm_compile_ext.replace import Undo
 
+NAMESPACE = "compile_ext"  # of `additional_config`; keys are the variables' names in lower case without _PREFIX
+_PREFIX = "VLLM_COMPILE_"
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 _ALLOWED = {bool: "0 or 1", int: "a whole number from 0", str: "a folder"}
 
 
 class EnvError(ValueError):
-    """A variable holds a value that its type does not allow; the message names both and what is allowed."""
+    """A setting that is not allowed; the message names it, its value and what is allowed."""
 
 
-def _variable(default: bool | int | str, meaning: str, *, shown: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """shown: the default in words, where the value does not say it.  choices: the texts that are allowed."""
-    return field(default=default, metadata={"meaning": meaning, "shown": shown, "choices": choices})
+def _variable(
+    default: bool | int | str,
+    meaning: str,
+    *,
+    shown: str = "",
+    choices: tuple[str, ...] = (),
+    per_engine: bool = False,
+) -> Any:
+    """shown: the default in words, where the value does not say it.  choices: the texts that are allowed.
+    per_engine: whether `NAMESPACE` may have it; who reads it asks `of`, not `load`."""
+    metadata = {"meaning": meaning, "shown": shown, "choices": choices, "per_engine": per_engine}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -44,10 +58,12 @@ class Settings:
         False,
         "1 decompiles Dynamo's bytecode of every compiled callable into transformed_code.py, in the model's "
         "cache folder and, when one is set, the debug dump folder. 0 decompiles nothing while starting.",
+        per_engine=True,
     )
     VLLM_COMPILE_WORKERS: int = _variable(
         0,
         "How many kernels compile at a time in a cold start. 0 stands for the cores that the process may use.",
+        per_engine=True,
     )
     VLLM_COMPILE_STORE: str = _variable(
         "",
@@ -71,16 +87,19 @@ class Settings:
         "first request those that earlier starts used; idle, also the others while there are no requests; eager, all "
         "while starting, as in stock vLLM.",
         choices=("lazy", "idle", "eager"),
+        per_engine=True,
     )
     VLLM_COMPILE_CUSTOM_OPS: str = _variable(
         "stock",
         "Which of vLLM's custom ops run their kernels: stock, as vLLM decides; auto, as measured here by "
         "vllm-compile-ext ops MODEL --measure, unless custom_ops are set.",
         choices=("stock", "auto"),
+        per_engine=True,
     )
     VLLM_COMPILE_WAIT: int = _variable(
         200,
         "How many seconds to wait for another process that compiles the same model, before doing it here too.",
+        per_engine=True,
     )
     VLLM_COMPILE_STARTS: bool = _variable(
         True,
@@ -109,8 +128,9 @@ class Settings:
     )
 
 
-def _parse(variable: Any, raw: str) -> bool | int | str:
-    value, choices = raw.strip().lower(), variable.metadata["choices"]
+def _parse(variable: Any, raw: Any, name: str) -> bool | int | str:
+    """raw: text, or what JSON gave for an item of `NAMESPACE`.  name: what the user has set, for the message."""
+    value, choices = str(raw).strip().lower(), variable.metadata["choices"]
     if isinstance(variable.default, bool):
         if value in (*_TRUE, *_FALSE):
             return value in _TRUE
@@ -118,10 +138,10 @@ def _parse(variable: Any, raw: str) -> bool | int | str:
         if value.isdecimal():
             return int(value)
     elif not choices:
-        return raw
+        return str(raw)
     elif value in choices:
         return value
-    raise EnvError(f"{variable.name}={raw!r} is not allowed: use {_allowed(variable)}, or unset it")
+    raise EnvError(f"{name}={raw!r} is not allowed: use {_allowed(variable)}, or unset it")
 
 
 def _allowed(variable: Any) -> str:
@@ -131,8 +151,50 @@ def _allowed(variable: Any) -> str:
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Parse the variables that are set; an empty value counts as unset.  Raises `EnvError` on the first bad one."""
-    values: dict[str, Any] = {f.name: _parse(f, environ[f.name]) for f in fields(Settings) if environ.get(f.name)}
+    set_ = [f for f in fields(Settings) if environ.get(f.name)]
+    values: dict[str, Any] = {f.name: _parse(f, environ[f.name], f.name) for f in set_}
     return Settings(**values)
+
+
+def of(vllm_config: Any) -> Settings:
+    """The settings of the engine of a `VllmConfig`: where its `NAMESPACE` has one, not the variable's."""
+    return replace(load(), **_of_engine(vllm_config.additional_config))
+
+
+def check(additional_config: Any, environ: Mapping[str, str] = os.environ) -> None:
+    """Raises `EnvError` where `NAMESPACE` holds what it may not, or other values than the variables."""
+    for name, value in _of_engine(additional_config).items():
+        if environ.get(name) and getattr(load(environ), name) != value:
+            place = f"additional_config.{NAMESPACE}.{_key(name)}={additional_config[NAMESPACE][_key(name)]!r}"
+            raise EnvError(f"{name}={environ[name]} and {place} disagree: remove one of them")
+
+
+def _key(name: str) -> str:
+    return name.removeprefix(_PREFIX).lower()
+
+
+def _of_engine(additional_config: Any) -> dict[str, Any]:
+    """What `NAMESPACE` sets, by variable.  Raises `EnvError` on the first thing that is not allowed.
+
+    vLLM also takes an object that hashes itself; that has no namespace.
+    """
+    theirs = dict(additional_config) if isinstance(additional_config, dict) else {}
+    ours = theirs.pop(NAMESPACE, {})
+    place, known = f"additional_config.{NAMESPACE}", {_key(f.name): f for f in fields(Settings)}
+    allowed = ", ".join(key for key, f in known.items() if f.metadata["per_engine"])
+    for name in theirs:
+        if str(name).lower().replace("-", "_").removeprefix("vllm_") == NAMESPACE:
+            raise EnvError(f"additional_config.{name} would have no effect: call it {NAMESPACE}")
+    if not isinstance(ours, dict):
+        raise EnvError(f"{place}={ours!r} is not allowed: use a dictionary, which may have {allowed}")
+    values = {}
+    for key, raw in ours.items():
+        if (variable := known.get(key)) is None:
+            raise EnvError(f"{place}.{key} is not a setting: there are {allowed}")
+        if not variable.metadata["per_engine"]:
+            raise EnvError(f"{place}.{key} is not allowed: only the variable {variable.name} sets it")
+        values[variable.name] = _parse(variable, raw, f"{place}.{key}")
+    return values
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
@@ -182,9 +244,10 @@ def _switched(name: str, *, bad: bool) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table that people read."""
+    """One line of the table that people read.  key: in `NAMESPACE`; empty where only the variable sets it."""
 
     name: str
+    key: str
     allowed: str
     default: str
     meaning: str
@@ -192,10 +255,12 @@ class Row:
 
 def table() -> list[Row]:
     """The variables as rows, in the order of `Settings`."""
-    return [
-        Row(f.name, _allowed(f), f.metadata["shown"] or _text(f.default), f.metadata["meaning"])
-        for f in fields(Settings)
-    ]
+    rows = []
+    for f in fields(Settings):
+        about = f.metadata
+        key = _key(f.name) if about["per_engine"] else ""
+        rows.append(Row(f.name, key, _allowed(f), about["shown"] or _text(f.default), about["meaning"]))
+    return rows
 
 
 def changed(switches: Settings) -> list[str]:
@@ -242,3 +307,26 @@ def with_our_version(compile_factors: Callable[[], dict[str, object]]) -> Callab
     """The same, and the plugin's version."""
     stock = without_ours(compile_factors)
     return lambda: stock() | {"vllm_compile_ext": __version__}
+
+
+def checked(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`VllmConfig.__post_init__`, and before it our `check`: what it raises is reported as vLLM's own bad options."""
+
+    def check_and_post_init(config: Any) -> None:
+        check(config.additional_config)
+        post_init(config)
+
+    return check_and_post_init
+
+
+def without_namespace(compute_hash: Callable[..., str]) -> Callable[..., str]:
+    """`VllmConfig.compute_hash` of the configuration without `NAMESPACE`."""
+
+    def hash_the_rest(config: Any, *args: Any, **kwargs: Any) -> str:
+        rest = config.additional_config
+        if isinstance(rest, dict) and NAMESPACE in rest:
+            config = copy.copy(config)  # others may be reading it
+            vars(config)["additional_config"] = {key: value for key, value in rest.items() if key != NAMESPACE}
+        return compute_hash(config, *args, **kwargs)
+
+    return hash_the_rest

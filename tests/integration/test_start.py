@@ -197,9 +197,12 @@ def test_only_depyf_decompiles_and_on_a_warm_start_too(starts: Starts, llama: Pa
     (placeholder,) = {*starts.root.rglob("transformed_code.py")} - starts.left.keys()
     assert "VLLM_COMPILE_DEPYF=1" in placeholder.read_text()
 
-    options = {"compilation_config": {"debug_dump_path": str(tmp_path / "dump")}}
-    run = engine.run(llama, starts.root, options, fork=True, VLLM_COMPILE_DEPYF="1")
-    assert (run.loaded, run.compiled) == (1, 0), "neither the variable nor the dump path is in the key"
+    options = {
+        "compilation_config": {"debug_dump_path": str(tmp_path / "dump")},
+        "additional_config": {"compile_ext": {"depyf": True}},
+    }
+    run = engine.run(llama, starts.root, options, fork=True)
+    assert (run.loaded, run.compiled) == (1, 0), "neither the setting nor the dump path is in the key"
     assert run.decompiled == ["forward"]
     assert run.tokens == starts.warm.tokens
     dumps = [*(tmp_path / "dump").rglob("transformed_code.py"), *Path(run.folder).rglob("transformed_code.py")]

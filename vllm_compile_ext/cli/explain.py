@@ -5,23 +5,16 @@ had.
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from vllm_compile_ext.cli import shared
-from vllm_compile_ext.cli.program import Program, ProgramError, interruptible
-from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.cli.shared import JsonOption, StoreOption, VerboseOption
 from vllm_compile_ext.harmless import plain
 from vllm_compile_ext.key import misses
@@ -159,22 +152,8 @@ def resolve(arguments: Sequence[str], added: Sequence[Sequence[str]], verbose: b
 
     Raises `ProgramError`; a bad option ends with 2.
     """
-    progress = Progress(Console(stderr=True, highlight=False), verbose=verbose)
-    with tempfile.TemporaryDirectory(prefix="vllm-compile-ext-explain-") as folder, interruptible(), progress:
-        to = Path(folder, "resolved.jsonl")
-        command = [sys.executable, "-m", "vllm_compile_ext.cli.resolve", str(to), json.dumps(added), *arguments]
-        env = dict(os.environ) | {"VLLM_COMPILE_STARTS": "0"}
-        progress.begin("explain")
-        with Program(command, env, listen=progress.listen) as program:
-            status = program.wait()
-        lines = [line.text for line in program.lines]
-        if status == 2:
-            typer.echo("\n".join(lines), err=True)
-            raise typer.Exit(2)
-        if status != 0:
-            raise ProgramError(f"vLLM does not take these options (exit status {status})", [] if verbose else lines)
-        found = [json.loads(line) for line in to.read_text().splitlines()]
-    return [(each["settings"], each["ours"]) for each in found]
+    answers = shared.ask("vllm_compile_ext.cli.resolve", [json.dumps(added), *arguments], "explain", verbose)
+    return [(each["settings"], each["ours"]) for each in answers]
 
 
 _WIDTH = 200  # characters of a value that are shown, from a little before the difference; --json has all

@@ -39,7 +39,7 @@ def command(
     if measure and not context.args:
         raise typer.BadParameter("name a model: vllm-compile-ext ops MODEL --measure")
     arguments = ["measure" if measure else "list", *context.args]
-    found = shared.ask("vllm_compile_ext.cli.measure_ops", arguments, "ops", verbose)
+    (found,) = shared.ask("vllm_compile_ext.cli.measure_ops", arguments, "ops", verbose)
     busy = found["measured"] is not None and found["busy"] > BUSY
     if found["measured"] is not None and not busy:
         measured = msgspec.convert(found["measured"], auto.Measured)

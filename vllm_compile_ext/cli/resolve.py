@@ -196,7 +196,7 @@ def ours(config: Any) -> dict[str, str | None]:
     store = doctor.store()
     return {
         "identical layers traced once and copied": code,
-        "pieces compiled in parallel": code or ("one at a time" if workers.wanted() == 1 else None),
+        "pieces compiled in parallel": code or ("one at a time" if workers.wanted(config) == 1 else None),
         "code kept in and loaded from the store": code or (store.text if store.state != "ok" else None),
         "CUDA graphs captured on demand": off
         or (coverage.why_at_start(config) if current_platform.is_cuda() else "there is no CUDA"),

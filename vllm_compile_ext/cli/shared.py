@@ -81,8 +81,8 @@ def only(found: list[str], none: str, many: str) -> str:
 STEP = "step: "  # how a line of a program begins that says what it does
 
 
-def ask(module: str, arguments: Sequence[str], title: str, verbose: bool) -> Any:
-    """The answer of a program of ours that imports vLLM and reads its options: ``module FILE ARGUMENTS`` writes it.
+def ask(module: str, arguments: Sequence[str], title: str, verbose: bool) -> list[Any]:
+    """The answers, lines of JSON, of a program of ours that imports vLLM and reads its options: ``module FILE ...``.
 
     Raises `ProgramError`.  A bad option ends with status 2, after what vLLM says of it.
     """
@@ -94,7 +94,7 @@ def ask(module: str, arguments: Sequence[str], title: str, verbose: bool) -> Any
             progress.step(line.text.removeprefix(STEP))
 
     with tempfile.TemporaryDirectory(prefix="vllm-compile-ext-") as folder, interruptible(), progress:
-        to = Path(folder, "answer.json")
+        to = Path(folder, "answers.jsonl")
         progress.begin(title)
         command = [sys.executable, "-m", module, str(to), *arguments]
         with Program(command, os.environ | {"VLLM_COMPILE_STARTS": "0"}, listen=listen) as program:
@@ -105,7 +105,7 @@ def ask(module: str, arguments: Sequence[str], title: str, verbose: bool) -> Any
             raise typer.Exit(2)
         if status != 0:
             raise ProgramError(f"vLLM does not take these options (exit status {status})", [] if verbose else lines)
-        return json.loads(to.read_text())
+        return [json.loads(line) for line in to.read_text().splitlines()]
 
 
 def console() -> Console:

@@ -209,9 +209,10 @@ def compile_graph(backend: Any, graph: fx.GraphModule, inputs: Sequence[Any], se
     program.bind(session.model)
 
     here, seconds = len(distinct) - shared.loaded, time.perf_counter() - started
+    count = workers.wanted(backend.vllm_config)
     event(
         "compiled",
-        f"{tag}compiled {here} pieces with {workers.wanted()} workers, loaded {shared.loaded} that another process "
+        f"{tag}compiled {here} pieces with {count} workers, loaded {shared.loaded} that another process "
         f"compiled ({seconds:.2f} s)",
         pieces=len(plan.calls),
         distinct=len(distinct),

@@ -215,7 +215,7 @@ class Entry:
     """
 
     def __init__(self, store: Store, model: Any) -> None:
-        config = model.vllm_config
+        self._config = config = model.vllm_config
         parallel = config.parallel_config
         self.store = store
         self.factors = factors.factors(config, model)
@@ -280,7 +280,7 @@ class Entry:
             if self._claim.enter_context(self.store.writer(name, 0)):
                 return False
             self.release()
-            bound = settings.load().VLLM_COMPILE_WAIT
+            bound = settings.of(self._config).VLLM_COMPILE_WAIT
             logger.info("%sanother process is writing this model: waiting for it, at most %d s", self.tag, bound)
             self._claim.enter_context(self.store.writer(name, bound))
             return True

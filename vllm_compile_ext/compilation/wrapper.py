@@ -37,7 +37,7 @@ class TorchCompileWithNoGuardsWrapper(upstream.TorchCompileWithNoGuardsWrapper):
         super().__init__(*args, **kwargs)
         factors.prepare()
         if ours:
-            workers.prepare(lambda: start.is_new(self))
+            workers.prepare(self.vllm_config, lambda: start.is_new(self))
 
     def aot_compile(self, *args: Any, **kwargs: Any) -> Any:
         return start.compile_and_keep(self, super().aot_compile, args, kwargs)

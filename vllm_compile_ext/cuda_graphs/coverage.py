@@ -167,7 +167,7 @@ def say(config: Any) -> None:
 def _not_asked_for(config: Any) -> str | None:
     if id(config) in _given_up:
         return "profiling their memory met a surprise"
-    if settings.load().VLLM_COMPILE_CUDAGRAPHS == "eager":
+    if settings.of(config).VLLM_COMPILE_CUDAGRAPHS == "eager":
         return "VLLM_COMPILE_CUDAGRAPHS=eager"
     return "cudagraph_mode NONE" if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE else None
 

@@ -93,7 +93,7 @@ def capture_while_idle(core: Any) -> None:
     """Capture one graph at a time, all or those that earlier starts used, until a request arrives or nothing is left.
     Never raises: idle capture is then over."""
     try:
-        policy = settings.load().VLLM_COMPILE_CUDAGRAPHS
+        policy = settings.of(core.vllm_config).VLLM_COMPILE_CUDAGRAPHS
         if policy == "eager" or not getattr(core, "_graphs_left", True):
             return
         # A scheduler is paused while weights are updated: layers may be without any.

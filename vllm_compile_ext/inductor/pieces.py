@@ -90,7 +90,7 @@ class DistinctPieces:
 
     def compile(self, check: Callable[[], None]) -> list[PiecewiseBackend]:
         """All of them, in order.  `check` runs while compilers do; what it raises ends the compilation."""
-        with workers.compiling(workers.wanted()) as kernels, ExitStack() as locks:
+        with workers.compiling(workers.wanted(self.backend.vllm_config)) as kernels, ExitStack() as locks:
             for number in range(len(self.modules)):
                 self._make(number, locks, wait=False)
             self._note("comparing copies with traces")
@@ -162,7 +162,7 @@ class DistinctPieces:
         if not wait:
             return locks.enter_context(self._store.writer(key, 0))
         with span("wait for another rank", wait=True):
-            locks.enter_context(self._store.writer(key, settings.load().VLLM_COMPILE_WAIT))
+            locks.enter_context(self._store.writer(key, settings.of(self.backend.vllm_config).VLLM_COMPILE_WAIT))
         return True
 
     def _lower(self, number: int) -> PiecewiseBackend:

@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 _preparing: threading.Thread | None = None
 
 
-def wanted() -> int:
+def wanted(vllm_config: Any) -> int:
     """How many kernels may compile at a time: `VLLM_COMPILE_WORKERS`, or the cores that this process may use."""
-    return settings.load().VLLM_COMPILE_WORKERS or len(os.sched_getaffinity(0))
+    return settings.of(vllm_config).VLLM_COMPILE_WORKERS or len(os.sched_getaffinity(0))
 
 
-def prepare(is_cold: Callable[[], bool]) -> None:
+def prepare(vllm_config: Any, is_cold: Callable[[], bool]) -> None:
     """Start what compiling or loading will need, in the background and once: called when a model is constructed.
 
     On CPU that is the probe for the instruction set; on GPUs, where `is_cold()` says that there is nothing to load, the
@@ -53,8 +53,8 @@ def prepare(is_cold: Callable[[], bool]) -> None:
                 from torch._inductor import cpu_vec_isa
 
                 cpu_vec_isa.valid_vec_isa_list()  # `choose_one_instruction_set`
-            elif wanted() > 1 and is_cold():
-                _start_processes()
+            elif (count := wanted(vllm_config)) > 1 and is_cold():
+                _start_processes(count)
         except Exception as error:  # a slower start is all that it costs
             logger.debug("compilers are not prepared: %s", harmless.error(error))
 
@@ -70,13 +70,13 @@ def wait() -> None:
         _preparing.join()
 
 
-def _start_processes() -> None:
+def _start_processes(count: int) -> None:
     """Start Inductor's pool of Triton compilers: a helper process that is spawned, and that forks its own workers."""
     import torch._inductor.config as inductor
     from torch._inductor.async_compile import AsyncCompile
 
     inductor.worker_start_method = "subprocess"
-    inductor.compile_threads = wanted()
+    inductor.compile_threads = count
     AsyncCompile.warm_pool()
     AsyncCompile.wakeup()
 

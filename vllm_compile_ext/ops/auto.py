@@ -93,7 +93,7 @@ def create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     def create(arguments: Any, *given: Any, **named: Any) -> Any:
         asked = list(arguments.compilation_config.custom_ops)
         config = stock(arguments, *given, **named)
-        if settings.load().VLLM_COMPILE_CUSTOM_OPS == "auto" and config.model_config is not None:
+        if settings.of(config).VLLM_COMPILE_CUSTOM_OPS == "auto" and config.model_config is not None:
             if asked:
                 logger.info("custom_ops are the user's: VLLM_COMPILE_CUSTOM_OPS=auto changes nothing")
             else:

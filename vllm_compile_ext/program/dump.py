@@ -44,7 +44,7 @@ def inspect(model: Any, code: CodeType, artifact: str | Path | None = None) -> N
         if graph and Path(graph).is_relative_to(beside.parent):
             folders.remove(graph)
     name = f"{type(model).__qualname__}.forward [{getattr(model, '_compile_tag', '') or 'model'}]"
-    decompiled = settings.load().VLLM_COMPILE_DEPYF
+    decompiled = settings.of(config).VLLM_COMPILE_DEPYF
     write([Path(folder) for folder in folders if folder], name, code, decompiled=decompiled)
     if config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
         forbid_buffer_assignment(code)

@@ -31,14 +31,21 @@ def make(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Entry]:
     """The entry of a model with such a factor, on a rank."""
 
     def made(
-        factor: str = "2.13.0", *, rank: int = 0, data: int = 0, experts: bool = False, device: int | None = None
+        factor: str = "2.13.0",
+        *,
+        rank: int = 0,
+        data: int = 0,
+        experts: bool = False,
+        device: int | None = None,
+        **ours: Any,
     ) -> Entry:
         monkeypatch.setattr(factors, "factors", lambda config, model: {"config.model.hf_config.x": factor})
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: device)
         parallel = SimpleNamespace(rank=rank, data_parallel_index=data, enable_expert_parallel=experts)
-        config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="/models/m"))
+        model, additional = SimpleNamespace(model="/models/m"), {"compile_ext": ours}
+        config = SimpleNamespace(parallel_config=parallel, model_config=model, additional_config=additional)
         return Entry(store, SimpleNamespace(vllm_config=config))
 
     return made
@@ -69,9 +76,11 @@ def test_names_and_misses_are_safe_to_print(make: Callable[..., Entry]) -> None:
     assert make("\x1b[31m\nred").explain_miss() == r"cache miss: config.model.hf_config.x a -> \x1b[31m\nred"
 
 
-def test_one_process_writes_an_entry(make: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_COMPILE_WAIT", "0")
-    first, second = make(), make()
+@pytest.mark.parametrize("by", ["variable", "engine"])
+def test_one_process_writes_an_entry(make: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    if by == "variable":
+        monkeypatch.setenv("VLLM_COMPILE_WAIT", "0")
+    first, second = make(), make(wait=0) if by == "engine" else make()
     assert not first.claim()
     assert second.claim(), "it has waited"
     first.release()

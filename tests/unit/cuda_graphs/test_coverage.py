@@ -25,7 +25,8 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(one: bool = False, two: bool = False, mode: CUDAGraphMode = CUDAGraphMode.FULL_AND_PIECEWISE) -> Any:
-    return SimpleNamespace(one=one, two=two, compilation_config=SimpleNamespace(cudagraph_mode=mode))
+    compilation = SimpleNamespace(cudagraph_mode=mode)
+    return SimpleNamespace(one=one, two=two, compilation_config=compilation, additional_config={})
 
 
 def test_the_first_line_that_holds_is_the_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -63,6 +64,12 @@ def test_what_was_asked_for_counts(
     assert coverage.on_demand(config()) is expected
     coverage.say(config(one=True))
     assert len(caplog.records) == expected
+
+
+def test_each_configuration_has_what_was_asked_for_it() -> None:
+    lazy, eager = config(), config()
+    eager.additional_config = {"compile_ext": {"cudagraphs": "eager"}}
+    assert [coverage.on_demand(made) for made in (lazy, eager, lazy)] == [True, False, True]
 
 
 def test_the_docs_page_has_the_table_the_values_and_the_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:

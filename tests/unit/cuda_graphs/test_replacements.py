@@ -75,6 +75,7 @@ class Core:
     def __init__(self, left: int = 5) -> None:
         self.input_queue: Any = Queue()
         self.running, self.paused = True, False
+        self.vllm_config = SimpleNamespace(additional_config={})
         self.captures: list[int] = []
         self.remembered: bool | None = None
         self.arrives_at: int | None = None  # a request arrives during this capture
@@ -143,6 +144,15 @@ def test_the_variable_says_what_is_captured(monkeypatch: pytest.MonkeyPatch, val
     core = Core()
     capture_while_idle(core)
     assert core.remembered is remembered
+
+
+def test_an_engines_own_setting_says_it_for_this_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_COMPILE_CUDAGRAPHS")
+    cores = [Core(), Core()]
+    cores[0].vllm_config.additional_config = {"compile_ext": {"cudagraphs": "idle"}}
+    for core in cores:
+        capture_while_idle(core)
+    assert [core.remembered for core in cores] == [False, True]
 
 
 @pytest.mark.parametrize("where", ["model_executor", "input_queue", "a variable"])

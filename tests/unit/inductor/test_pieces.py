@@ -28,6 +28,7 @@ class Rank:
     def __init__(self, store: Store, before: Callable[[], object] = lambda: None) -> None:
         self.lowered: list[int] = []
         self.before = before
+        self.additional_config: dict[str, Any] = {}
         modules = [torch.nn.Module() for _ in range(COUNT)]
         for module in modules:
             module.graph = SimpleNamespace(find_nodes=lambda op: [])

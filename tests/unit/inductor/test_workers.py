@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,9 @@ def test_inductor_is_as_before_and_waiting_kernels_are_dropped_after_an_error(gx
 def test_one_worker_for_each_core_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 7})
     monkeypatch.delenv("VLLM_COMPILE_WORKERS", raising=False)
-    assert workers.wanted() == 3
+    config = SimpleNamespace(additional_config={})
+    assert workers.wanted(config) == 3
     monkeypatch.setenv("VLLM_COMPILE_WORKERS", "2")
-    assert workers.wanted() == 2
+    assert workers.wanted(config) == 2
+    monkeypatch.delenv("VLLM_COMPILE_WORKERS")
+    assert workers.wanted(SimpleNamespace(additional_config={"compile_ext": {"workers": 5}})) == 5
