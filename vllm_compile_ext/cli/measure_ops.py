@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import msgspec
 import psutil
@@ -22,12 +25,15 @@ import psutil
 from vllm_compile_ext import harmless
 from vllm_compile_ext.cli import warm_start
 from vllm_compile_ext.cli.shared import STEP
-from vllm_compile_ext.ops import auto, dispatch
+from vllm_compile_ext.ops import auto, dispatch, measure, model
 from vllm_compile_ext.store.store import key_of
+
+_T = TypeVar("_T")
+CRASHES = "the kernel ends the process"
 
 
 def classes() -> dict[str, Any]:
-    """All light ops of vLLM by name: those with a native form of their own.  Imports what this machine can import."""
+    """All light ops of vLLM by name.  Imports what this machine can import."""
     from vllm.model_executor import layers
     from vllm.model_executor.custom_op import CustomOp, op_registry
 
@@ -35,7 +41,7 @@ def classes() -> dict[str, Any]:
         with suppress(Exception):
             importlib.import_module(module.name)
     found = {name: cls for name, cls in op_registry.items() if issubclass(cls, CustomOp)}
-    return {name: cls for name, cls in sorted(found.items()) if implementations(cls)[:1] == ["native"]}
+    return {name: cls for name, cls in sorted(found.items()) if model.is_light(cls)}
 
 
 def implementations(cls: Any) -> list[str]:
@@ -63,7 +69,7 @@ def main() -> None:
     load_general_plugins()
     config = warm_start.configure(warm_start.parse(arguments)) if arguments else VllmConfig()
     custom_ops = config.compilation_config.custom_ops
-    calls, problem = _calls(config) if arguments else ([], None)
+    calls, problem = model.find(config) if arguments else ([], None)
     ops, here = [], platform()
     used = {call.op.name for call in calls}
     for name, cls in (classes() | {call.op.name: type(call.op) for call in calls}).items():
@@ -93,10 +99,28 @@ def _busy() -> float:
     return float(statistics.mean(taken[each] for each in os.sched_getaffinity(0)))
 
 
-def _calls(config: Any) -> tuple[list[Any], str | None]:
-    from vllm_compile_ext.ops import model
+def _apart(function: Callable[[], _T]) -> _T | None:
+    """What `function` returns, or raises, in a fork; None: that has crashed."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
 
-    return model.find(config)
+    def run() -> None:
+        try:
+            theirs.send(function())
+        except Exception as error:
+            theirs.send(RuntimeError(harmless.error(error)))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    theirs.close()
+    try:
+        found = ours.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    return cast("_T", found)
 
 
 def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,8 +128,6 @@ def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list
     import torch
     from vllm.config import CompilationMode, set_current_vllm_config
     from vllm.platforms import current_platform
-
-    from vllm_compile_ext.ops import measure
 
     device = torch.device("cpu" if current_platform.is_cpu() else current_platform.device_type)
     compilation = config.compilation_config
@@ -117,18 +139,20 @@ def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list
             if kernel == "forward_native":
                 continue
             print(f"{STEP}measuring {call.op.name} {call.shapes}", flush=True)
-            rows = []
             try:
-                rows = measure.measure(call, kernel, config.model_config.max_model_len, device, graphs)
+                rows = _apart(partial(measure.measure, call, kernel, config.model_config.max_model_len, device, graphs))
             except Exception as error:  # of kernels, and of the compiler
-                row["problem"] = harmless.error(error)
+                row["problem"], rows = harmless.error(error), []
+            if rows is None:
+                row["problem"], rows = CRASHES, []
             row["figures"] = msgspec.to_builtins(rows)
             figures.setdefault(call.op.name, []).append(rows)
     compiled = compilation.mode != CompilationMode.NONE
     choice = []
     for name, found in figures.items():
+        crashes = any(row["name"] == name and row.get("problem") == CRASHES for row in shown)
         measured = [each for rows in found for each in rows] if all(found) else []
-        choice += auto.choose(name, measured, compilation.custom_ops, compiled)
+        choice += auto.choose(name, measured, compilation.custom_ops, compiled, crashes)
     factors = auto.factors(config)
     made: dict[str, Any] = msgspec.to_builtins(auto.Measured(key_of(factors), factors, choice))
     return made

@@ -59,6 +59,17 @@ class Call:
         return ", ".join(str(each) for each in tree_leaves(self.arguments) if isinstance(each, Shape))
 
 
+# Of the modules of ops that compute more than each number once or twice.
+_HEAVY = ("attention", "conv", "fla", "fused_moe", "hpc", "kda", "mamba", "mhc", "mm_input_norm", "sparse_attn_indexer")
+
+
+def is_light(cls: type[Any]) -> bool:
+    """Whether a custom op is a norm, an activation, a rotary embedding or the like, with a native form."""
+    bases = [base for base in cls.__mro__ if base.__name__ != "CustomOp"]
+    parts = {*cls.__module__.split("."), *cls.__module__.split("_")}
+    return not parts & {*_HEAVY} and any("forward_native" in vars(base) for base in bases)
+
+
 def find(config: Any) -> tuple[list[Call], str | None]:
     """The calls of one forward pass of the model of a `VllmConfig`, equal ones once; and why there are not all."""
     from vllm.config import set_current_vllm_config
@@ -124,7 +135,8 @@ def _noting(op: Any, calls: dict[tuple[str, ...], Call]) -> Callable[..., Any]:
             lambda each: Shape(tuple(each.shape), each.dtype) if torch.is_tensor(each) else each, (given, named)
         )
         same = op.name, type(op).__qualname__, op.extra_repr(), repr(found)
-        calls.setdefault(same, Call(op, found)).count += 1
+        if is_light(type(op)):
+            calls.setdefault(same, Call(op, found)).count += 1
         try:
             return op.forward_native(*given, **named)
         except Exception:  # experts, for example, want weights
