@@ -25,7 +25,8 @@ def end(started: Started, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["with_vllm.py", "factors_of_vllm.py", "graphs_on_demand.py", "ops_dispatch.py", "ops_native.py"]
+    "name",
+    ["with_vllm.py", "factors_of_vllm.py", "graphs_on_demand.py", "ops_dispatch.py", "ops_model.py", "ops_native.py"],
 )
 def test_in_a_fork(llama2: Path, tmp_path: Path, name: str) -> None:
     end(begin(name, tmp_path, LLAMA=str(llama2)), tmp_path)

@@ -1,7 +1,7 @@
 """What ``vllm-compile-ext ops`` shows, a program of its own: ``measure_ops FILE WHAT [OPTIONS OF vllm serve]``.
 
-WHAT: "list", or "measure", which takes a model.  Writes JSON to FILE.  Exit status 2: a bad option; the output is what
-vLLM says of it.
+WHAT: "all" ops, those that a model calls ("model"), or their times, too ("measure").  Writes a line of JSON to FILE.
+Exit status 2: a bad option; the output is what vLLM says of it.
 """
 
 from __future__ import annotations
@@ -63,21 +63,26 @@ def platform() -> str:
 
 def main() -> None:
     to, what, *arguments = sys.argv[1:]
+    if what == "measure":  # from what vLLM chooses
+        os.environ["VLLM_COMPILE_CUSTOM_OPS"] = "stock"
     from vllm.config import VllmConfig
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    config = warm_start.configure(warm_start.parse(arguments)) if arguments else VllmConfig()
+    args = warm_start.parse(arguments) if arguments else None
+    asked = args is not None and bool(args.compilation_config.custom_ops)
+    config = VllmConfig() if args is None else warm_start.configure(args)
     custom_ops = config.compilation_config.custom_ops
     calls, problem = model.find(config) if arguments else ([], None)
     ops, here = [], platform()
-    used = {call.op.name for call in calls}
-    for name, cls in (classes() | {call.op.name: type(call.op) for call in calls}).items():
+    used = {call.op.name: type(call.op) for call in calls}
+    for name, cls in (classes() | used if what == "all" else used).items():
         enabled, why = dispatch.rule(name, custom_ops)
         kernel = dispatch.method(cls, here)
         row: dict[str, Any] = {"name": name, "implementations": implementations(cls), "kernel": kernel, "rule": why}
         ops.append(row | {"runs": _runs(kernel, enabled, config), "used": name in used})
     found: dict[str, Any] = {"ops": ops, "custom_ops": custom_ops, "problem": problem, "calls": [], "measured": None}
+    found["asked"] = asked
     found["calls"] = [{"name": each.op.name, "shapes": each.shapes, "count": each.count} for each in calls]
     if what == "measure":
         found["busy"] = _busy()

@@ -38,34 +38,34 @@ def command(
 ) -> None:
     if measure and not context.args:
         raise typer.BadParameter("name a model: vllm-compile-ext ops MODEL --measure")
-    arguments = ["measure" if measure else "list", *context.args]
-    (found,) = shared.ask("vllm_compile_ext.cli.measure_ops", arguments, "ops", verbose)
-    busy = found["measured"] is not None and found["busy"] > BUSY
-    if found["measured"] is not None and not busy:
-        measured = msgspec.convert(found["measured"], auto.Measured)
-        store = Store.open(settings.store())
-        auto.keep(store.root, measured)
+    what = "measure" if measure else "all" if everything or not context.args else "model"
+    (found,) = shared.ask("vllm_compile_ext.cli.measure_ops", [what, *context.args], "ops", verbose)
+    not_kept = _why_not_kept(found)
+    if found["measured"] is not None and not_kept is None:
+        auto.keep(Store.open(settings.store()).root, msgspec.convert(found["measured"], auto.Measured))
     if as_json:
         shared.print_json(found)
         return
     out = shared.console()
-    out.print(_list([op for op in found["ops"] if everything or op["used"] or not context.args], found["calls"]))
+    out.print(_list(found["ops"], found["calls"]))
     out.print(f"custom_ops: {' '.join(found['custom_ops'])}", soft_wrap=True)
     if found["problem"] is not None:
         out.print(f"not all that the model calls is known: {plain(found['problem'])}", soft_wrap=True)
     if found["measured"] is None:
         return
     out.print(_figures(found["calls"]))
-    if busy:
-        out.print(f"not kept: other work took {found['busy']:.0f} % of the processors, so that these times say little")
-        return
-    choice = found["measured"]["choice"]
-    if not choice:
-        out.print("recommended: custom_ops as they are")
-        return
-    custom_ops = ", ".join(f'"{entry}"' for entry in choice)
-    out.print(f"recommended: --compilation-config '{{\"custom_ops\": [{custom_ops}]}}'", soft_wrap=True)
-    out.print("or VLLM_COMPILE_CUSTOM_OPS=auto, for which this is kept")
+    choice = ", ".join(f'"{entry}"' for entry in found["measured"]["choice"])
+    text = f"--compilation-config '{{\"custom_ops\": [{choice}]}}'" if choice else "custom_ops as they are"
+    out.print(f"recommended: {text}", soft_wrap=True)
+    out.print("kept for VLLM_COMPILE_CUSTOM_OPS=auto" if not_kept is None else f"not kept: {not_kept}", soft_wrap=True)
+
+
+def _why_not_kept(found: dict[str, Any]) -> str | None:
+    if found["asked"]:
+        return "custom_ops are given, and others were not measured"
+    if found.get("busy", 0) > BUSY:
+        return f"other work took {found['busy']:.0f} % of the processors, so that these times say little"
+    return found["problem"] and "not all that the model calls is known"
 
 
 def _list(ops: list[dict[str, Any]], calls: list[dict[str, Any]]) -> Table:
