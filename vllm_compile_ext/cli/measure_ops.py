@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import pkgutil
-import statistics
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
-import psutil
 
 from vllm_compile_ext import harmless
 from vllm_compile_ext.cli import warm_start
@@ -85,7 +83,6 @@ def main() -> None:
     found["asked"] = asked
     found["calls"] = [{"name": each.op.name, "shapes": each.shapes, "count": each.count} for each in calls]
     if what == "measure":
-        found["busy"] = _busy()
         found["measured"] = _measure(config, calls, {op["name"]: op["kernel"] for op in ops}, found["calls"])
     Path(to).write_text(json.dumps(found))
 
@@ -96,12 +93,6 @@ def _runs(kernel: str, enabled: bool, config: Any) -> str:
     if enabled and kernel != "forward_native":
         return "kernel"
     return "native" if config.compilation_config.mode == CompilationMode.NONE else "compiled"
-
-
-def _busy() -> float:
-    """Percent of the processors that this process may use, that others use now."""
-    taken = psutil.cpu_percent(1, percpu=True)
-    return float(statistics.mean(taken[each] for each in os.sched_getaffinity(0)))
 
 
 def _apart(function: Callable[[], _T]) -> _T | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import statistics
 from typing import Annotated, Any
 
 import msgspec
+import psutil
 import typer
 from rich.table import Table
 
@@ -39,8 +42,9 @@ def command(
     if measure and not context.args:
         raise typer.BadParameter("name a model: vllm-compile-ext ops MODEL --measure")
     what = "measure" if measure else "all" if everything or not context.args else "model"
+    busy = _busy() if measure else 0.0
     (found,) = shared.ask("vllm_compile_ext.cli.measure_ops", [what, *context.args], "ops", verbose)
-    not_kept = _why_not_kept(found)
+    not_kept = _why_not_kept(found, busy)
     if found["measured"] is not None and not_kept is None:
         auto.keep(Store.open(settings.store()).root, msgspec.convert(found["measured"], auto.Measured))
     if as_json:
@@ -60,11 +64,17 @@ def command(
     out.print("kept for VLLM_COMPILE_CUSTOM_OPS=auto" if not_kept is None else f"not kept: {not_kept}", soft_wrap=True)
 
 
-def _why_not_kept(found: dict[str, Any]) -> str | None:
+def _busy() -> float:
+    """Percent of the processors that this process may use, that others use now."""
+    taken = psutil.cpu_percent(1, percpu=True)
+    return statistics.fmean(taken[each] for each in os.sched_getaffinity(0))
+
+
+def _why_not_kept(found: dict[str, Any], busy: float) -> str | None:
     if found["asked"]:
         return "custom_ops are given, and others were not measured"
-    if found.get("busy", 0) > BUSY:
-        return f"other work took {found['busy']:.0f} % of the processors, so that these times say little"
+    if busy > BUSY:
+        return f"other work took {busy:.0f} % of the processors, so that these times say little"
     return found["problem"] and "not all that the model calls is known"
 
 
