@@ -61,7 +61,7 @@ def test_what_is_set_is_written_as_one_would_set_it() -> None:
 
 # --- for one engine
 
-ALLOWED = "depyf, workers, cudagraphs, wait"
+ALLOWED = "depyf, workers, cudagraphs, custom_ops, wait"
 
 
 @pytest.mark.parametrize(

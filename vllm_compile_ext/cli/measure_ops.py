@@ -23,11 +23,13 @@ import msgspec
 from vllm_compile_ext import harmless
 from vllm_compile_ext.cli import warm_start
 from vllm_compile_ext.cli.shared import STEP
+from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.ops import auto, dispatch, measure, model
 from vllm_compile_ext.store.store import key_of
 
 _T = TypeVar("_T")
 CRASHES = "the kernel ends the process"
+LIMIT = 300  # seconds for one op, compiling included
 
 
 def classes() -> dict[str, Any]:
@@ -109,10 +111,13 @@ def _apart(function: Callable[[], _T]) -> _T | None:
     process.start()
     theirs.close()
     try:
+        if not ours.poll(LIMIT):
+            raise TimeoutError(f"it took more than {LIMIT} s")
         found = ours.recv()
     except EOFError:
         return None
     finally:
+        process.kill()
         process.join()
     if isinstance(found, Exception):
         raise found
@@ -129,6 +134,7 @@ def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list
     compilation = config.compilation_config
     graphs = device.type == "cuda" and compilation.cudagraph_mode.name != "NONE"
     figures: dict[str, list[list[Any]]] = {}
+    workers.wait()  # no thread may be at work while this forks
     with set_current_vllm_config(config):
         for call, row in zip(calls, shown, strict=True):
             kernel = kernels[call.op.name]
