@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.activation import SiluAndMul
 
 from tests import forks
-from vllm_compile_ext.cli import measure_ops
 from vllm_compile_ext.ops import measure, model
 
 SIZES = {
@@ -94,10 +91,3 @@ def test_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(min(row.kernel, row.native, row.compiled) > 0 for row in rows)
     assert max(row.error for row in rows) < 0.01
     assert min(row.error for row in measure.measure(call, "wrong", 8, torch.device("cpu"), False)) > 0.01
-
-
-def test_a_kernel_that_ends_the_process_is_said_to() -> None:
-    assert measure_ops._apart(lambda: 42) == 42
-    assert measure_ops._apart(lambda: os.kill(os.getpid(), signal.SIGKILL)) is None
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        measure_ops._apart(lambda: 1 / 0)

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import msgspec
 
@@ -26,10 +23,6 @@ from vllm_compile_ext.cli.shared import STEP
 from vllm_compile_ext.inductor import workers
 from vllm_compile_ext.ops import auto, dispatch, measure, model
 from vllm_compile_ext.store.store import key_of
-
-_T = TypeVar("_T")
-CRASHES = "the kernel ends the process"
-LIMIT = 300  # seconds for one op, compiling included
 
 
 def classes() -> dict[str, Any]:
@@ -97,33 +90,6 @@ def _runs(kernel: str, enabled: bool, config: Any) -> str:
     return "native" if config.compilation_config.mode == CompilationMode.NONE else "compiled"
 
 
-def _apart(function: Callable[[], _T]) -> _T | None:
-    """What `function` returns, or raises, in a fork; None: that has crashed."""
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-
-    def run() -> None:
-        try:
-            theirs.send(function())
-        except Exception as error:
-            theirs.send(RuntimeError(harmless.error(error)))
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(LIMIT):
-            raise TimeoutError(f"it took more than {LIMIT} s")
-        found = ours.recv()
-    except EOFError:
-        return None
-    finally:
-        process.kill()
-        process.join()
-    if isinstance(found, Exception):
-        raise found
-    return cast("_T", found)
-
-
 def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list[dict[str, Any]]) -> dict[str, Any]:
     """Add figures to `shown`; returns an `auto.Measured`."""
     import torch
@@ -134,7 +100,7 @@ def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list
     compilation = config.compilation_config
     graphs = device.type == "cuda" and compilation.cudagraph_mode.name != "NONE"
     figures: dict[str, list[list[Any]]] = {}
-    workers.wait()  # no thread may be at work while this forks
+    workers.wait()  # which else take processors from what is measured
     with set_current_vllm_config(config):
         for call, row in zip(calls, shown, strict=True):
             kernel = kernels[call.op.name]
@@ -142,19 +108,16 @@ def _measure(config: Any, calls: list[Any], kernels: dict[str, str], shown: list
                 continue
             print(f"{STEP}measuring {call.op.name} {call.shapes}", flush=True)
             try:
-                rows = _apart(partial(measure.measure, call, kernel, config.model_config.max_model_len, device, graphs))
+                rows = measure.measure(call, kernel, config.model_config.max_model_len, device, graphs)
             except Exception as error:  # of kernels, and of the compiler
                 row["problem"], rows = harmless.error(error), []
-            if rows is None:
-                row["problem"], rows = CRASHES, []
             row["figures"] = msgspec.to_builtins(rows)
             figures.setdefault(call.op.name, []).append(rows)
     compiled = compilation.mode != CompilationMode.NONE
     choice = []
     for name, found in figures.items():
-        crashes = any(row["name"] == name and row.get("problem") == CRASHES for row in shown)
         measured = [each for rows in found for each in rows] if all(found) else []
-        choice += auto.choose(name, measured, compilation.custom_ops, compiled, crashes)
+        choice += auto.choose(name, measured, compilation.custom_ops, compiled)
     factors = auto.factors(config)
     made: dict[str, Any] = msgspec.to_builtins(auto.Measured(key_of(factors), factors, choice))
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -103,6 +104,8 @@ def ask(module: str, arguments: Sequence[str], title: str, verbose: bool) -> lis
         if status == 2:
             typer.echo("\n".join(lines), err=True)
             raise typer.Exit(2)
+        if status < 0:  # a kernel, for example
+            raise ProgramError(f"{title} was ended by {signal.Signals(-status).name}", [] if verbose else lines)
         if status != 0:
             raise ProgramError(f"vLLM does not take these options (exit status {status})", [] if verbose else lines)
         return [json.loads(line) for line in to.read_text().splitlines()]

@@ -1,7 +1,7 @@
 """Which ops run their kernels, chosen by what `vllm-compile-ext ops MODEL --measure` has kept: VLLM_COMPILE_CUSTOM_OPS.
 
 A kernel is chosen where it was faster in every batch that was measured, and equal but for rounding.  One that is not
-equal, or crashes, is switched off.
+equal is switched off.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def factors(config: Any) -> dict[str, str]:
     }
 
 
-def choose(name: str, rows: Sequence[Any], custom_ops: list[str], compiled: bool, crashes: bool) -> list[str]:
+def choose(name: str, rows: Sequence[Any], custom_ops: list[str], compiled: bool) -> list[str]:
     """The entry for the op `name` that its `measure.Figures`, of all its calls, speak for, if any.
 
-    compiled: whether the model is compiled, and so the native form.  crashes: its kernel ends the process.
+    compiled: whether the model is compiled, and so the native form.
     """
     enabled, why = dispatch.rule(name, custom_ops)
     if why not in ("all", "none"):
         return []
-    if crashes or any(not row.error <= ROUNDING for row in rows):
+    if any(not row.error <= ROUNDING for row in rows):
         return [f"-{name}"] if enabled else []
     pairs = [(row.kernel, row.compiled if compiled else row.native) for row in rows]
     if enabled:

@@ -22,33 +22,28 @@ NONE, ALL = ["none"], ["all"]
 
 
 @pytest.mark.parametrize(
-    ("found", "custom_ops", "compiled", "crashes", "choice"),
+    ("found", "custom_ops", "compiled", "choice"),
     [
-        (FAST, NONE, True, False, ["+op"]),
-        (FAST, ALL, True, False, []),  # it runs already
-        (SLOW, ALL, False, False, ["-op"]),
-        (SLOW, NONE, True, False, []),
-        (MIXED, NONE, True, False, []),  # not in every batch
-        (MIXED, ALL, False, False, []),
-        (rows((1, 1.04, 1.04)), NONE, True, False, []),  # by too little
-        (rows((1, 2, 0.5)), NONE, True, False, []),  # the compiled form is what would run
-        (rows((1, 2, 0.5)), NONE, False, False, ["+op"]),
-        (rows((1, 2, 2), error=0.5), NONE, True, False, []),  # wrong, however fast
-        (rows((1, 2, 2), error=0.5), ALL, False, False, ["-op"]),
-        (rows((1, 2, 2), error=float("nan")), NONE, True, False, []),
-        (rows((1, 2, 2), error=float("nan")), ALL, False, False, ["-op"]),
-        ([], ALL, False, True, ["-op"]),
-        ([], NONE, True, True, []),
-        ([], ALL, False, False, []),  # it could not be measured
-        (FAST, ["none", "-op"], True, False, []),  # somebody has said so
-        (SLOW, ["all", "+op"], True, False, []),
-        ([], ["all", "+op"], True, True, []),
+        (FAST, NONE, True, ["+op"]),
+        (FAST, ALL, True, []),  # it runs already
+        (SLOW, ALL, False, ["-op"]),
+        (SLOW, NONE, True, []),
+        (MIXED, NONE, True, []),  # not in every batch
+        (MIXED, ALL, False, []),
+        (rows((1, 1.04, 1.04)), NONE, True, []),  # by too little
+        (rows((1, 2, 0.5)), NONE, True, []),  # the compiled form is what would run
+        (rows((1, 2, 0.5)), NONE, False, ["+op"]),
+        (rows((1, 2, 2), error=0.5), NONE, True, []),  # wrong, however fast
+        (rows((1, 2, 2), error=0.5), ALL, False, ["-op"]),
+        (rows((1, 2, 2), error=float("nan")), NONE, True, []),
+        (rows((1, 2, 2), error=float("nan")), ALL, False, ["-op"]),
+        ([], ALL, False, []),  # it could not be measured
+        (FAST, ["none", "-op"], True, []),  # somebody has said so
+        (SLOW, ["all", "+op"], True, []),
     ],
 )
-def test_what_is_chosen(
-    found: list[Any], custom_ops: list[str], compiled: bool, crashes: bool, choice: list[str]
-) -> None:
-    assert auto.choose("op", found, custom_ops, compiled, crashes) == choice
+def test_what_is_chosen(found: list[Any], custom_ops: list[str], compiled: bool, choice: list[str]) -> None:
+    assert auto.choose("op", found, custom_ops, compiled) == choice
 
 
 def measured(*choice: str, key: str = "a" * 64) -> Measured:
