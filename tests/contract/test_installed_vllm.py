@@ -159,11 +159,11 @@ RECORD = """
     began = finder.finder.timing
     {before}
     plugin.register()
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
     assert type(vllm.tracing.otel.trace).__name__ == "module"
     assert not finder.finder.timing
     assert "traceparent" not in os.environ
-    assert not hasattr(EngineArgs.create_engine_config, "__wrapped__")
+    assert not hasattr(AsyncLLM.add_request, "__wrapped__")
     assert not os.path.exists(os.environ["VLLM_CACHE_ROOT"] + "/compile_starts")
     report([began, plugin.status().active])
 """
