@@ -37,13 +37,6 @@ def classes() -> dict[str, Any]:
     return {name: cls for name, cls in sorted(found.items()) if model.is_light(cls)}
 
 
-def implementations(cls: Any) -> list[str]:
-    """What an op defines: "native", "cuda", "cpu"."""
-    names = ("native", *(method.removeprefix("forward_") for method in dispatch.CHOSEN.values()))
-    bases = [base for base in cls.__mro__ if base.__name__ != "CustomOp"]
-    return [name for name in names if any(f"forward_{name}" in vars(base) for base in bases)]
-
-
 def platform() -> str:
     """As `dispatch` names it."""
     from vllm.platforms import current_platform
@@ -72,7 +65,12 @@ def main() -> None:
     for name, cls in (classes() | used if what == "all" else used).items():
         enabled, why = dispatch.rule(name, custom_ops)
         kernel = dispatch.method(cls, here)
-        row: dict[str, Any] = {"name": name, "implementations": implementations(cls), "kernel": kernel, "rule": why}
+        row: dict[str, Any] = {
+            "name": name,
+            "implementations": dispatch.implementations(cls),
+            "kernel": kernel,
+            "rule": why,
+        }
         ops.append(row | {"runs": _runs(kernel, enabled, config), "used": name in used})
     found: dict[str, Any] = {"ops": ops, "custom_ops": custom_ops, "problem": problem, "calls": [], "measured": None}
     found["asked"] = asked

@@ -26,8 +26,7 @@ import vllm.envs
 
 from vllm_compile_ext import harmless, settings
 from vllm_compile_ext.cuda_graphs import coverage, ranks
-from vllm_compile_ext.store.files import DamagedError, Tree
-from vllm_compile_ext.store.store import ManifestError, seal, unseal
+from vllm_compile_ext.store.store import read_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +82,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def read(root: Path, key: str) -> History | None:
     """The history named `key` in the store `root`; None where there is none to be read."""
-    with suppress(DamagedError, ManifestError):
-        found = unseal(Tree(root).read("graphs", f"{key}.json"), History, FORMAT)
-        return found if found.key == key else None
-    return None
+    return read_record(root, "graphs", key, History, FORMAT)
 
 
 def write(root: Path, history: History) -> None:
@@ -94,12 +90,7 @@ def write(root: Path, history: History) -> None:
 
     Raises `OSError`, and `UnsafeStoreError` when others can write the store.
     """
-    tree = Tree(root)
-    tree.write("graphs", f"{history.key}.json", data=seal(history, FORMAT))
-    with suppress(OSError):
-        names = sorted(tree.names("graphs"), key=lambda name: tree.stat("graphs", name).st_mtime)
-        for name in names[:-KEPT]:
-            tree.remove("graphs", name)
+    write_record(root, "graphs", history, FORMAT, KEPT)
 
 
 class Writer(threading.Thread):

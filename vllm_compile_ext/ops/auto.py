@@ -17,8 +17,8 @@ import msgspec
 
 from vllm_compile_ext import platforms, settings
 from vllm_compile_ext.ops import dispatch
-from vllm_compile_ext.store.files import DamagedError, Tree, UnsafeStoreError
-from vllm_compile_ext.store.store import ManifestError, key_of, seal, unseal
+from vllm_compile_ext.store.files import UnsafeStoreError
+from vllm_compile_ext.store.store import key_of, read_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -75,18 +75,12 @@ def choose(name: str, rows: Sequence[Any], custom_ops: list[str], compiled: bool
 
 def keep(root: Path, measured: Measured) -> None:
     """Raises `OSError`, and `UnsafeStoreError` when others can write the store."""
-    tree = Tree(root)
-    tree.write("ops", f"{measured.key}.json", data=seal(measured, FORMAT))
-    with suppress(OSError):
-        names = sorted(tree.names("ops"), key=lambda name: tree.stat("ops", name).st_mtime)
-        for name in names[:-KEPT]:
-            tree.remove("ops", name)
+    write_record(root, "ops", measured, FORMAT, KEPT)
 
 
 def kept(root: Path, key: str) -> Measured | None:
-    with suppress(DamagedError, ManifestError, UnsafeStoreError, OSError):
-        found = unseal(Tree(root).read("ops", f"{key}.json"), Measured, FORMAT)
-        return found if found.key == key else None
+    with suppress(UnsafeStoreError, OSError):
+        return read_record(root, "ops", key, Measured, FORMAT)
     return None
 
 

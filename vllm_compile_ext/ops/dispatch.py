@@ -46,3 +46,10 @@ def method(cls: type[Any], platform: str) -> str:
     name = CHOSEN[platform]
     owner = next(base for base in cls.__mro__ if name in vars(base))
     return INSTEAD.get(name, name) if owner.__name__ == "CustomOp" else name
+
+
+def implementations(cls: type[Any]) -> list[str]:
+    """What the op `cls` defines: "native", "cuda", "cpu"."""
+    names = ("native", *(method.removeprefix("forward_") for method in CHOSEN.values()))
+    bases = [base for base in cls.__mro__ if base.__name__ != "CustomOp"]
+    return [name for name in names if any(f"forward_{name}" in vars(base) for base in bases)]

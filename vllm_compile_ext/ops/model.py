@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vllm_compile_ext import harmless
+from vllm_compile_ext.ops import dispatch
 
 TOKENS = 1009  # of that call.  A prime: what it divides grows with the batch
 
@@ -65,9 +66,8 @@ _HEAVY = ("attention", "conv", "fla", "fused_moe", "hpc", "kda", "mamba", "mhc",
 
 def is_light(cls: type[Any]) -> bool:
     """Whether a custom op is a norm, an activation, a rotary embedding or the like, with a native form."""
-    bases = [base for base in cls.__mro__ if base.__name__ != "CustomOp"]
     parts = {*cls.__module__.split("."), *cls.__module__.split("_")}
-    return not parts & {*_HEAVY} and any("forward_native" in vars(base) for base in bases)
+    return not parts & {*_HEAVY} and "native" in dispatch.implementations(cls)
 
 
 def find(config: Any) -> tuple[list[Call], str | None]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 from blake3 import blake3
@@ -45,6 +45,14 @@ ROOMS = ("blobs", "manifests", "locks", "tmp")
 _DIGEST = "[0-9a-f]{64}"
 _SHARD = "[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}"
 _T = TypeVar("_T")
+
+
+class _Keyed(Protocol):
+    @property
+    def key(self) -> str: ...
+
+
+_K = TypeVar("_K", bound=_Keyed)
 
 
 class ManifestError(RuntimeError):
@@ -90,6 +98,27 @@ def unseal(data: bytes, kind: type[_T], expected: int = FORMAT) -> _T:
     # msgspec raises RecursionError on deep nesting, and ValueError where text is not UTF-8.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ManifestError(f"is no record ({error})") from error
+
+
+def read_record(root: Path, folder: str, key: str, kind: type[_K], made: int) -> _K | None:
+    """The record of this key, beside the code in the store `root`; None where there is none to be read."""
+    with suppress(DamagedError, ManifestError):
+        found = unseal(Tree(root).read(folder, f"{key}.json"), kind, made)
+        return found if found.key == key else None
+    return None
+
+
+def write_record(root: Path, folder: str, record: _Keyed, made: int, most: int) -> None:
+    """Replace the record of this key, and drop the oldest of the folder beyond `most`.
+
+    Raises `OSError`, and `UnsafeStoreError` when others can write the store.
+    """
+    tree = Tree(root)
+    tree.write(folder, f"{record.key}.json", data=seal(record, made))
+    with suppress(OSError):
+        names = sorted(tree.names(folder), key=lambda name: tree.stat(folder, name).st_mtime)
+        for name in names[:-most]:
+            tree.remove(folder, name)
 
 
 class Blob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
