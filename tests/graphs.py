@@ -44,6 +44,7 @@ class State:
         self.unused = 3 * MIB  # that torch keeps
         self.emptied = 0  # how often it was told to give that back
         self.failing: dict[Any, int] = {}
+        self.broken = False  # the capture under way cannot end
 
 
 state = State()
@@ -73,6 +74,13 @@ class CUDAGraph:
     def replay(self) -> None:
         self.replays += 1
 
+    def capture_begin(self, pool: Any, capture_error_mode: str = "global") -> None:
+        self._capture = Capture(self, pool, state.streams[-1] if state.streams else None, capture_error_mode)
+        self._capture.__enter__()
+
+    def capture_end(self) -> None:
+        self._capture.__exit__(RuntimeError if state.broken else None)
+
 
 class Capture:
     """In the place of `torch.cuda.graph`."""
@@ -89,7 +97,7 @@ class Capture:
         state.graphs.append((*self._about, monitor.cudagraph_capturing_enabled))
 
     def __exit__(self, kind: Any, *exc: Any) -> None:
-        state.capturing = False
+        state.capturing = state.broken = False
         if kind is not None:  # as `capture_end` of torch 2.13, which leaves the pool open
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         end(0, self._pool)
@@ -150,7 +158,7 @@ from vllm.plugins import load_general_plugins  # noqa: E402
 
 load_general_plugins()
 
-from vllm.compilation import cuda_graph, monitor  # noqa: E402
+from vllm.compilation import breakable_cudagraph, cuda_graph, monitor  # noqa: E402
 from vllm.config import CUDAGraphMode, VllmConfig  # noqa: E402
 from vllm.distributed import parallel_state  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
@@ -168,7 +176,8 @@ upstream.prepare_inputs_to_capture = lambda *args, **kwargs: upstream.AttentionS
     {"split": SimpleNamespace(max_num_splits=32, scheduler_metadata="for 32"), "other": SimpleNamespace()}, {}
 )
 upstream.current_stream = cuda_graph.current_stream = lambda: "current stream"
-cuda_graph.weak_ref_tensors = lambda tensors: tensors
+cuda_graph.weak_ref_tensors = breakable_cudagraph.weak_ref_tensors = lambda tensors: tensors
+breakable_cudagraph.weak_ref_tensor = lambda tensor: tensor
 type(current_platform).graph_pool_handle = staticmethod(_pool)
 
 
@@ -196,14 +205,23 @@ def config(model: str) -> VllmConfig:
 
 
 class Model(nn.Module):
-    """Two pieces, each behind vLLM's wrapper."""
+    """Two pieces, each behind vLLM's wrapper, or with a break between them; `attended`: what ran there."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         super().__init__()
+        self.attended: list[int] = []
+        if breakable_cudagraph.is_breakable_cudagraph_enabled():
+            self.pieces: list[Any] = [breakable_cudagraph.eager_break_during_capture(self._attend), self._last_piece]
+            return
         self.pieces = [
             cuda_graph.CUDAGraphWrapper(piece, vllm_config, CUDAGraphMode.PIECEWISE)
             for piece in (lambda x: x, self._last_piece)
         ]
+
+    def _attend(self, x: Any) -> Any:
+        assert not state.capturing or get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.NONE
+        self.attended.append(len(x))
+        return x
 
     def forward(self, input_ids: Any, positions: Any, intermediate_tensors: Any) -> Any:
         mode = get_forward_context().cudagraph_runtime_mode
@@ -222,6 +240,7 @@ class Model(nn.Module):
         kind = (get_forward_context().cudagraph_runtime_mode.name, len(x))
         if state.capturing and state.failing.get(kind, 0) > 0:
             state.failing[kind] -= 1
+            state.broken = True
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         return x
 
@@ -256,7 +275,9 @@ def mixed(made: Any, requests: int, tokens: int) -> Any:
 
 
 def entries(made: Any) -> list[list[int]]:
-    """For each piece of the model, the sizes that have a PIECEWISE graph."""
+    """For each piece of the model, the sizes that have a PIECEWISE graph; with breaks between them, one for all."""
+    if made.breakable_cg_runner is not None:
+        return [sorted(d.num_tokens for d in made.breakable_cg_runner.entries)] * 2
     return [sorted(d.num_tokens for d in piece.concrete_cudagraph_entries) for piece in made.model.pieces]
 
 

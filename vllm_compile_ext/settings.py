@@ -83,9 +83,9 @@ class Settings:
     )
     VLLM_COMPILE_CUDAGRAPHS: str = _variable(
         "lazy",
-        "When CUDA graphs are captured: lazy, each when traffic first asks for its shape, and before the "
-        "first request those that earlier starts used; idle, also the others while there are no requests; eager, all "
-        "while starting, as in stock vLLM.",
+        "When CUDA graphs are captured: lazy, while there are no requests those that traffic asked for, in "
+        "earlier starts too, and others when it asks for them; idle, all while there are no requests; eager, all while "
+        "starting, as in stock vLLM.",
         choices=("lazy", "idle", "eager"),
         per_engine=True,
     )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import os
@@ -108,7 +109,11 @@ def test_where_graphs_are_not_captured_on_demand_all_is_captured_at_start_as_in_
     made = graphs.start(manager.OnDemandManager, config)
     assert ALL.items() <= look(made, guard=True).items()
     assert (made.session, state.exchanges) == (None, 1)
-    assert [text(decode(made, 3)), text(mixed(made, 3, 20)), made.capture_idle()] == ["FULL 4", "PIECEWISE 24", False]
+    assert [text(decode(made, 3)), text(mixed(made, 3, 20)), made.use_gap(everything=True)] == [
+        "FULL 4",
+        "PIECEWISE 24",
+        False,
+    ]
 
 
 # --- while serving
@@ -166,12 +171,58 @@ def test_where_the_best_shape_is_barred_the_next_choice_is_asked_for_and_capture
     assert seen == ["NONE 4"] * without + ["PIECEWISE 4"] * (30 - without)
 
 
-def test_all_shapes_are_captured_while_idle(made: Any) -> None:
-    assert [made.capture_idle() for _ in range(13)] == [True] * 11 + [False] * 2
+def test_all_shapes_are_captured_and_timed_between_requests(made: Any) -> None:
+    assert [made.use_gap(everything=True) for _ in range(25)] == [True] * 24 + [False]
+    assert made.session.policy.times.keys() == set(made.session.policy.shapes)
+    assert {graph.replays for graph in made.graphs.values()} == {1}
+    # With inputs as for a capture, which fill block 0 only, on the graphs' stream; all-reduce is not told of a capture.
+    assert [forward for forward in state.forwards[-2:]] == [
+        ("PIECEWISE", 1, OPEN, not WITHIN),
+        ("NONE", 1, OPEN, not WITHIN),
+    ]
+    assert state.within[-2:] == [[made._stream]] * 2
     assert ALL.items() <= look(made).items()
     assert [text(decode(made, 3)), text(mixed(made, 3, 20)), text(decode(made, 17))] == [
         *("FULL 4", "PIECEWISE 24", "PIECEWISE 24")
     ]
+
+
+@pytest.fixture
+def breakable(config: VllmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A manager after the start, of a model whose graphs break where attention is."""
+    monkeypatch.setenv("VLLM_COMPILE_STORE", str(tmp_path))
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    found = graphs.start(manager.OnDemandManager, config)
+    found.session.budget.limit = 1 << 40
+    return found
+
+
+def test_a_breakable_graph_is_captured_in_its_parts_between_steps_and_replayed(breakable: Any) -> None:
+    made = breakable
+    assert made.use_breakable_cg
+    assert look(made) == NOTHING | {"captures": 0, "left open": []}
+    assert state.pooled == [made.pool] * 2
+    seen = [text(mixed(made, 3, 20)) for _ in range(30)]
+    assert seen.count("NONE 20") == BATCHES[PIECEWISE] - 1
+    assert look(made) == {"full": [], "pieces": [[24]] * 2, "captures": 2, "left open": []}
+    assert state.graphs == [(made.pool, made._stream, "relaxed", OPEN)] * 2
+    assert state.splits[-1] == [{"max_num_splits": 1, "scheduler_metadata": None}, {}]
+    assert made.model.attended[-1:] == [24]
+    while made.use_gap(everything=True):
+        pass
+    assert ALL.items() <= look(made).items()
+    assert made.session.policy.times.keys() == set(made.session.policy.shapes)
+
+
+def test_a_breakable_graph_whose_capture_breaks_off_leaves_nothing(breakable: Any) -> None:
+    made = breakable
+    state.failing = {("PIECEWISE", 24): 5}
+    assert {text(mixed(made, 3, 20)) for _ in range(40)} == {"NONE 20"}
+    gc.collect()  # the part before the break
+    assert look(made) == NOTHING | {"captures": 4, "left open": []}  # two parts, twice
+    assert [s.tokens for s in made.session.policy.barred] == [24]
+    assert {text(mixed(made, 3, 10)) for _ in range(40)} == {"NONE 10", "PIECEWISE 16"}
+    assert torch.cuda.CUDAGraph is graphs.CUDAGraph
 
 
 def test_vllms_guard_stays_on_for_everyone_else(made: Any) -> None:
@@ -275,7 +326,7 @@ def test_after_a_surprise_batches_run_and_graphs_that_are_there_are_used(
         assert [text(decode(made, n)) for n in (3, 8, 16, 8)] == ["NONE 3", "FULL 8", "NONE 16", "FULL 8"]
     assert [text(decode(made, n)) for n in (3, 8, 16)] == ["FULL 8", "FULL 8", "NONE 16"]
     assert len(state.graphs) == 1
-    assert made.capture_idle() is False
+    assert made.use_gap(everything=True) is False
     assert made.session.counts["skipped"] == {FULL: len(EVERY_FULL) - 1, PIECEWISE: len(EVERY_PIECEWISE)}
     (line,) = [line for line in said if "no more" in line]
     assert line.startswith("no more CUDA graphs are captured (KeyError in ")
@@ -386,7 +437,6 @@ def test_after_a_surprise_on_any_rank_while_memory_is_profiled_the_start_is_stoc
 # refuses them, or does not leave them as they were asked for.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("the V1 model runner", {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
-    ("breakable", {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}),
     ("DBO", {"parallel_config.enable_dbo": True}),
     ("DBO", {"parallel_config.ubatch_size": 2}),
     ("speculative", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}),
@@ -423,6 +473,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 ON_DEMAND: list[dict[str, Any]] = [
     {},
+    {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"},
     {"tensor_parallel_size": 2},
     {"communicator": "fi_pcie_ipc_ar_comm"},
     {"backends": ["FLASH_ATTN", "TRITON_ATTN"]},

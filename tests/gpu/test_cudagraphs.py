@@ -28,7 +28,8 @@ CODE = """
         after = about(worker(llm))
         sampled = traffic(llm, 0.8)
         state = cuda.get_rng_state()
-        manager(llm).capture_idle()
+        for _ in range(3):
+            manager(llm).use_gap(everything=True)
         same = bool((state == cuda.get_rng_state()).all())
         time.sleep(memory.DELAY + 1)  # until the record is written
         return {"before": before, "after": after, "tokens": tokens, "sampled": sampled, "rng": same}
@@ -37,7 +38,7 @@ CODE = """
         '''What is remembered; captures of a decode step's and of a prompt's shape that break off; all the rest.'''
         import torch
         session = manager(llm).session
-        source, first = session.budget.source, session.policy.next_idle()
+        source, first = session.budget.source, session.policy.next_in_gap(everything=True)
         most = max(session.policy.remembered.values())
         stock = manager(llm)._create_forward_fn
         def create(desc, warmup):
@@ -57,7 +58,7 @@ CODE = """
         torch.cuda.empty_cache()
         given_back = torch.cuda.memory_reserved() <= before
         session.budget.limit = 1 << 40
-        while manager(llm).capture_idle():
+        while manager(llm).use_gap(everything=True):
             pass
         full = about(worker(llm))
         return {
@@ -69,9 +70,9 @@ CODE = """
         '''What a server does between its start and the first request.'''
         policy = manager(llm).session.policy
         before = {s for s in policy.shapes if policy.remembered[s] >= (1 if s.kind == "FULL" else 4)}
-        while manager(llm).capture_idle(remembered=True):
+        while manager(llm).use_gap(everything=False):
             pass
-        known = policy.captured == before
+        known = policy.captured == before and before <= policy.times.keys()
         return {"known": known, "before": about(worker(llm)), "tokens": traffic(llm), "after": about(worker(llm))}
 
     def poor(llm):

@@ -1,4 +1,4 @@
-"""CUDA graphs on demand: nothing is captured while vLLM starts, each shape when traffic first asks for it.
+"""CUDA graphs on demand: nothing is captured while vLLM starts, but between requests, or when traffic asks for it.
 
 replacements  what takes the place of stock's functions; `coverage` says where stock's capture stays
 manager       vLLM's `ModelCudaGraphManager`, capturing one graph at a time between the steps of a serving engine

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import vllm.envs
 from vllm.config import CUDAGraphMode
 
 from vllm_compile_ext import settings
@@ -28,11 +27,6 @@ STOCK = (
         "the V1 model runner",
         "it captures within the step that asks for a graph",
         lambda c: not c.use_v2_model_runner,
-    ),
-    Row(
-        "breakable CUDA graphs (`VLLM_USE_BREAKABLE_CUDAGRAPH=1`)",
-        "their runner records breaks when it captures",
-        lambda c: vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH,
     ),
     Row(
         "DBO and micro-batches",

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from vllm.v1.worker.gpu import cudagraph_utils as upstream
 
 from vllm_compile_ext.cuda_graphs import coverage, memory, ranks
 from vllm_compile_ext.cuda_graphs.memory import PIECEWISE
-from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape
+from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape, Times
 from vllm_compile_ext.replace import replace
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class _OneByOne(upstream.CudaGraphManager):
         self._addresses = ranks.Addresses()
         device = Device(
             self._capture_everywhere,
+            self._measure,
             free=lambda: int(torch.cuda.mem_get_info()[0]),
             reserved=torch.cuda.memory_reserved,
             give_back=torch.cuda.empty_cache,
@@ -110,9 +112,9 @@ class _OneByOne(upstream.CudaGraphManager):
             return chosen.rest
         return upstream.BatchExecutionDescriptor(CUDAGraphMode.NONE, batch.num_tokens, batch.num_reqs)  # not padded
 
-    def capture_idle(self, *, remembered: bool = False) -> bool:
-        """Capture one graph while there are no requests; see `Session.capture_idle`."""
-        return self.session is not None and self.session.capture_idle(remembered=remembered)
+    def use_gap(self, *, everything: bool) -> bool:
+        """Capture or measure one graph while there are no requests; see `Session.use_gap`."""
+        return self.session is not None and self.session.use_gap(everything=everything)
 
     def _capture_everywhere(self, shape: Shape) -> Exception | None:
         """Capture `shape` on every rank or on none; the error of this rank, if it had one."""
@@ -150,6 +152,28 @@ class _OneByOne(upstream.CudaGraphManager):
             self._capture_descs = descs
         return None
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _measure(self, shape: Shape) -> Times | None:
+        """The times of a step whose graph is there, with inputs as for a capture."""
+
+        def microseconds(run: Callable[[], None]) -> int:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            return max(1, round((time.perf_counter() - start) * 1e6))
+
+        piecewise = shape.kind == PIECEWISE
+        try:
+            # As in a step: all-reduce would only pretend, were it told that a graph is captured.
+            with between_steps(self._stream), torch.cuda.stream(self._stream):
+                forward = self._create_forward_fn(shape.rest, warmup=False)
+                replay = partial(forward, CUDAGraphMode.PIECEWISE) if piecewise else self.graphs[shape.rest].replay
+                return Times(microseconds(replay), microseconds(partial(forward, CUDAGraphMode.NONE)))
+        except Exception as error:
+            logger.debug("%s is not measured", shape.rest, exc_info=error)
+            return None
+
     def _forget(self, shape: Shape) -> None:
         """Drop what there is of `shape`, and leave torch's allocator as it was."""
         self.graphs.pop(shape.rest, None)
@@ -157,6 +181,8 @@ class _OneByOne(upstream.CudaGraphManager):
         if shape.kind == PIECEWISE:
             for wrapper in list(CUDAGraphWrapper._all_instances):
                 wrapper.concrete_cudagraph_entries.pop(descriptor, None)
+            if self.breakable_cg_runner is not None:
+                self.breakable_cg_runner.entries.pop(descriptor, None)
         mend_pool(self.pool)
 
 
@@ -208,6 +234,7 @@ def between_steps(stream: torch.cuda.Stream, changes: Iterable[tuple[Any, str, A
         # Other threads of a serving worker copy outputs and wait for events meanwhile, and this one may load a kernel
         # for the first time: neither is a reason to break the capture off.
         (torch.cuda, "graph", partial(torch.cuda.graph, capture_error_mode="relaxed")),
+        (torch.cuda, "CUDAGraph", _RelaxedGraph),
         # The next steps need the caches of memory.
         (torch.cuda, "empty_cache", lambda: None),
         (torch._C, "_host_emptyCache", lambda: None),
@@ -221,6 +248,13 @@ def between_steps(stream: torch.cuda.Stream, changes: Iterable[tuple[Any, str, A
             gc.disable()
             undos.callback(gc.enable)
         yield
+
+
+class _RelaxedGraph(torch.cuda.CUDAGraph):
+    """For breakable graphs, which do not use `torch.cuda.graph` (vllm/compilation/breakable_cudagraph.py, 0.32.0)."""
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "relaxed", **options: Any) -> None:
+        super().capture_begin(pool, capture_error_mode, **options)
 
 
 def _instead(value: Any, stock: Any) -> Any:

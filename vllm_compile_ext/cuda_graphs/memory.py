@@ -58,7 +58,7 @@ UNASKED = 0.25
 
 # --- what earlier starts found
 
-FORMAT = 4
+FORMAT = 5
 KEPT = 200
 # Seconds between two writes: a run of captures is one write, and no step waits for the disk.
 DELAY = 5
@@ -69,7 +69,8 @@ _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 class History(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """key: names what graphs depend on.  base: bytes that the last start took for all graphs before the first.  held:
     bytes that its graphs took.  graphs: how many they were.  each: bytes of one, by kind.  needed: bytes for the graphs
-    of the next start.  used: batches of all starts that asked for a shape, by its place among the model's shapes."""
+    of the next start.  By a shape's place among the model's: used, the batches of all starts that asked for it; times,
+    the microseconds of a step on its graph and without one."""
 
     key: str
     base: _Number
@@ -78,6 +79,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     each: dict[str, _Number]
     needed: _Number
     used: dict[_Number, _Number]
+    times: dict[_Number, tuple[_Number, _Number]]
 
 
 def read(root: Path, key: str) -> History | None:
@@ -128,7 +130,7 @@ class Budget:
 
     key: of the history.  layers: decoder layers of the model.  base: bytes for what all graphs share, taken before the
     first.  limit: bytes that graphs may take together, beside these.  source: where the figures are from, in words.
-    kept: whether the KV cache was made that much smaller.  each, used: as in the history of earlier starts.
+    kept: whether the KV cache was made that much smaller.  each, used, times: as in the history of earlier starts.
 
     held: bytes that graphs take.  costs: bytes of each captured graph, by kind.
     """
@@ -141,6 +143,7 @@ class Budget:
     kept: bool = False
     each: Mapping[str, int] = field(default_factory=dict)
     used: Mapping[int, int] = field(default_factory=dict)
+    times: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     held: int = 0
     costs: dict[str, list[int]] = field(default_factory=dict)
 
@@ -172,7 +175,13 @@ class Budget:
         self.costs.setdefault(kind, []).append(size)
         return size
 
-    def remember(self, used: Mapping[int, int], asked: Mapping[str, int], unasked: Mapping[str, int]) -> History:
+    def remember(
+        self,
+        used: Mapping[int, int],
+        times: Mapping[int, tuple[int, int]],
+        asked: Mapping[str, int],
+        unasked: Mapping[str, int],
+    ) -> History:
         """What the next start is to know.  It keeps memory free for the graphs that are held, for those that traffic
         `asked` for and that were not captured, and for a part of those it did not ask for; both are numbers by kind."""
         more = sum(count * self.expected(kind) for kind, count in asked.items())
@@ -185,6 +194,7 @@ class Budget:
             each={kind: self.expected(kind) for kind in {**self.each, **self.costs}},
             needed=self.held + more + int(UNASKED * rest) + STEPS,
             used=dict(used),
+            times=dict(times),
         )
 
 
@@ -228,7 +238,8 @@ def find_budget(config: Any, activations: Callable[[], int]) -> Budget:
     known = None if settings.store_off() else read(settings.store(), key)
     if ranks.all_agree(known is not None) and known is not None:
         source = f"{known.graphs} graphs took {known.held / GIB:.2f} GiB in an earlier start"
-        return Budget(key, layers, known.base, known.needed, source, each=known.each, used=known.used)
+        times = ranks.from_first(known.times)  # ranks choose graphs by them
+        return Budget(key, layers, known.base, known.needed, source, each=known.each, used=known.used, times=times)
     sizes = len(config.compilation_config.cudagraph_capture_sizes or ())
     mode = config.compilation_config.cudagraph_mode
     per_size = mode.has_full_cudagraphs() * LAYER[FULL] + mode.has_piecewise_cudagraphs() * LAYER[PIECEWISE]

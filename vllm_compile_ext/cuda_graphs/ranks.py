@@ -34,9 +34,9 @@ def all_agree(ok: bool) -> bool:
     return bool(votes.item())
 
 
-def from_first(number: int) -> int:
-    """The first tensor parallel rank's `number`."""
-    return from_all(number)[0] if several() else number
+def from_first(value: _T) -> _T:
+    """The first tensor parallel rank's `value`."""
+    return from_all(value)[0] if several() else value
 
 
 def from_all(value: _T) -> list[_T]:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from queue import Queue
 from typing import Any
 
 from vllm_compile_ext import harmless, settings
@@ -14,6 +15,10 @@ from vllm_compile_ext.cuda_graphs import coverage
 from vllm_compile_ext.replace import replace
 
 logger = logging.getLogger(__name__)
+
+# Seconds without a request before a graph is captured, once there was one: who sends the next when he has the answer
+# to the last is not to wait for a capture.
+PATIENCE = 0.1
 
 Function = Callable[..., Any]
 
@@ -90,33 +95,40 @@ def notify_idle_state_callbacks(stock: Function) -> Function:
 
 
 def capture_while_idle(core: Any) -> None:
-    """Capture one graph at a time, all or those that earlier starts used, until a request arrives or nothing is left.
-    Never raises: idle capture is then over."""
+    """Capture one graph at a time, all or those that are likely to be asked for, until a request arrives or there is
+    nothing to do.  Never raises: idle capture is then over."""
+    patience = getattr(core, "_patience", 0.0)  # seconds; None: no more
+    if patience is None:
+        return
     try:
         policy = settings.of(core.vllm_config).VLLM_COMPILE_CUDAGRAPHS
-        if policy == "eager" or not getattr(core, "_graphs_left", True):
-            return
+        core._patience = None if policy == "eager" else PATIENCE
         # A scheduler is paused while weights are updated: layers may be without any.
         while (
-            core.input_queue.empty()
+            policy != "eager"
             and core.is_running()
             and not core.is_scheduler_paused()
             and not core.model_executor.is_sleeping
+            and no_request(core.input_queue, patience)
+            and any(core.model_executor.collective_rpc(use_gap_in_worker, args=(policy == "idle",)))
         ):
-            left = core.model_executor.collective_rpc(capture_in_worker, args=(policy == "lazy",))
-            if not any(left):
-                core._graphs_left = None in left
-                return
+            patience = 0.0
     except Exception as error:
-        core._graphs_left = False
+        core._patience = None
         logger.warning("CUDA graphs are not captured while idle any more (%s)", harmless.error(error))
         logger.debug("what stopped the capture while idle", exc_info=True)
 
 
-def capture_in_worker(worker: Any, remembered: bool) -> bool | None:
-    """One capture in a worker; False when there is nothing left, None when it is not the time."""
+def no_request(requests: Queue[Any], seconds: float) -> bool:
+    """Whether none arrives for so long; returns as soon as one does, and leaves it there."""
+    with requests.not_empty:
+        return not requests.not_empty.wait_for(lambda: requests.queue, seconds)
+
+
+def use_gap_in_worker(worker: Any, everything: bool) -> bool:
+    """One capture in a worker; False when there is nothing to do now."""
     if getattr(worker, "_weight_update_active", False):
-        return None
+        return False
     manager = getattr(getattr(worker, "model_runner", None), "cudagraph_manager", None)
-    capture_idle = getattr(manager, "capture_idle", None)
-    return bool(capture_idle and capture_idle(remembered=remembered))
+    use_gap = getattr(manager, "use_gap", None)
+    return bool(use_gap and use_gap(everything=everything))

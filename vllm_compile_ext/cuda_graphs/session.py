@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 # step takes about as long as running it once without a graph, and the next step needs it again; a graph for a prompt's
 # length takes as long as four batches save with it, and may never be needed again (H100, 80 layers: 0.06 and 0.15 s).
 BATCHES = {FULL: 1, PIECEWISE: 4}
-# Where a larger graph serves meanwhile.
-BATCHES_PADDED = 16
+# Where a larger graph serves meanwhile: a gap between requests comes first, most of the time.
+BATCHES_PADDED = 128
 # Batches between two captures that can wait, so that running requests meet one at a time.
 BATCHES_BETWEEN = 8
 # Batches until a shape is tried again for which there was no memory.
 BATCHES_POSTPONED = 1000
-# How much larger that may be: up to 64 tokens a step's time hardly depends on its size, and up to twice the size it is
-# still shorter than launching every kernel.
+# How much larger that may be until both are measured: up to 64 tokens a step's time hardly depends on its size, and up
+# to twice the size it is still shorter than launching every kernel.
 PAD_FREELY = 64
 PAD_FACTOR = 2
 # Shapes that may fail before no more are tried.
@@ -49,6 +49,13 @@ class Shape(NamedTuple):
     rest: Any = None
 
 
+class Times(NamedTuple):
+    """Microseconds of a step of one size, on its graph and without one."""
+
+    graph: int
+    without: int
+
+
 class Plan(NamedTuple):
     """capture: the shape to capture before the batch, which then runs on it.  otherwise: what it runs on if not; None
     for no graph."""
@@ -60,14 +67,21 @@ class Plan(NamedTuple):
 class Policy:
     """The state of every shape: captured, barred (with the reason) or neither.
 
-    remembered: batches by shape in earlier starts.
+    remembered: batches by shape in earlier starts.  times: of the steps that were measured, in earlier starts too.
     """
 
-    def __init__(self, shapes: Iterable[Shape], remembered: Mapping[Shape, int] | None = None) -> None:
+    def __init__(
+        self,
+        shapes: Iterable[Shape],
+        remembered: Mapping[Shape, int] | None = None,
+        times: Mapping[Shape, Times] | None = None,
+    ) -> None:
         self.shapes = tuple(shapes)
         self.remembered = Counter(remembered or {})
+        self.times = dict(times or {})
         self.captured: set[Shape] = set()
         self.barred: dict[Shape, str] = {}
+        self.measured = set(self.times)
         self.asked: Counter[Shape] = Counter()
         self.batches = 0
         self._last = -BATCHES_BETWEEN
@@ -86,8 +100,7 @@ class Policy:
         self.asked[best] += 1
         if best in self.captured:
             return Plan(None, best)
-        limit = max(PAD_FREELY, PAD_FACTOR * best.tokens)
-        near = [s for s in compatible if best.tokens <= s.tokens <= limit]
+        near = [s for s in compatible if s.tokens >= best.tokens and self._pays(s, best)]
         larger = min(near, key=lambda s: (s.kind != FULL, s.tokens), default=None)
         if larger is None:
             self._without[_sizes(best)] += 1
@@ -99,14 +112,30 @@ class Policy:
         waits = best in self.barred or self.batches < self._not_before.get(best, 0)
         return Plan(best if due and apart and not waits else None, larger)
 
-    def next_idle(self, *, remembered: bool = False) -> Shape | None:
-        """What to capture while there are no requests, the likeliest first: what traffic asked for, then decode steps
-        from small to large.  remembered: only what earlier starts had a graph captured for, and before the first batch
-        only."""
-        if remembered and self.batches:
+    def _pays(self, larger: Shape, best: Shape) -> bool:
+        """Whether a batch for which stock has `best` is faster on the graph of `larger` than without one."""
+        smaller = [s for s in self.times if s.kind == best.kind and s.tokens <= best.tokens]
+        if larger not in self.times or not smaller:
+            return larger.tokens <= max(PAD_FREELY, PAD_FACTOR * best.tokens)
+        return self.times[larger].graph <= self.times[max(smaller, key=lambda s: s.tokens)].without
+
+    def next_in_gap(self, *, everything: bool) -> Shape | None:
+        """What to capture while there are no requests, the likeliest first; a captured shape is to be measured.
+
+        That is what traffic asked for, in this start or earlier ones; in a model's first start, sizes that are powers
+        of two; or `everything`.  The most used first, then decode steps, then from small to large.
+        """
+        if self.batches < max(self._not_before.values(), default=0):  # no memory for another, not long ago
             return None
-        shapes = [s for s in self.left if not remembered or self.remembered[s] >= BATCHES[s.kind]]
-        return min(shapes, key=lambda s: (-self.remembered[s] - self.asked[s], s.kind != FULL, s.tokens), default=None)
+        known = self.remembered + self.asked
+        shapes = [s for s in self.left if everything or self._is_likely(s)]
+        chosen = min(shapes, key=lambda s: (-known[s], s.kind != FULL, s.tokens), default=None)
+        return chosen or next((s for s in self.shapes if s in self.captured - self.measured), None)
+
+    def _is_likely(self, shape: Shape) -> bool:
+        if not self.remembered and shape.tokens.bit_count() == 1:
+            return True
+        return bool(self.asked[shape]) or self.remembered[shape] >= BATCHES[shape.kind]
 
     def mark_captured(self, shape: Shape) -> None:
         self._last = self.batches
@@ -132,12 +161,14 @@ def _sizes(shape: Shape) -> tuple[str, int]:
 class Device:
     """What a session needs of the device, of the other ranks and of the store.
 
-    capture: capture a shape on every rank or on none; what went wrong, or None.  free: bytes free on the device.
-    reserved: bytes that this process took of it.  give_back: give back those that are unused.  agree: whether something
-    holds on every rank.  from_first: the first rank's number.  keep: write what the next start is to know.
+    capture: capture a shape on every rank or on none; what went wrong, or None.  measure: the times of a captured
+    shape; None if they cannot be had.  free: bytes free on the device.  reserved: bytes that this process took of it.
+    give_back: give back those that are unused.  agree: whether something holds on every rank.  from_first: the first
+    rank's number.  keep: write what the next start is to know.
     """
 
     capture: Callable[[Shape], Exception | None]
+    measure: Callable[[Shape], Times | None]
     free: Callable[[], int]
     reserved: Callable[[], int]
     give_back: Callable[[], None]
@@ -154,7 +185,12 @@ class Session:
     """
 
     def __init__(self, shapes: Sequence[Shape], budget: Budget, device: Device) -> None:
-        self.policy = Policy(shapes, {shapes[n]: count for n, count in budget.used.items() if n < len(shapes)})
+        known = dict(enumerate(shapes))
+        self.policy = Policy(
+            shapes,
+            {known[n]: count for n, count in budget.used.items() if n in known},
+            {known[n]: Times(*times) for n, times in budget.times.items() if n in known},
+        )
         self.budget = budget
         self.counts = {what: Counter[str]() for what in ("captured", "replayed", "missed", "skipped")}
         self.seconds: list[float] = []
@@ -184,19 +220,34 @@ class Session:
             self._keep()
         return chosen
 
-    def capture_idle(self, *, remembered: bool = False) -> bool:
-        """Capture the likeliest shape that is left; False when there are no more to capture now.
+    def use_gap(self, *, everything: bool) -> bool:
+        """Capture or measure the likeliest shape while there are no requests; False when there is nothing to do now.
 
-        remembered: only before the first batch, and what earlier starts used.  Ranks may remember different traffic:
-        the first one's choice counts.
+        everything: not only what is likely to be asked for.  Ranks may remember different traffic: the first one's
+        choice counts.
         """
-        shape = self.policy.next_idle(remembered=remembered)
+        shape = None if self._stopped else self.policy.next_in_gap(everything=everything)
         number = self._device.from_first(-1 if shape is None else self.policy.shapes.index(shape))
         if number < 0:
             return False
         chosen = self.policy.shapes[number]
-        waits_for_memory = not self.capture(chosen) and chosen not in self.policy.barred
-        return not waits_for_memory and bool(self.policy.left)
+        if chosen in self.policy.captured:
+            self._measure(chosen)
+            return True
+        return self.capture(chosen) or chosen in self.policy.barred  # else it waits for memory
+
+    def _measure(self, shape: Shape) -> None:
+        """Ranks have to choose the same graphs: the first one's times count."""
+        found = self._device.measure(shape) or Times(0, 0)
+        times = Times(self._device.from_first(found.graph), self._device.from_first(found.without))
+        self.policy.measured.add(shape)
+        if all(times):
+            self.policy.times[shape] = times
+            line = (
+                f"{shape.tokens} tokens take {times.graph} us on the {shape.kind} CUDA graph, {times.without} without"
+            )
+            event("measured", line, level=logging.DEBUG, kind=shape.kind, tokens=shape.tokens, **times._asdict())
+            self._keep()
 
     def capture(self, shape: Shape) -> bool:
         """Capture `shape` if memory allows; True when it is there."""
@@ -276,10 +327,11 @@ class Session:
 
     def _keep(self) -> None:
         """Have the next start know what graphs took and what traffic asked for."""
-        used = self.policy.asked + self.policy.remembered
+        used, times = self.policy.asked + self.policy.remembered, self.policy.times
         without = [s for s in self.policy.shapes if s not in self.policy.captured]
         history = self.budget.remember(
             used={number: used[shape] for number, shape in enumerate(self.policy.shapes) if used[shape]},
+            times={number: times[shape] for number, shape in enumerate(self.policy.shapes) if shape in times},
             asked=Counter(s.kind for s in without if used[s]),
             unasked=Counter(s.kind for s in without if not used[s]),
         )

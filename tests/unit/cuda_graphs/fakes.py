@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_compile_ext.cuda_graphs.memory import FULL, MIB, PIECEWISE, Budget, History
 from vllm_compile_ext.cuda_graphs.ranks import RanksDifferError
-from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape
+from vllm_compile_ext.cuda_graphs.session import Device, Session, Shape, Times
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GRAPH = 4 * MIB
@@ -46,7 +46,8 @@ class Gpu:
     """Memory that graphs take, and the shapes that fail.
 
     unused: what this process has taken of the device and does not use.  others: what other processes take during each
-    capture.  kept: what the next start would be told.
+    capture.  kept: what the next start would be told.  times: of a step, as `Device.measure` finds them.
+    size: bytes of a graph.
     """
 
     def __init__(self, free: int = MUCH, failing: Iterable[Shape] = (), unused: int = 0, others: int = 0) -> None:
@@ -54,15 +55,22 @@ class Gpu:
         self.failing = set(failing)
         self.given_back = 0
         self.tried: list[Shape] = []
+        self.times: Callable[[Shape], Times | None] = lambda shape: Times(4000 + shape.tokens, 60000)
+        self.measured: list[Shape] = []
+        self.size: Callable[[Shape], int] = lambda shape: GRAPH
         self.kept: list[History] = []
 
     def capture(self, shape: Shape) -> Exception | None:
         self.tried.append(shape)
         if shape in self.failing:
             return RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
-        self.memory -= GRAPH + self.others
-        self.reserved += GRAPH
+        self.memory -= self.size(shape) + self.others
+        self.reserved += self.size(shape)
         return None
+
+    def measure(self, shape: Shape) -> Times | None:
+        self.measured.append(shape)
+        return self.times(shape)
 
     def give_back(self) -> None:
         self.given_back += 1
@@ -74,7 +82,7 @@ class Gpu:
         self,
         limit: int = MUCH,
         agree: Callable[[bool], bool] = bool,
-        from_first: Callable[[int], int] = int,
+        from_first: Callable[[Any], Any] = int,
         **options: Any,
     ) -> Session:
         """A session with ``budget(limit, **options)``, which captures where every rank agrees that it could."""
@@ -84,7 +92,14 @@ class Gpu:
             return None if agree(error is None) else error or RanksDifferError("it failed on another rank")
 
         device = Device(
-            capture, lambda: self.memory, lambda: self.reserved, self.give_back, agree, from_first, self.kept.append
+            capture,
+            self.measure,
+            lambda: self.memory,
+            lambda: self.reserved,
+            self.give_back,
+            agree,
+            from_first,
+            self.kept.append,
         )
         return Session(ALL, budget(limit, **options), device)
 

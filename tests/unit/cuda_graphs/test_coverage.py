@@ -10,7 +10,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from vllm_compile_ext import settings
-from vllm_compile_ext.cuda_graphs import coverage, memory, session
+from vllm_compile_ext.cuda_graphs import coverage, memory, replacements, session
 from vllm_compile_ext.cuda_graphs.coverage import Row
 from vllm_compile_ext.cuda_graphs.memory import FULL, PIECEWISE
 
@@ -85,8 +85,9 @@ def test_the_docs_page_has_the_table_the_values_and_the_thresholds(monkeypatch: 
         *("| `lazy` (default) |", "| `idle` |", "| `eager` |"),
         f"| captured for which batch without a graph | the {full}st | the {piecewise}th |",
         f"| for which batch of its size, where a larger graph serves meanwhile | the {padded}th | the {padded}th |",
-        f"| how much larger that may be | {larger} | {larger} |",
+        f"| how much larger that may be, not timed yet | {larger} | {larger} |",
         f"| {apart} | 0, or {between} where a larger graph serves | {between} |",
+        f"no request for {replacements.PATIENCE} s",
         f"less than {memory.MARGIN // memory.MIB} MiB free",
         f"{memory.UNKEPT_MARGIN >> 30} GiB stays free",
         f"{session.BATCHES_POSTPONED} batches later",

@@ -22,7 +22,8 @@ from vllm_compile_ext.store.store import seal
 LAYERS = 80
 PASS = 5 * MIB
 KEY, OTHER = "a" * 32, "b" * 32
-MADE = History(key=KEY, base=5, held=1 << 30, graphs=7, each={FULL: 3}, needed=2 << 30, used={0: 7, 50: 1})
+BY_PLACE: dict[str, Any] = {"used": {0: 7, 50: 1}, "times": {0: (4000, 60000)}}
+MADE = History(key=KEY, base=5, held=1 << 30, graphs=7, each={FULL: 3}, needed=2 << 30, **BY_PLACE)
 
 
 def changed(**changes: Any) -> History:
@@ -45,6 +46,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[int]) 
     monkeypatch.setattr(memory, "_profiled", {})
     monkeypatch.setattr(memory, "_activations", lambda runner: measured.append(PASS) or PASS)
     monkeypatch.setattr(memory.ranks, "all_agree", lambda ok: ok)  # there is one
+    monkeypatch.setattr(memory.ranks, "from_first", lambda value: value)
     monkeypatch.setattr(coverage, "on_demand", lambda config: True)
     return tmp_path / "store"
 
@@ -68,6 +70,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "other format": lambda data: seal(MADE, memory.FORMAT + 1),
     "negative bytes": inside(needed=-1),
     "negative batches": inside(used={"1": -1}),
+    "half a time": inside(times={"1": [4000]}),
     "one field more": inside(more=1),
     "another model's": inside(key=OTHER),
 }
@@ -214,7 +217,7 @@ def test_a_later_start_keeps_free_what_an_earlier_one_said_and_measures_nothing(
     write(store, changed(key=key))
     assert not profiled or profile(made) == MADE.base + MADE.needed
     source = "7 graphs took 1.00 GiB in an earlier start"
-    expected = Budget(key, LAYERS, MADE.base, MADE.needed, source, profiled, MADE.each, MADE.used)
+    expected = Budget(key, LAYERS, MADE.base, MADE.needed, source, profiled, MADE.each, MADE.used, MADE.times)
     assert memory.take_budget(made) == expected
     assert measured == []
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
@@ -253,7 +256,7 @@ def take(made: Budget, kind: str, *sizes: int) -> None:
 
 def again(before: Budget, layers: int = LAYERS, **by_kind: dict[str, int]) -> Budget:
     """That of the start after the one of `before`."""
-    history = before.remember(used={}, **({"asked": {}, "unasked": {}} | by_kind))
+    history = before.remember(used={}, times={}, **({"asked": {}, "unasked": {}} | by_kind))
     return budget(history.needed, layers, each=history.each)
 
 

@@ -20,6 +20,7 @@ from vllm_compile_ext.cuda_graphs.session import (
     Plan,
     Policy,
     Shape,
+    Times,
 )
 
 
@@ -32,8 +33,8 @@ def ask(policy: Policy, best: Shape) -> Plan:
 
 
 def until_captured(policy: Policy, best: Shape) -> int:
-    """How many batches it takes until the shape is captured, at most 100."""
-    return next(n for n in range(1, 101) if ask(policy, best).capture == best)
+    """How many batches it takes until the shape is captured, at most 200."""
+    return next(n for n in range(1, 201) if ask(policy, best).capture == best)
 
 
 # --- when a shape is captured
@@ -96,32 +97,98 @@ def test_a_postponed_shape_is_planned_again_after_many_batches_and_others_do_not
     assert policy.plan(mixed(128), []).capture == mixed(128)  # not as after a capture
 
 
-# --- while idle
+# --- whether a larger graph pays
 
 
-def idle(policy: Policy, remembered: bool = False) -> Iterator[Shape]:
-    while (shape := policy.next_idle(remembered=remembered)) is not None:
-        policy.mark_captured(shape)
+def fast(best: Shape, larger: Shape, times: dict[Shape, Times]) -> bool:
+    """Whether a batch for which stock has `best` runs on the graph of `larger` rather than without one."""
+    policy = Policy(ALL, times=times)
+    policy.mark_captured(larger)
+    return policy.plan(best, fits(best, [larger])).otherwise == larger
+
+
+@pytest.mark.parametrize(
+    ("best", "larger", "times", "expected"),
+    [
+        (mixed(8), mixed(64), {}, True),
+        (mixed(8), mixed(128), {}, False),
+        (mixed(128), mixed(256), {}, True),
+        # Large and still faster than to launch every kernel; small and slower.
+        (mixed(8), mixed(256), {mixed(256): Times(9, 60), mixed(4): Times(4, 50)}, True),
+        (mixed(128), mixed(256), {mixed(256): Times(20, 25), mixed(128): Times(11, 15)}, False),
+        (mixed(128), mixed(256), {mixed(256): Times(15, 25), mixed(128): Times(11, 15)}, True),
+        # Measured is what is nearest below; where that is nothing of its kind, its size decides.
+        (mixed(128), mixed(256), {mixed(256): Times(20, 25), mixed(64): Times(9, 21), mixed(1): Times(4, 10)}, True),
+        (mixed(64), mixed(256), {mixed(256): Times(20, 25), mixed(128): Times(9, 21), decode(1): Times(4, 50)}, False),
+        (decode(8), mixed(256), {mixed(256): Times(9, 60), decode(1): Times(4, 50)}, True),
+        (decode(8), mixed(256), {mixed(256): Times(9, 60), mixed(1): Times(4, 50)}, False),
+    ],
+)
+def test_a_larger_graph_serves_where_it_is_faster_than_none(
+    best: Shape, larger: Shape, times: dict[Shape, Times], expected: bool
+) -> None:
+    assert fast(best, larger, times) is expected
+
+
+@given(
+    st.dictionaries(st.sampled_from(ALL), st.tuples(st.integers(1, 99), st.integers(1, 99)).map(lambda t: Times(*t)))
+)
+def test_no_measured_graph_serves_that_is_slower_than_a_smaller_step_without_one(times: dict[Shape, Times]) -> None:
+    for best, larger in [(mixed(8), mixed(64)), (decode(8), decode(256)), (mixed(128), mixed(256))]:
+        smaller = [times[s].without for s in times if s.kind == best.kind and s.tokens <= best.tokens]
+        if larger in times and fast(best, larger, times):
+            assert not smaller or times[larger].graph <= max(smaller)
+
+
+# --- between requests
+
+
+def gap(policy: Policy, everything: bool = False) -> Iterator[Shape]:
+    while (shape := policy.next_in_gap(everything=everything)) is not None:
+        (policy.measured.add if shape in policy.captured else policy.mark_captured)(shape)
         yield shape
 
 
-def test_idle_captures_begin_with_what_traffic_asked_for_then_decode_steps_from_small_to_large() -> None:
-    assert list(idle(Policy(ALL))) == DECODE + MIXED
-    policy = Policy(ALL, {mixed(64): 2, decode(256): 30, decode(1): 5})
+def test_gaps_take_everything_the_most_used_first_then_decode_steps_from_small_to_large_and_measure_them() -> None:
+    assert list(gap(Policy(ALL), everything=True)) == DECODE + MIXED + ALL
+    policy = Policy(ALL, {mixed(64): 2, decode(256): 30, decode(1): 5}, {mixed(8): Times(1, 2)})
     policy.bar([decode(1)], "no")
     for _ in range(3):
         policy.plan(mixed(8), [])
-    found = list(idle(policy))
+    found = list(gap(policy, everything=True))
     assert found[:5] == [decode(256), mixed(8), mixed(64), decode(2), decode(4)]
-    assert sorted(found) == sorted(set(ALL) - {decode(1)})
+    assert found[len(ALL) - 1 :] == [s for s in ALL if s not in (decode(1), mixed(8))]
+    assert sorted(set(found)) == sorted(set(ALL) - {decode(1)})
 
 
-def test_before_the_first_batch_only_what_earlier_starts_had_captured_is_left_and_nothing_after_it() -> None:
+def test_gaps_take_what_earlier_starts_had_captured_and_what_traffic_asks_for_now() -> None:
     used = {mixed(64): BATCHES[PIECEWISE], mixed(8): BATCHES[PIECEWISE] - 1, decode(2): BATCHES[FULL], decode(4): 9}
-    assert list(idle(Policy(ALL, used), remembered=True)) == [decode(4), mixed(64), decode(2)]
-    policy = Policy(ALL, used)
-    ask(policy, decode(1))
-    assert policy.next_idle(remembered=True) is None
+    policy = Policy(ALL, used, dict.fromkeys(ALL, Times(1, 2)))
+    assert list(gap(policy)) == [decode(4), mixed(64), decode(2)]
+    policy.plan(mixed(32), [mixed(64)])
+    policy.plan(decode(1), [decode(2)])
+    policy.plan(decode(4), [])
+    assert list(gap(policy)) == [decode(1), mixed(32)]
+
+
+def test_in_a_first_start_gaps_take_sizes_up_to_twice_the_last_of_each_kind() -> None:
+    sizes = [*range(1, 8), *range(8, 257, 8)]
+    policy = Policy([Shape(kind, tokens) for kind in (FULL, PIECEWISE) for tokens in sizes])
+    ladder = [1 << n for n in range(9)]
+    assert [(s.kind, s.tokens) for s in gap(policy)][: 2 * len(ladder)] == [
+        (kind, tokens) for kind in (FULL, PIECEWISE) for tokens in ladder
+    ]
+    assert len(policy.captured) == 2 * len(ladder)
+
+
+def test_where_there_was_no_memory_gaps_leave_it_alone_for_many_batches() -> None:
+    policy = Policy(ALL)
+    policy.plan(decode(8), [])
+    policy.postpone(decode(8))
+    for _ in range(BATCHES_POSTPONED):
+        assert policy.next_in_gap(everything=True) is None
+        policy.plan(decode(8), [])
+    assert policy.next_in_gap(everything=True) == decode(8)
 
 
 # --- whatever the traffic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from queue import Queue
@@ -15,7 +16,7 @@ import torch
 
 from vllm_compile_ext import changes
 from vllm_compile_ext.cuda_graphs import coverage, replacements
-from vllm_compile_ext.cuda_graphs.replacements import capture_in_worker, capture_while_idle
+from vllm_compile_ext.cuda_graphs.replacements import capture_while_idle, no_request, use_gap_in_worker
 
 STOCK = 77
 
@@ -77,7 +78,7 @@ class Core:
         self.running, self.paused = True, False
         self.vllm_config = SimpleNamespace(additional_config={})
         self.captures: list[int] = []
-        self.remembered: bool | None = None
+        self.everything: bool | None = None
         self.arrives_at: int | None = None  # a request arrives during this capture
         self.workers: list[Any] = [SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=self))]
         self.left = left
@@ -88,8 +89,8 @@ class Core:
     def _call(self, method: Any, args: tuple[Any, ...] = ()) -> list[bool]:
         return [method(worker, *args) for worker in self.workers]
 
-    def capture_idle(self, *, remembered: bool) -> bool:
-        self.remembered = remembered
+    def use_gap(self, *, everything: bool) -> bool:
+        self.everything = everything
         if not self.left:
             return False
         self.left -= 1
@@ -99,15 +100,39 @@ class Core:
         return self.left > 0
 
 
-def test_the_engine_cores_loop_captures_after_stock_and_then_asks_no_more() -> None:
+def test_the_engine_cores_loop_captures_after_stock() -> None:
     core = Core(left=3)
     core.workers.append(SimpleNamespace())  # one without a model runner does not end it
     seen: list[list[int]] = []
     notify = replacements.notify_idle_state_callbacks(lambda core: seen.append(list(core.captures)))
     notify(core)
     assert (seen, core.captures) == ([[]], [2, 1, 0])
-    core.model_executor.collective_rpc = None
-    notify(core)
+
+
+def test_a_gap_begins_some_time_after_the_last_request_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    def no_request(requests: Any, seconds: float) -> bool:
+        waited.append(seconds)
+        return len(waited) != 5
+
+    monkeypatch.setattr(replacements, "no_request", no_request)
+    core = Core(left=4)
+    core.arrives_at = 2
+    capture_while_idle(core)
+    core.left = 3
+    for _ in range(3):
+        capture_while_idle(core)
+    assert waited == [0, 0, 0, 0, replacements.PATIENCE, replacements.PATIENCE, 0, 0, replacements.PATIENCE]
+
+
+def test_a_request_ends_the_wait_for_a_gap_at_once_and_is_still_there() -> None:
+    requests: Queue[str] = Queue()
+    assert no_request(requests, 0.01)
+    threading.Timer(0.05, requests.put, ["request"]).start()
+    assert not no_request(requests, 300)
+    assert not no_request(requests, 300)
+    assert requests.get_nowait() == "request"
 
 
 def test_captures_stop_at_a_request_and_go_on_when_it_is_done() -> None:
@@ -138,12 +163,12 @@ def test_nothing_is_captured_meanwhile_but_afterwards(name: str) -> None:
         assert core.captures == expected
 
 
-@pytest.mark.parametrize(("value", "remembered"), [("lazy", True), ("idle", False), ("eager", None)])
-def test_the_variable_says_what_is_captured(monkeypatch: pytest.MonkeyPatch, value: str, remembered: Any) -> None:
+@pytest.mark.parametrize(("value", "everything"), [("lazy", False), ("idle", True), ("eager", None)])
+def test_the_variable_says_what_is_captured(monkeypatch: pytest.MonkeyPatch, value: str, everything: Any) -> None:
     monkeypatch.setenv("VLLM_COMPILE_CUDAGRAPHS", value)
     core = Core()
     capture_while_idle(core)
-    assert core.remembered is remembered
+    assert core.everything is everything
 
 
 def test_an_engines_own_setting_says_it_for_this_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +177,7 @@ def test_an_engines_own_setting_says_it_for_this_engine(monkeypatch: pytest.Monk
     cores[0].vllm_config.additional_config = {"compile_ext": {"cudagraphs": "idle"}}
     for core in cores:
         capture_while_idle(core)
-    assert [core.remembered for core in cores] == [False, True]
+    assert [core.everything for core in cores] == [True, False]
 
 
 @pytest.mark.parametrize("where", ["model_executor", "input_queue", "a variable"])
@@ -175,4 +200,4 @@ def test_an_error_costs_one_line_and_ends_it(
 
 @pytest.mark.parametrize("runner", [None, SimpleNamespace(cudagraph_manager=None)])
 def test_a_worker_without_graphs_on_demand_has_nothing_left(runner: Any) -> None:
-    assert capture_in_worker(SimpleNamespace(model_runner=runner), remembered=False) is False
+    assert use_gap_in_worker(SimpleNamespace(model_runner=runner), everything=False) is False

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.cuda_graphs.fakes import ALL, DECODE, GRAPH, MIXED, MUCH, Gpu, ask, decode, mixed, places
 from vllm_compile_ext.cuda_graphs import memory
 from vllm_compile_ext.cuda_graphs.memory import FULL, LAYER, MARGIN, MIB, PIECEWISE, History
-from vllm_compile_ext.cuda_graphs.session import BATCHES, BATCHES_POSTPONED, FAILURES, Session, Shape
+from vllm_compile_ext.cuda_graphs.session import BATCHES, BATCHES_PADDED, BATCHES_POSTPONED, FAILURES, Session, Shape
 from vllm_compile_ext.record import metrics
 
 
 def ask_all(made: Session) -> list[Shape | None]:
-    return [ask(made, shape) for shape in ALL * 20]
+    return [ask(made, shape) for shape in ALL * (BATCHES_PADDED + 4)]
 
 
 # --- captures and counts
@@ -134,6 +136,28 @@ def test_a_full_device_postpones_captures_though_the_budget_is_not_used_up(
     assert (made.policy.barred, made.counts["skipped"]) == ({}, {})
 
 
+@given(
+    st.permutations(ALL * 3),
+    st.lists(st.integers(0, 24 * MIB), min_size=len(ALL), max_size=len(ALL)),
+    st.booleans(),
+    st.integers(0, 3 * MARGIN),
+)
+def test_whatever_the_order_graphs_leave_free_what_a_step_may_need_beside_them(
+    order: list[Shape], sizes: list[int], kept: bool, more: int
+) -> None:
+    margin = MARGIN if kept else memory.UNKEPT_MARGIN
+    gpu = Gpu(free=margin + more)
+    gpu.size = lambda shape: sizes[ALL.index(shape)]
+    made = gpu.session(kept=kept, each={FULL: 8 * MIB, PIECEWISE: 8 * MIB})
+    for number, shape in enumerate(order):
+        if number % 3:
+            ask(made, shape)
+        else:
+            made.use_gap(everything=True)
+        # What a graph takes beyond what is expected is known after its capture only.
+        assert gpu.memory >= margin - max(sizes)
+
+
 def test_prompts_do_not_use_up_what_decode_steps_need(caplog: pytest.LogCaptureFixture) -> None:
     made = Gpu().session(6 * GRAPH, each={FULL: GRAPH, PIECEWISE: GRAPH})
     ask(made, decode(1))  # 8 sizes are left, and room is kept for two of them
@@ -146,26 +170,52 @@ def test_prompts_do_not_use_up_what_decode_steps_need(caplog: pytest.LogCaptureF
     assert ask(made, decode(256)) == decode(256)
 
 
-# --- while idle
+# --- between requests
 
 
 @pytest.mark.parametrize(
     ("gpu", "limit", "more", "tried"),
     [
-        (Gpu(), MUCH, [True] * 17 + [False] * 2, [mixed(64), *DECODE, *(s for s in MIXED if s != mixed(64))]),
-        (Gpu(), 2 * GRAPH, [True, True, True, False], [mixed(64), decode(1)]),  # the third bars one kind
+        (Gpu(), MUCH, [True] * 36 + [False] * 2, [mixed(64), *DECODE, *(s for s in MIXED if s != mixed(64))]),
+        # Two captures, one that bars each kind, and two that are measured.
+        (Gpu(), 2 * GRAPH, [True] * 6 + [False], [mixed(64), decode(1)]),
         (Gpu(free=MARGIN + 2 * GRAPH), MUCH, [True, True, False, False], [mixed(64), decode(1)]),
-        (Gpu(failing=ALL), MUCH, [True, True, False, False], [mixed(64), *DECODE[: FAILURES - 1]]),
+        (Gpu(failing=ALL), MUCH, [True, True, True, False], [mixed(64), *DECODE[: FAILURES - 1]]),
     ],
     ids=["all", "budget used up", "memory short", "failures"],
 )
-def test_idle_captures_begin_with_what_was_used_and_end(
+def test_captures_in_gaps_begin_with_what_was_used_and_end(
     gpu: Gpu, limit: int, more: list[bool], tried: list[Shape]
 ) -> None:
     made = gpu.session(limit, used=places({mixed(64): 3}))
-    assert [made.capture_idle() for _ in more] == more
+    assert [made.use_gap(everything=True) for _ in more] == more
     assert gpu.tried == tried
     assert made.counts["replayed"] == made.counts["missed"] == {}
+
+
+def test_what_a_gap_measures_decides_from_then_on_and_in_the_next_start() -> None:
+    gpu = Gpu()
+    made = gpu.session(used=places({mixed(256): 9, mixed(1): 8}))
+    assert ask(made, mixed(8)) is None
+    while made.use_gap(everything=False):
+        pass
+    assert gpu.measured == [mixed(256), mixed(8), mixed(1)]
+    assert gpu.kept[-1].times == {ALL.index(s): (4000 + s.tokens, 60000) for s in gpu.measured}
+    assert ask(made, mixed(16)) == mixed(256)
+    again = Gpu().session(times=gpu.kept[-1].times)
+    again.capture(mixed(256))
+    assert ask(again, mixed(16)) == mixed(256)
+    assert again.policy.measured == set(gpu.measured)
+
+
+def test_what_cannot_be_measured_is_tried_once() -> None:
+    gpu = Gpu()
+    gpu.times = lambda shape: None
+    made = gpu.session()
+    while made.use_gap(everything=True):
+        pass
+    assert sorted(gpu.measured) == sorted(ALL)
+    assert made.policy.times == gpu.kept[-1].times == {}
 
 
 # --- what the next start is told
@@ -193,6 +243,7 @@ def test_shapes_that_traffic_asked_for_have_memory_in_the_next_start_though_none
         each={},
         needed=LAYER[FULL] + LAYER[PIECEWISE] + int(memory.UNASKED * rest) + memory.STEPS,
         used=places({mixed(64): 1, decode(1): 1}),
+        times={},
     )
 
 
@@ -262,7 +313,7 @@ def test_where_one_ranks_budget_is_used_up_both_end_there(
 ) -> None:
     limits = (graphs * GRAPH, MUCH)
     ranks = Ranks(Gpu(), Gpu(), limits=limits[::-1] if poor else limits)
-    found = ranks.run((lambda made: [made.capture_idle() for _ in range(6)]) if idle else ask_all)
+    found = ranks.run((lambda made: [made.use_gap(everything=True) for _ in range(9)]) if idle else ask_all)
     assert len(ranks.gpus[0].tried) == graphs
     assert not idle or found[-1] is False
     said = "\n".join(caplog.messages)
@@ -292,5 +343,13 @@ def test_where_one_rank_fails_none_has_the_graph(bad: int, caplog: pytest.LogCap
 
 def test_ranks_that_remember_different_traffic_capture_what_the_first_one_chooses() -> None:
     ranks = Ranks(Gpu(), Gpu(), used=({mixed(64): 3}, {decode(32): 3}))
-    ranks.run(lambda made: [made.capture_idle() for _ in range(5)])
+    ranks.run(lambda made: [made.use_gap(everything=True) for _ in range(5)])
     assert ranks.gpus[0].tried == [mixed(64), *DECODE[:4]]
+
+
+def test_ranks_choose_graphs_by_the_first_ones_times() -> None:
+    ranks = Ranks(Gpu(), Gpu())
+    ranks.gpus[1].times = lambda shape: None
+    ranks.run(lambda made: [made.use_gap(everything=True) for _ in range(2 * len(ALL))])
+    one, other = (session.policy.times for session in ranks.sessions)
+    assert one == other == {s: (4000 + s.tokens, 60000) for s in ALL}
