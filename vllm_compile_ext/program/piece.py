@@ -232,12 +232,16 @@ def _shared_object(call: KernelCall, kernel: Any) -> bytes:
     return path.read_bytes()
 
 
+# By the shared object's digest.
+_kernels: dict[str, Any] = {}
+
+
 def _map(data: bytes) -> Any:
     """Map the shared object `data` and return its kernel.  No file is involved that could change or vanish later."""
     import torch
 
     name = f"vllm_compile_ext.{blake3(data).hexdigest()}.kernel"
-    if name not in sys.modules:
+    if name not in _kernels:
         # The object asks for the address of torch's accessor when it is initialized.
         accessor = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr
         os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(accessor)
@@ -247,8 +251,11 @@ def _map(data: bytes) -> Any:
             assert spec is not None
             module = importlib.util.module_from_spec(spec)
             loader.exec_module(module)
-        sys.modules[name] = module
-    return sys.modules[name].kernel
+        # Whoever reads the files of all modules would read what has that descriptor by then, and wait for a terminal.
+        del module.__file__
+        spec.origin = None
+        _kernels[name] = module.kernel
+    return _kernels[name]
 
 
 _numbers = itertools.count(1)

@@ -120,6 +120,18 @@ def test_loading_runs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         piece.thaw(each)
 
 
+def test_no_module_names_a_descriptor_that_something_else_has_later() -> None:
+    _, frozen = compiled("sin")
+    before = set(sys.modules)
+    piece.thaw(frozen)
+    kernel = piece._map(frozen.kernels[0][1])
+    assert kernel is piece._map(frozen.kernels[0][1])
+    assert not hasattr(kernel.__self__, "__file__")
+    files = [str(getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+    assert [file for file in files if file.startswith(("/proc/", "/dev/"))] == []
+    assert {name for name in set(sys.modules) - before if name.endswith(".kernel")} == set()
+
+
 def test_what_is_not_known_is_not_frozen() -> None:
     with pytest.raises(NotKept, match="it is a function"):
         piece.freeze(lambda x: x)
