@@ -1,7 +1,7 @@
 """Speed with ``VLLM_COMPILE_CUSTOM_OPS=auto``, and with the ops that vLLM chooses: ``python -m benchmarks.custom_ops``.
 
-Measures the model's ops, then starts servers of both kinds in turn on one cache, each kind `TURNS` times.  Tokens/s are
-those of `benchmarks.levels`, the best of a kind's servers.
+Measures the model's ops, then starts a server of each kind on one cache, so that its code is there, and both once more,
+side by side: tokens/s are those of `benchmarks.pairs`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import demo, levels
+from benchmarks import demo, pairs
 from benchmarks.models import SIZES
 from benchmarks.serve import environment
 from vllm_compile_ext.cli.bench.figures import machine
 
-TURNS = 3
 KINDS = ("stock", "auto")  # values of VLLM_COMPILE_CUSTOM_OPS
 
 
@@ -31,27 +30,20 @@ def main() -> int:
     args = parser.parse_args()
     console = Console() if sys.stdout.isatty() else Console(width=130)
     options = ("--enforce-eager",) if args.eager else ()
-    found: dict[str, list[demo.Result]] = {kind: [] for kind in KINDS}
+    runs = [demo.Run(kind, "1", "cache", options, (("VLLM_COMPILE_CUSTOM_OPS", kind),)) for kind in KINDS]
     with demo.running(Path(".demo") / "custom_ops", console) as progress:
         demo.read_ahead(progress)
         model = demo.make_model(progress, args.size)
         command = [sys.executable, "-m", "vllm_compile_ext.cli", "ops", str(model), *demo.ARGS, *options, "--measure"]
         cache = (demo.FOLDER / "cache").resolve()
         demo.call(progress, "measuring its ops", command, "ops.log", **environment(cache, {}))
-        for turn in range(TURNS):
-            for kind in KINDS:
-                run, env = demo.Run(f"{kind} {turn}", "1", "cache", options), {"VLLM_COMPILE_CUSTOM_OPS": kind}
-                number = f"{turn + 1}/{TURNS}"
-                found[kind].append(demo.measure(run, number, model, progress, env, levels.rate))
+        answers = [demo.measure(run, f"{n}/{len(runs)}", model, progress).answers for n, run in enumerate(runs, 1)]
+        speeds = pairs.compare(model, runs, progress, "tokens/s")
     console.print((demo.FOLDER / "ops.log").read_text(), markup=False, soft_wrap=True)
     table = Table(title=f"vllm serve, {args.size}{' --enforce-eager' * args.eager}: tokens/s", title_justify="left")
-    for name in ("custom ops", *(f"server {turn + 1}" for turn in range(TURNS)), "best", "tokens as stock"):
+    for name in (*KINDS, "auto to stock", "tokens as stock"):
         table.add_column(name, justify="right")
-    best = {kind: max(each.tokens_per_second or 0.0 for each in results) for kind, results in found.items()}
-    for kind, results in found.items():
-        rates = [demo.cell(each.tokens_per_second) for each in results]
-        same = demo.agreement(results[0].answers, found["stock"][0].answers)
-        table.add_row(kind, *rates, demo.cell(best[kind], best["stock"] if kind == "auto" else None), same)
+    table.add_row(*speeds.cells(), demo.agreement(*answers))
     console.print(table)
     console.print(machine())
     return 0

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +51,13 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One start: its title, the plugin's switch, the folder (in `FOLDER`) of its caches, more options."""
+    """One start: its title, the plugin's switch, the folder (in `FOLDER`) of its caches, more options and variables."""
 
     title: str
     switch: str
     cache: str
     args: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
 
     @property
     def log(self) -> Path:
@@ -82,7 +83,6 @@ class Result:
     requests: float
     plugin: str
     code: str
-    tokens_per_second: float | None
 
 
 @contextmanager
@@ -131,16 +131,15 @@ def measure(
     model: Path,
     progress: Progress,
     env: Mapping[str, str] | None = None,
-    rate: Callable[[Server], float] | None = None,
 ) -> Result:
-    """Start one server, ask it everything, end it.  rate: measures its tokens/s then.  Raises `ProgramError`."""
+    """Start one server, ask it everything, end it.  Raises `ProgramError`."""
     progress.begin(f"[{number}] {run.title}")
-    cache, switch, args = (FOLDER / run.cache).resolve(), {"VLLM_COMPILE_EXT": run.switch}, (*ARGS, *run.args)
-    with Server(model, run.log, cache, env=switch | dict(env or {}), args=args, listen=progress.listen) as server:
+    cache, args = (FOLDER / run.cache).resolve(), (*ARGS, *run.args)
+    own = {"VLLM_COMPILE_EXT": run.switch} | dict(env or {}) | dict(run.env)
+    with Server(model, run.log, cache, env=own, args=args, listen=progress.listen) as server:
         server.wait_ready()
         progress.step("answering requests")
         answers, seconds = ask(server)
-        tokens_per_second = rate(server) if rate is not None else None
         progress.step("ending the server")
     progress.done()
     line = server.said("vllm-compile-ext ") or ""
@@ -148,7 +147,7 @@ def measure(
     loaded = server.said("Directly load AOT compilation") or server.said("loaded compiled code")
     compiled = server.said("saved AOT compiled function") or server.said("kept as")
     code = "loaded" if loaded else "compiled" if compiled else "-"
-    return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin, code, tokens_per_second)
+    return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin, code)
 
 
 def ask(server: Server) -> tuple[list[list[int]], list[float]]:

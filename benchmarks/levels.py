@@ -1,9 +1,8 @@
 """Start time and speed of vLLM's four levels, stock and ours in one run: ``python -m benchmarks.levels llama16``.
 
-For each level four servers, as in `benchmarks.warm`, on caches of their own.  Tokens/s are those of `REQUESTS` greedy
-requests at a time, of `TOKENS` tokens each, after a warm start, the best of `ROUNDS`: on GPUs the first captures the
-graphs that ours has not.  The tokens that are compared are those of single requests: what is in a batch together may
-round differently.  What each level sets: ``vllm-compile-ext explain MODEL --levels``.
+For each level four servers, as in `benchmarks.warm`, on caches of their own, and then both once more, side by side:
+tokens/s are those of `benchmarks.pairs`.  The tokens that are compared are those of single requests: what is in a batch
+together may round differently.  What each level sets: ``vllm-compile-ext explain MODEL --levels``.
 """
 
 from __future__ import annotations
@@ -14,59 +13,35 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import demo, warm
+from benchmarks import demo, pairs, warm
 from benchmarks.models import SIZES
-from benchmarks.serve import Server
 from vllm_compile_ext.cli.bench.figures import machine
 
 LEVELS = (0, 1, 2, 3)
-REQUESTS, TOKENS, ROUNDS = 8, 256, 3
 
 
-def rate(server: Server) -> float:
-    """Tokens/s of a server that is ready."""
-    body = {"prompt": demo.PROMPTS[0], "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
-
-    def request(_: int) -> int:
-        return int(server.post("/v1/completions", body)["usage"]["completion_tokens"])
-
-    best = 0.0
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        for _ in range(ROUNDS):
-            begin = time.monotonic()
-            made = sum(pool.map(request, range(REQUESTS)))
-            best = max(best, made / (time.monotonic() - begin))
-    return best
-
-
-def table(size: str, measured: Mapping[int, warm.Starts]) -> Table:
+def table(size: str, measured: Mapping[int, tuple[warm.Starts, pairs.Speeds]]) -> Table:
     """A row for each level, and ours as a ratio to stock's start of the same kind."""
     grid = Table(title=f"vllm serve, {size}: seconds to ready, and ours as a ratio to stock's", title_justify="left")
-    for name in ("level", *warm.STARTS, "stock, tokens/s", "ours, tokens/s", "tokens as stock"):
+    for name in ("level", *warm.STARTS, "stock, tokens/s", "ours, tokens/s", "ours to stock", "tokens as stock"):
         grid.add_column(name, justify="left" if name == "level" else "right")
-    for level, starts in measured.items():
+    for level, (starts, speeds) in measured.items():
         done = {name: start.result for name, start in starts.items()}
         ready = {name: result.phases["ready"] for name, result in done.items()}
         cells = [
             demo.cell(ready[name], ready[name.replace("ours", "stock")] if name.startswith("ours") else None)
             for name in warm.STARTS
         ]
-        rates = [done[f"{side} warm"].tokens_per_second for side in warm.SIDES]
         same = [
             demo.agreement(done[f"ours {kind}"].answers, done[f"stock {kind}"].answers) for kind in ("cold", "warm")
         ]
-        grid.add_row(
-            f"-O{level}",
-            *cells,
-            *(demo.cell(each, rates[0] if i else None) for i, each in enumerate(rates)),
-            ", ".join(dict.fromkeys(same)),
-        )
+        grid.add_row(f"-O{level}", *cells, *speeds.cells(), ", ".join(dict.fromkeys(same)))
     return grid
 
 
@@ -85,16 +60,21 @@ def main() -> int:
         demo.read_ahead(progress)
         model = demo.make_model(progress, args.size)
         for level in args.levels:
-            measured[level] = warm.measure(f"{args.size}-O{level}", model, warm.STARTS, progress, (f"-O{level}",), rate)
+            name, option = f"{args.size}-O{level}", (f"-O{level}",)
+            starts = warm.measure(name, model, warm.STARTS, progress, option)
+            both = [
+                demo.Run(f"{side} -O{level}", str(int(side == "ours")), f"cache-{name}-{side}", option)
+                for side in warm.SIDES
+            ]
+            measured[level] = starts, pairs.compare(model, both, progress, f"-O{level}")
     console.print(table(args.size, measured))
     console.print(machine())
     if args.json:
         runs = {
-            start.result.run.title: start.result.phases | {"tokens_per_second": start.result.tokens_per_second}
-            for starts in measured.values()
-            for start in starts.values()
+            start.result.run.title: start.result.phases for starts, _ in measured.values() for start in starts.values()
         }
-        data = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "runs": runs}
+        speeds = {f"-O{level}": asdict(speeds) for level, (_, speeds) in measured.items()}
+        data = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "runs": runs, "tokens_per_second": speeds}
         args.json.write_text(json.dumps(data, indent=2) + "\n")
     return 0
 

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks import demo, ranks
 from benchmarks.models import SIZES
-from benchmarks.serve import Server, standing_by
+from benchmarks.serve import standing_by
 from vllm_compile_ext.cli.bench.figures import machine
 from vllm_compile_ext.cli.progress import Progress
 from vllm_compile_ext.store.store import Store
@@ -101,12 +101,8 @@ def measure(
     starts: Sequence[str],
     progress: Progress,
     args: tuple[str, ...] = (),
-    rate: Callable[[Server], float] | None = None,
 ) -> Starts:
-    """The starts of one model with options `args`: stock and ours on caches of their own, which `name` names.
-
-    rate: measures the tokens/s of a warm server.
-    """
+    """The starts of one model with options `args`: stock and ours on caches of their own, which `name` names."""
     made = Starts()
     for number, start in enumerate(starts, 1):
         side = "stock" if start.startswith("stock") else "ours"
@@ -123,9 +119,7 @@ def measure(
             if start in STANDBY:
                 env |= {"VLLM_COMPILE_EXT": "1"}
                 env = stack.enter_context(standing_by(cache, env, demo.FOLDER / f"standby-{number}.log"))
-            result = demo.measure(
-                run, f"{number}/{len(starts)}", model, progress, env, None if start.endswith("cold") else rate
-            )
+            result = demo.measure(run, f"{number}/{len(starts)}", model, progress, env)
         made[start] = Start(result, len(kernel_folders(cache, home) - before))
     return made
 

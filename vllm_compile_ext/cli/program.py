@@ -111,13 +111,13 @@ class Program:
 
     def __exit__(self, *raised: object) -> None:
         try:
-            self._signal(signal.SIGTERM)
+            self.signal(signal.SIGTERM)
             end, signals = time.monotonic() + END_TIMEOUT, len(_signals)
             while self.running and time.monotonic() < end and len(_signals) == signals:  # a second Ctrl-C: at once
                 time.sleep(PAUSE)
         finally:
             end = time.monotonic() + END_TIMEOUT  # waited for, since the next program needs their memory
-            while (self._signal(signal.SIGKILL) or self.running) and time.monotonic() < end:
+            while (self.signal(signal.SIGKILL) or self.running) and time.monotonic() < end:
                 time.sleep(PAUSE)
             self._reader.join(END_TIMEOUT)
 
@@ -162,7 +162,7 @@ class Program:
                     except OSError:  # the terminal is gone: read on, or the program waits for ever
                         self._listen = None
 
-    def _signal(self, number: int) -> bool:
+    def signal(self, number: int) -> bool:
         """Send a signal to the session's processes; returns whether one was still running."""
         found = False
         for process in psutil.process_iter(["status"]):
