@@ -43,7 +43,7 @@ def start(then: Callable[[Any], Any], policy: str = "lazy", **options: Any) -> d
     def function() -> Any:
         os.environ["VLLM_COMPILE_CUDAGRAPHS"] = policy
         limits = {"max_num_batched_tokens": 2048, "max_model_len": 512, "gpu_memory_utilization": 0.4}
-        return then(LLM(model="model", dtype="bfloat16", disable_log_stats=True, **(limits | options)))
+        return then(LLM(**({"model": "model", "dtype": "bfloat16", "disable_log_stats": True} | limits | options)))
 
     ended = forks.run(function)
     error = ended.output[-5000:] if ended.status else ""
