@@ -314,7 +314,7 @@ def test_what_is_remembered_of_graphs_is_no_entry_and_nothing_touches_it(store: 
 
     before = shown()
     cli("cache", "pack", tmp_path / "without.bundle")
-    made = memory.History(key="a" * 32, base=0, held=1, graphs=2, each={}, needed=3, used={0: 1})
+    made = memory.History(key="a" * 32, base=0, held=1, graphs=2, each={}, needed=3, used={0: 1}, times={})
     memory.write(store.root, made)
     assert shown() == before
     cli("cache", "pack", tmp_path / "with.bundle")
