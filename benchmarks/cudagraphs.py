@@ -35,7 +35,9 @@ from vllm_compile_ext.cli.bench.figures import machine
 
 # The dimensions of Llama 3 8B.
 EIGHT = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-SHAPES = {"n8": SIZES["n8"], "n70": SIZES["n70"], "8b": EIGHT}
+# For which vLLM 0.33 does not compile, but has breakable graphs: a mixture of experts of the same depth.
+BEAM = SIZES["n70"] | dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=1024)
+SHAPES = {"n8": SIZES["n8"], "n70": SIZES["n70"], "8b": EIGHT, "beam": BEAM}
 VOCABULARY = {"8b": 128256}
 INTERMEDIATE = {"8b": 14336}
 BATCHES = (1, 8, 64)
@@ -68,17 +70,20 @@ class Measured:
 
 def make(folder: Path, name: str) -> str:
     """A model folder with a configuration only."""
-    from transformers import LlamaConfig
+    if name == "beam":
+        from vllm.transformers_utils.configs.beam import BeamConfig as Config
+    else:
+        from transformers import LlamaConfig as Config
 
     shape = SHAPES[name]
     intermediate = INTERMEDIATE.get(name, 4 * shape["hidden_size"])
-    LlamaConfig(
+    Config(
         **shape,
         vocab_size=VOCABULARY.get(name, VOCAB),
         intermediate_size=intermediate,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
+        architectures=["BeamForCausalLM" if name == "beam" else "LlamaForCausalLM"],
         dtype="bfloat16",
     ).save_pretrained(folder / name)
     return str(folder / name)
