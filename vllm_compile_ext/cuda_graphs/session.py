@@ -24,14 +24,16 @@ logger = logging.getLogger(__name__)
 # step takes about as long as running it once without a graph, and the next step needs it again; a graph for a prompt's
 # length takes as long as four batches save with it, and may never be needed again (H100, 80 layers: 0.06 and 0.15 s).
 BATCHES = {FULL: 1, PIECEWISE: 4}
-# Where a larger graph serves meanwhile: a gap between requests comes first, most of the time.
+# Where a larger graph serves meanwhile, and takes little longer: a gap between requests comes first, as a rule.
 BATCHES_PADDED = 128
+# Where one serves that is larger than `_near`, since it is still faster than none.
+BATCHES_FAR = 16
 # Batches between two captures that can wait, so that running requests meet one at a time.
 BATCHES_BETWEEN = 8
 # Batches until a shape is tried again for which there was no memory.
 BATCHES_POSTPONED = 1000
-# How much larger that may be until both are measured: up to 64 tokens a step's time hardly depends on its size, and up
-# to twice the size it is still shorter than launching every kernel.
+# What is near: up to 64 tokens a step's time hardly depends on its size, and up to twice the size it is still shorter
+# than launching every kernel.
 PAD_FREELY = 64
 PAD_FACTOR = 2
 # Shapes that may fail before no more are tried.
@@ -106,7 +108,7 @@ class Policy:
             self._without[_sizes(best)] += 1
             due = self._without[_sizes(best)] >= BATCHES[best.kind]
         else:
-            due = self.asked[best] >= BATCHES_PADDED
+            due = self.asked[best] >= (BATCHES_PADDED if _near(larger, best) else BATCHES_FAR)
         urgent = larger is None and best.kind == FULL
         apart = urgent or self.batches - self._last >= BATCHES_BETWEEN
         waits = best in self.barred or self.batches < self._not_before.get(best, 0)
@@ -116,7 +118,7 @@ class Policy:
         """Whether a batch for which stock has `best` is faster on the graph of `larger` than without one."""
         smaller = [s for s in self.times if s.kind == best.kind and s.tokens <= best.tokens]
         if larger not in self.times or not smaller:
-            return larger.tokens <= max(PAD_FREELY, PAD_FACTOR * best.tokens)
+            return _near(larger, best)
         return self.times[larger].graph <= self.times[max(smaller, key=lambda s: s.tokens)].without
 
     def next_in_gap(self, *, everything: bool) -> Shape | None:
@@ -130,7 +132,7 @@ class Policy:
         known = self.remembered + self.asked
         shapes = [s for s in self.left if everything or self._is_likely(s)]
         chosen = min(shapes, key=lambda s: (-known[s], s.kind != FULL, s.tokens), default=None)
-        return chosen or next((s for s in self.shapes if s in self.captured - self.measured), None)
+        return chosen or next((s for s in self.shapes if s in self.captured and s not in self.measured), None)
 
     def _is_likely(self, shape: Shape) -> bool:
         if not self.remembered and shape.tokens.bit_count() == 1:
@@ -150,6 +152,10 @@ class Policy:
         """Never capture these in this process."""
         self._last = self.batches
         self.barred |= dict.fromkeys(shapes, reason)
+
+
+def _near(larger: Shape, best: Shape) -> bool:
+    return larger.tokens <= max(PAD_FREELY, PAD_FACTOR * best.tokens)
 
 
 def _sizes(shape: Shape) -> tuple[str, int]:

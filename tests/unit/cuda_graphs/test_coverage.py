@@ -79,13 +79,17 @@ def test_the_docs_page_has_the_table_the_values_and_the_thresholds(monkeypatch: 
     (row,) = [row for row in settings.table() if row.name == "VLLM_COMPILE_CUDAGRAPHS"]
     assert row.allowed == "lazy, idle or eager"
     full, piecewise, padded = session.BATCHES[FULL], session.BATCHES[PIECEWISE], session.BATCHES_PADDED
-    larger = f"up to {session.PAD_FREELY} tokens, or {session.PAD_FACTOR} times"
+    far, larger = (
+        session.BATCHES_FAR,
+        f"of more than {session.PAD_FREELY} tokens, and of more than {session.PAD_FACTOR}",
+    )
     between, apart = session.BATCHES_BETWEEN, "batches between this capture and the one before"
     for line in (
         *("| `lazy` (default) |", "| `idle` |", "| `eager` |"),
         f"| captured for which batch without a graph | the {full}st | the {piecewise}th |",
         f"| for which batch of its size, where a larger graph serves meanwhile | the {padded}th | the {padded}th |",
-        f"| how much larger that may be, not timed yet | {larger} | {larger} |",
+        f"| where that is {larger} times its size | the {far}th | the {far}th |",
+        f"a graph of up to {session.PAD_FREELY} tokens, or {session.PAD_FACTOR} times as many, counts as faster",
         f"| {apart} | 0, or {between} where a larger graph serves | {between} |",
         f"no request for {replacements.PATIENCE} s",
         f"less than {memory.MARGIN // memory.MIB} MiB free",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
@@ -13,6 +13,7 @@ from vllm_compile_ext.cuda_graphs.memory import FULL, PIECEWISE
 from vllm_compile_ext.cuda_graphs.session import (
     BATCHES,
     BATCHES_BETWEEN,
+    BATCHES_FAR,
     BATCHES_PADDED,
     BATCHES_POSTPONED,
     PAD_FACTOR,
@@ -57,6 +58,14 @@ def test_a_shape_is_captured_after_some_batches_and_replayed(before: Shape | Non
         until_captured(policy, before)
     assert until_captured(policy, best) == batches
     assert ask(policy, best) == Plan(None, best)
+
+
+@pytest.mark.parametrize("kind", [decode, mixed])
+def test_what_runs_on_a_much_larger_graph_has_its_own_soon(kind: Callable[[int], Shape]) -> None:
+    policy = Policy(ALL, times={kind(256): Times(9, 60), kind(1): Times(4, 50)})
+    policy.mark_captured(kind(256))
+    assert until_captured(policy, kind(8)) == BATCHES_FAR
+    assert until_captured(policy, kind(128)) == BATCHES_PADDED
 
 
 def test_what_is_due_but_can_wait_waits_after_a_failure_as_after_a_capture() -> None:
