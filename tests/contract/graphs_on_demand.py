@@ -435,11 +435,13 @@ def test_after_a_surprise_on_any_rank_while_memory_is_profiled_the_start_is_stoc
 
 # Words of a row's `what`, and a configuration in which just this row holds.  Names with dots are set afterwards: CPU
 # refuses them, or does not leave them as they were asked for.
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("the V1 model runner", {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
     ("DBO", {"parallel_config.enable_dbo": True}),
     ("DBO", {"parallel_config.ubatch_size": 2}),
-    ("speculative", {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}),
+    ("speculative", {"speculative_config": NGRAM, "speculative_config.method": "eagle3"}),
+    ("speculative", {"speculative_config": NGRAM, "speculative_config.enable_adaptive_verification": True}),
     ("LoRA", {"enable_lora": True, "max_lora_rank": 8}),
     ("encoders", {"compilation_config": {"cudagraph_mm_encoder": True}}),
     ("data parallel", {"data_parallel_size": 2}),
@@ -449,7 +451,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("EPLB", {"parallel_config.enable_eplb": True}),
     ("EPLB", {"parallel_config.enable_elastic_ep": True}),
     ("connectors", {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}),
-    ("connectors", {"ec_transfer_config": {"ec_connector": "X", "ec_role": "ec_consumer"}}),
     ("weights offloaded", {"cpu_offload_gb": 1}),
     ("weights offloaded", {"offload_group_size": 2}),
     (
@@ -478,6 +479,9 @@ ON_DEMAND: list[dict[str, Any]] = [
     {"communicator": "fi_pcie_ipc_ar_comm"},
     {"backends": ["FLASH_ATTN", "TRITON_ATTN"]},
     {"mode": "FULL_DECODE_ONLY"},
+    {"speculative_config": NGRAM},
+    {"speculative_config": NGRAM, "speculative_config.method": "draft_model"},
+    {"ec_transfer_config": {"ec_connector": "X", "ec_role": "ec_consumer"}},
     {"mode": "PIECEWISE"},
     {"profiler_config.profiler": "cuda"},
     {"model_config.enable_sleep_mode": True},

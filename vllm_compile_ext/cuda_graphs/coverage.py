@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 
 class Row(NamedTuple):
     """One line of the table in docs/cudagraphs.md.  what: an option, as people name it.  why: the reason for stock's
-    capture.  holds: true of a `VllmConfig` with it."""
+    capture.  takes: what it would take to do without.  holds: true of a `VllmConfig` with it."""
 
     what: str
     why: str
+    takes: str
     holds: Callable[[Any], Any]
 
 
@@ -26,41 +27,49 @@ STOCK = (
     Row(
         "the V1 model runner",
         "it captures within the step that asks for a graph",
+        "the V2 model runner, which 0.33 takes for all but a few settings",
         lambda c: not c.use_v2_model_runner,
     ),
     Row(
         "DBO and micro-batches",
         "a capture parks the micro-batches' threads",
+        "a capture of all parts at once, in their threads' stream",
         lambda c: c.parallel_config.use_ubatching,
     ),
     Row(
-        "speculative decoding",
-        "draft models capture graphs of their own, sized by the target's",
-        lambda c: c.speculative_config is not None,
+        "speculative decoding whose drafts have graphs (EAGLE, MTP, DFlash, ...)",
+        "drafts read what the target's graph was given, and may run on one only where the target does",
+        "drafts captured at start, profiled beside ours, and bound to the target's choice",
+        lambda c: c.speculative_config is not None and not _drafts_without_graphs(c.speculative_config),
     ),
     Row(
         "LoRA",
         "dummy adapters are loaded for a capture, which would evict those of running requests",
+        "a dummy mapping instead of adapters, and the real one written again after each capture",
         lambda c: c.lora_config is not None,
     ),
     Row(
         "graphs of encoders (`cudagraph_mm_encoder`)",
         "they are captured by budget, not by batch",
+        "those at start, and their memory profiled beside ours",
         lambda c: c.compilation_config.cudagraph_mm_encoder,
     ),
     Row(
         "data parallel ranks that step together",
         "a rank that captures would be alone in the experts' collectives",
+        "votes of all ranks, in the second of a step's two decisions",
         lambda c: c.parallel_config.data_parallel_size > 1,
     ),
     Row(
         "pipeline parallelism",
         "a stage that captures holds up the others",
+        "a stage never on a larger graph than the stage before it",
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
     ),
     Row(
         "context parallelism (PCP, DCP)",
         "its dummy batches touch state of running requests",
+        "unknown",
         lambda c: (
             c.parallel_config.prefill_context_parallel_size > 1 or c.parallel_config.decode_context_parallel_size > 1
         ),
@@ -68,61 +77,73 @@ STOCK = (
     Row(
         "elastic EP and EPLB",
         "experts move while serving, and a dummy pass would be counted as load",
+        "unknown",
         lambda c: c.parallel_config.enable_eplb or c.parallel_config.enable_elastic_ep,
     ),
     Row(
-        "KV and encoder cache connectors",
-        "a dummy pass would wait for, or send, blocks",
-        lambda c: c.kv_transfer_config is not None or c.ec_transfer_config is not None,
+        "KV cache connectors",
+        "their threads use the device while a graph is captured",
+        "one of them at a time, disabled during captures and tried",
+        lambda c: c.kv_transfer_config is not None,
     ),
     Row(
         "weights offloaded to the CPU",
         "a dummy pass in between would move the weights that the next step has prefetched",
+        "unknown",
         lambda c: c.offload_config.uva.cpu_offload_gb or c.offload_config.prefetch.offload_group_size,
     ),
     Row(
         "sleep mode that offloads graphs (`sleep_mode_offload_cudagraph`)",
         "graphs live in a pool of its own",
+        "captures into that pool",
         lambda c: c.use_cumem_cudagraph_pool,
     ),
     Row(
         "Inductor's graph partition (`use_inductor_graph_partition`)",
         "a capture reclaims the storages of earlier ones",
+        "unknown",
         lambda c: c.compilation_config.use_inductor_graph_partition,
     ),
     Row(
         "fast prefill with shared KV (`kv_sharing_fast_prefill`)",
         "it asks for a second graph within a step",
+        "unknown",
         lambda c: c.cache_config.kv_sharing_fast_prefill,
     ),
     Row(
         "attention backends other than FLASH_ATTN and TRITON_ATTN",
         "a capture at start finds the size of their workspaces",
+        "every size of a decode step run once at start, and before its capture",
         lambda c: not _backends(c) <= {"FLASH_ATTN", "TRITON_ATTN"},
     ),
     Row(
         "prompts in graphs of whole steps (`cudagraph_mode=FULL`)",
         "such a graph is as large as a decode step's and as rarely used as a prompt's",
+        "nothing but a measurement that it pays",
         lambda c: c.compilation_config.cudagraph_mode.mixed_mode().name == "FULL",
     ),
     Row(
         "all-reduce kernels of FlashInfer (PCIe) and AITER",
         "they have to be told when a capture begins and ends",
+        "telling them",
         lambda c: c.parallel_config.tensor_parallel_size > 1 and _exchanges(),
     ),
     Row(
         "HiSparse",
         "its residency state is on the device",
+        "unknown",
         lambda c: c.attention_config.hisparse_config is not None,
     ),
     Row(
         "the Proton profiler",
         "it has to see graphs being captured",
+        "nothing where it does not attribute the kernels of graphs",
         lambda c: c.profiler_config.profiler == "proton",
     ),
     Row(
         "`--jit-monitor-mode error`",
         "a capture may compile kernels",
+        "nothing: this mode is for finding what is compiled while serving",
         lambda c: c.observability_config.jit_monitor_mode == "error",
     ),
 )
@@ -166,6 +187,15 @@ def _not_asked_for(config: Any) -> str | None:
     return "cudagraph_mode NONE" if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE else None
 
 
+def _drafts_without_graphs(speculative: Any) -> bool:
+    """Of the V2 model runner (vllm/v1/worker/gpu/spec_decode/, 0.32.0 and 0.33): the target alone has graphs, and none
+    is run to find out what a step costs."""
+    return (
+        speculative.method in ("ngram", "ngram_gpu", "draft_model", "extract_hidden_states")
+        and not speculative.enable_adaptive_verification
+    )
+
+
 def _backends(config: Any) -> set[str]:
     """Names of the attention backends of the model's layers, as far as they are made."""
     layers = config.compilation_config.static_forward_context.values()
@@ -183,5 +213,5 @@ def _exchanges() -> bool:
 
 def markdown() -> str:
     """The table as docs/cudagraphs.md has it."""
-    rows = [f"| {row.what} | {row.why} |" for row in STOCK]
-    return "\n".join(["| with | stock's capture stays, because |", "|---|---|", *rows]) + "\n"
+    rows = [f"| {row.what} | {row.why} | {row.takes} |" for row in STOCK]
+    return "\n".join(["| with | stock's capture stays, because | what it would take |", "|---|---|---|", *rows]) + "\n"

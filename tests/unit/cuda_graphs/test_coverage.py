@@ -20,7 +20,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_COMPILE_CUDAGRAPHS", raising=False)
     monkeypatch.setattr(coverage, "_given_up", set())
     monkeypatch.setattr(
-        coverage, "STOCK", (Row("one", "a", lambda config: config.one), Row("two", "b", lambda config: config.two))
+        coverage,
+        "STOCK",
+        (Row("one", "a", "-", lambda config: config.one), Row("two", "b", "-", lambda config: config.two)),
     )
 
 
