@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 ALWAYS = "active or off"  # also where the plugin is switched off: its variables must be no news to vLLM
 OFF = "off"
 NOT_RECORDED = "where starts are not recorded"
+PATCHED = "in a patched vLLM"
 ACTIVE = "active"
 STARTING = "while a start is recorded"
 # Made by the file that `by` names, for as long as its work lasts.
@@ -90,6 +91,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("", "os.environ: JIT caches", "store.kernels:leave", "what a parent with the plugin has set is taken away"),
     ),
     NOT_RECORDED: (("", "sys.meta_path", "plugin:drop_record", "what the .pth file has begun is dropped"),),
+    PATCHED: (("vllm.plugins", "load_plugins_by_group", "plugin:with_ours", "it loads this one whatever it is told"),),
     ACTIVE: (
         ("vllm.envs", "compile_factors", "settings:with_our_version", "stock's entries are neither read nor replaced"),
         (_CONFIG, "VllmConfig.__post_init__", "settings:checked", "our settings in additional_config are checked"),
@@ -289,7 +291,8 @@ _PAGE = """# What the plugin changes outside its own modules
 Made by `python -m vllm_compile_ext.changes` from `vllm_compile_ext/changes.py`; do not edit.
 
 `vllm_compile_ext.plugin.unregister` undoes each; tests use it. Switched off (`VLLM_COMPILE_EXT=0`), or where it cannot
-take over, the plugin makes only those marked "active or off", "off" and "where starts are not recorded".
+take over, the plugin makes only those marked "active or off", "off" and "where starts are not recorded". What a
+[patched](../patches/README.md) vLLM makes before it loads plugins stays.
 """
 
 

@@ -60,6 +60,11 @@ def register() -> None:
         announce()
 
 
+def load_always() -> None:
+    """Have vLLM load the plugin whatever `VLLM_PLUGINS` says.  Called by vLLM where it is patched (`patches/`)."""
+    changes.make(changes.PATCHED)
+
+
 def status() -> Status | None:
     """What `register` did in this process; None before its first call."""
     return _status
@@ -129,6 +134,15 @@ def announce_after(configure_logging: Callable[..., None]) -> Callable[..., None
         announce()
 
     return configure_and_announce
+
+
+def with_ours(load_plugins_by_group: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """The plugins that vLLM found for a group and that `VLLM_PLUGINS` allows, and this one for its group."""
+
+    def load(group: str) -> dict[str, Any]:
+        return load_plugins_by_group(group) | ({"compile_ext": register} if group == "vllm.general_plugins" else {})
+
+    return load
 
 
 def unfreeze_later() -> Undo:

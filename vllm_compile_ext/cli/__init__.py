@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_compile_ext.cli import bench, cache, doctor, env, explain, ops, report, standby, warm
+from vllm_compile_ext.cli import bench, cache, doctor, env, explain, ops, patch, report, standby, warm
 from vllm_compile_ext.cli.program import ProgramError, excerpt
 from vllm_compile_ext.cli.shared import EXPECTED
 from vllm_compile_ext.harmless import plain
@@ -50,6 +50,11 @@ _cache = typer.Typer(help="The store of compiled code: list, check, clean, carry
 for command in (cache.ls, cache.show, cache.verify, cache.gc, cache.rm, cache.pack, cache.unpack):
     _cache.command()(command)
 app.add_typer(_cache, name="cache", no_args_is_help=True)
+
+_patch = typer.Typer(help="A few lines in vLLM's own files: for people who build vLLM, or let it load no plugins.")
+for step in (patch.apply, patch.check, patch.revert):
+    _patch.command()(step)
+app.add_typer(_patch, name="patch", no_args_is_help=True)
 
 _explain = typer.Typer(cls=explain.Explain, help=explain.HELP)
 _explain.callback()(lambda: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import platform
@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from vllm_compile_ext import __version__, changes, finder, plugin, settings, versions
-from vllm_compile_ext.cli import shared
+from vllm_compile_ext.cli import patch, shared
 from vllm_compile_ext.cli.shared import JsonOption
 from vllm_compile_ext.record import bytecode
 from vllm_compile_ext.report.formats import size
@@ -105,6 +105,11 @@ def findings() -> Iterator[Finding]:
 
 
 def entry_point() -> Finding:
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is not None and vllm.origin is not None and patch.is_patched(Path(vllm.origin).parent):
+        return ok(
+            "entry point", f"{Path(vllm.origin).parent} is patched: it loads the plugin whatever VLLM_PLUGINS says"
+        )
     points = metadata.entry_points(group="vllm.general_plugins")
     name = next((point.name for point in points if point.value.startswith("vllm_compile_ext.")), None)
     allowed = os.environ.get("VLLM_PLUGINS")
