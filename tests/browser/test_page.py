@@ -164,7 +164,8 @@ def test_drag_and_click(opened: Opened) -> None:
     assert "weights · worker 0" in page.inner_text("#detail")
     page.locator(".lane.path .bar", has_text="weights").click()
     assert "12.6 s · what the start waited for" in page.inner_text("#detail")
-    page.locator(".bar", has_text="Load model").first.dblclick()
+    # On a busy machine two clicks are no double click: half a second lies between them.
+    page.locator(".bar", has_text="Load model").first.dispatch_event("dblclick")
     assert width(page) < 20
     assert "shard 2/6" in names(page)
 
