@@ -14,7 +14,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -234,7 +234,7 @@ def between_steps(stream: torch.cuda.Stream, changes: Iterable[tuple[Any, str, A
         # Other threads of a serving worker copy outputs and wait for events meanwhile, and this one may load a kernel
         # for the first time: neither is a reason to break the capture off.
         (torch.cuda, "graph", partial(torch.cuda.graph, capture_error_mode="relaxed")),
-        (torch.cuda, "CUDAGraph", _RelaxedGraph),
+        (torch.cuda, "CUDAGraph", _relaxed(torch.cuda.CUDAGraph)),
         # The next steps need the caches of memory.
         (torch.cuda, "empty_cache", lambda: None),
         (torch._C, "_host_emptyCache", lambda: None),
@@ -250,11 +250,15 @@ def between_steps(stream: torch.cuda.Stream, changes: Iterable[tuple[Any, str, A
         yield
 
 
-class _RelaxedGraph(torch.cuda.CUDAGraph):
+@cache
+def _relaxed(graph: Any) -> Any:
     """For breakable graphs, which do not use `torch.cuda.graph` (vllm/compilation/breakable_cudagraph.py, 0.32.0)."""
 
-    def capture_begin(self, pool: Any = None, capture_error_mode: str = "relaxed", **options: Any) -> None:
-        super().capture_begin(pool, capture_error_mode, **options)
+    class Relaxed(graph):
+        def capture_begin(self, pool: Any = None, capture_error_mode: str = "relaxed", **options: Any) -> None:
+            super().capture_begin(pool, capture_error_mode, **options)
+
+    return Relaxed
 
 
 def _instead(value: Any, stock: Any) -> Any:
