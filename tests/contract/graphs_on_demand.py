@@ -187,6 +187,13 @@ def test_all_shapes_are_captured_and_timed_between_requests(made: Any) -> None:
     ]
 
 
+def test_after_it_slept_nothing_is_captured_until_a_batch_has_run(made: Any) -> None:
+    made.sleep()
+    assert made.use_gap(everything=True) is False
+    assert text(decode(made, 3)) == "FULL 4"
+    assert made.use_gap(everything=True) is True
+
+
 @pytest.fixture
 def breakable(config: VllmConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A manager after the start, of a model whose graphs break where attention is."""

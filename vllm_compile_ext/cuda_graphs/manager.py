@@ -112,6 +112,11 @@ class _OneByOne(upstream.CudaGraphManager):
             return chosen.rest
         return upstream.BatchExecutionDescriptor(CUDAGraphMode.NONE, batch.num_tokens, batch.num_reqs)  # not padded
 
+    def sleep(self) -> None:
+        """The engine sleeps; see `Policy.sleep`."""
+        if self.session is not None:
+            self.session.policy.sleep()
+
     def use_gap(self, *, everything: bool) -> bool:
         """Capture or measure one graph while there are no requests; see `Session.use_gap`."""
         return self.session is not None and self.session.use_gap(everything=everything)

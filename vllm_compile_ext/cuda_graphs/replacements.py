@@ -103,12 +103,14 @@ def capture_while_idle(core: Any) -> None:
     try:
         policy = settings.of(core.vllm_config).VLLM_COMPILE_CUDAGRAPHS
         core._patience = None if policy == "eager" else PATIENCE
+        if core.model_executor.is_sleeping:
+            core.model_executor.collective_rpc(sleep_in_worker)
+            return
         # A scheduler is paused while weights are updated: layers may be without any.
         while (
             policy != "eager"
             and core.is_running()
             and not core.is_scheduler_paused()
-            and not core.model_executor.is_sleeping
             and no_request(core.input_queue, patience)
             and any(core.model_executor.collective_rpc(use_gap_in_worker, args=(policy == "idle",)))
         ):
@@ -129,6 +131,15 @@ def use_gap_in_worker(worker: Any, everything: bool) -> bool:
     """One capture in a worker; False when there is nothing to do now."""
     if getattr(worker, "_weight_update_active", False):
         return False
+    return any(manager.use_gap(everything=everything) for manager in _managers(worker))
+
+
+def sleep_in_worker(worker: Any) -> None:
+    """Its weights may come back some time after it wakes: nothing is captured until a batch has run."""
+    for manager in _managers(worker):
+        manager.sleep()
+
+
+def _managers(worker: Any) -> list[Any]:
     manager = getattr(getattr(worker, "model_runner", None), "cudagraph_manager", None)
-    use_gap = getattr(manager, "use_gap", None)
-    return bool(use_gap and use_gap(everything=everything))
+    return [manager] if hasattr(manager, "use_gap") else []

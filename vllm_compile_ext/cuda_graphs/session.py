@@ -87,6 +87,7 @@ class Policy:
         self.asked: Counter[Shape] = Counter()
         self.batches = 0
         self._last = -BATCHES_BETWEEN
+        self._slept = -1
         self._not_before: dict[Shape, int] = {}
         self._without: Counter[tuple[str, int]] = Counter()
 
@@ -129,6 +130,8 @@ class Policy:
         """
         if self.batches < max(self._not_before.values(), default=0):  # no memory for another, not long ago
             return None
+        if self.batches == self._slept:
+            return None
         known = self.remembered + self.asked
         shapes = [s for s in self.left if everything or self._is_likely(s)]
         chosen = min(shapes, key=lambda s: (-known[s], s.kind != FULL, s.tokens), default=None)
@@ -143,6 +146,10 @@ class Policy:
         self._last = self.batches
         self._without[_sizes(shape)] = 0
         self.captured.add(shape)
+
+    def sleep(self) -> None:
+        """Leave gaps alone until the next batch."""
+        self._slept = self.batches
 
     def postpone(self, shape: Shape) -> None:
         """Try `shape` again many batches later: there is no memory for it now."""

@@ -190,6 +190,14 @@ def test_in_a_first_start_gaps_take_sizes_up_to_twice_the_last_of_each_kind() ->
     assert len(policy.captured) == 2 * len(ladder)
 
 
+def test_after_it_slept_gaps_wait_for_a_batch_that_runs() -> None:
+    policy = Policy(ALL)
+    policy.sleep()
+    assert policy.next_in_gap(everything=True) is None
+    policy.plan(decode(8), [])
+    assert policy.next_in_gap(everything=True) == decode(8)
+
+
 def test_where_there_was_no_memory_gaps_leave_it_alone_for_many_batches() -> None:
     policy = Policy(ALL)
     policy.plan(decode(8), [])

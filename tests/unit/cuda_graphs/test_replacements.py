@@ -78,6 +78,7 @@ class Core:
         self.running, self.paused = True, False
         self.vllm_config = SimpleNamespace(additional_config={})
         self.captures: list[int] = []
+        self.slept = 0
         self.everything: bool | None = None
         self.arrives_at: int | None = None  # a request arrives during this capture
         self.workers: list[Any] = [SimpleNamespace(model_runner=SimpleNamespace(cudagraph_manager=self))]
@@ -88,6 +89,9 @@ class Core:
 
     def _call(self, method: Any, args: tuple[Any, ...] = ()) -> list[bool]:
         return [method(worker, *args) for worker in self.workers]
+
+    def sleep(self) -> None:
+        self.slept += 1
 
     def use_gap(self, *, everything: bool) -> bool:
         self.everything = everything
@@ -161,6 +165,17 @@ def test_nothing_is_captured_meanwhile_but_afterwards(name: str) -> None:
         PAUSES[name](core, paused)
         capture_while_idle(core)
         assert core.captures == expected
+
+
+def test_graphs_are_told_that_the_engine_sleeps() -> None:
+    core = Core()
+    core.workers.append(SimpleNamespace())
+    core.model_executor.is_sleeping = True
+    capture_while_idle(core)
+    assert (core.slept, core.captures) == (1, [])
+    core.model_executor.is_sleeping = False
+    capture_while_idle(core)
+    assert core.slept == 1
 
 
 @pytest.mark.parametrize(("value", "everything"), [("lazy", False), ("idle", True), ("eager", None)])
