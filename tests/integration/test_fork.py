@@ -84,7 +84,12 @@ def standby(cache: Path, folder: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 
 def of_servers(mark: Path) -> dict[int, Path]:
     """`processes` without the standby."""
-    return {number: path for number, path in processes(mark).items() if "Standby" not in (path / "cmdline").read_text()}
+    found = {}
+    for number, path in processes(mark).items():
+        with contextlib.suppress(OSError):  # it has just ended
+            if "Standby" not in (path / "cmdline").read_text():
+                found[number] = path
+    return found
 
 
 def serve(model: Path, folder: Path, name: str, mark: Path | None = None, **env: str) -> dict[str, Any]:
