@@ -33,7 +33,7 @@ venv: $(STAMP)  ## install the locked environment in .venv (minutes, mostly down
 demo: $(STAMP) | tools  ## start `vllm serve` stock, ours cold, ours warm and compare (under 8 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.demo
 
-test: lint | tools  ## lint, types and all tests (about 40 minutes on 2 cores: the integration tests start real engines)
+test: lint | tools  ## lint, types and all tests (about 45 minutes on 2 cores: the integration tests start real engines)
 	@echo "==> pytest, $(JOBS) processes: unit tests in a minute or two, then tests with a real engine"
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
