@@ -243,8 +243,8 @@ def child(side: str, names: list[str], seconds: float, out: Path, ranks: int) ->
         rates = {str(batch): rate(llm, batch) for batch in BATCHES}
         after = of_first_rank(llm, used)
         made = of_first_rank(llm, graphs)
-        found = {"first": first, "gaps": gaps, "rates": rates, "used": (before, after), "graphs": made}
-        return found | {"gap": waited}
+        figures = {"gap": waited, "first": first, "gaps": gaps, "rates": rates}
+        return figures | {"used": (before, after), "graphs": made}
 
     def shortly(llm: Any) -> dict[str, Any]:
         first, now = first_request(llm), of_first_rank(llm, used)

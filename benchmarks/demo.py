@@ -134,9 +134,7 @@ def measure(
 ) -> Result:
     """Start one server, ask it everything, end it.  Raises `ProgramError`."""
     progress.begin(f"[{number}] {run.title}")
-    cache, args = (FOLDER / run.cache).resolve(), (*ARGS, *run.args)
-    own = {"VLLM_COMPILE_EXT": run.switch} | dict(env or {}) | dict(run.env)
-    with Server(model, run.log, cache, env=own, args=args, listen=progress.listen) as server:
+    with serving(run, model, progress, env) as server:
         server.wait_ready()
         progress.step("answering requests")
         answers, seconds = ask(server)
@@ -148,6 +146,13 @@ def measure(
     compiled = server.said("saved AOT compiled function") or server.said("kept as")
     code = "loaded" if loaded else "compiled" if compiled else "-"
     return Result(run, server.phases(), answers, seconds[0], sum(seconds), plugin, code)
+
+
+def serving(run: Run, model: Path, progress: Progress, env: Mapping[str, str] | None = None) -> Server:
+    """The server of `run`, not started yet; `env` are more variables."""
+    own = {"VLLM_COMPILE_EXT": run.switch} | dict(env or {}) | dict(run.env)
+    cache = (FOLDER / run.cache).resolve()
+    return Server(model, run.log, cache, env=own, args=(*ARGS, *run.args), listen=progress.listen)
 
 
 def ask(server: Server) -> tuple[list[list[int]], list[float]]:

@@ -40,16 +40,14 @@ class Speeds:
         return f"{one:.0f}", f"{other:.0f}", f"{middle:.3f}x ({low:.2f} to {high:.2f})"
 
 
-def compare(model: Path, runs: Sequence[demo.Run], progress: Progress, number: str, **env: str) -> Speeds:
+def compare(model: Path, runs: Sequence[demo.Run], progress: Progress, number: str) -> Speeds:
     """Start both servers of `runs` on caches that hold their code, and ask them.  Raises `ProgramError`."""
     rates: tuple[list[float], list[float]] = ([], [])
     with ExitStack() as stack:
         servers = []
         for run in runs:
             progress.begin(f"[{number}] {run.title}, beside the other")
-            cache, args = (demo.FOLDER / run.cache).resolve(), (*demo.ARGS, *run.args)
-            own = {"VLLM_COMPILE_EXT": run.switch} | env | dict(run.env)
-            server = stack.enter_context(Server(model, run.log, cache, env=own, args=args, listen=progress.listen))
+            server = stack.enter_context(demo.serving(run, model, progress))
             server.wait_ready()
             rate(server)  # on GPUs the first round captures graphs
             servers.append(server)

@@ -176,7 +176,7 @@ def test_all_shapes_are_captured_and_timed_between_requests(made: Any) -> None:
     assert made.session.policy.times.keys() == set(made.session.policy.shapes)
     assert {graph.replays for graph in made.graphs.values()} == {1}
     # With inputs as for a capture, which fill block 0 only, on the graphs' stream; all-reduce is not told of a capture.
-    assert [forward for forward in state.forwards[-2:]] == [
+    assert state.forwards[-2:] == [
         ("PIECEWISE", 1, OPEN, not WITHIN),
         ("NONE", 1, OPEN, not WITHIN),
     ]

@@ -1,4 +1,4 @@
-"""Settings that keep stock's capture, tried on demand all the same: ``python -m tests.gpu.candidates [NAME ...]``.
+"""Settings that keep stock's capture, or did, tried on demand: ``python -m tests.gpu.candidates [NAME ...]``.
 
 For each a start with stock's capture and one with every row of `coverage.STOCK` lifted, on the same traffic.  A setting
 that serves, gives stock's tokens and skips no shape can lose its row, and get a test in `test_cudagraphs.py` instead.
@@ -70,9 +70,8 @@ def tried(candidate: Candidate) -> dict[str, Any]:
         return {"tokens": engines.traffic(llm), "why": coverage.stock_because(llm.llm_engine.vllm_config)}
 
     def on_demand(llm: Any) -> Any:
-        [about, *_] = llm.collective_rpc(engines.about)
         tokens = [engines.traffic(llm) for _ in range(2)]
-        return {"tokens": tokens, "before": about, "after": llm.collective_rpc(engines.about)[0]}
+        return {"tokens": tokens, "graphs": llm.collective_rpc(engines.about)[0]}
 
     options = {"model": candidate.family, **candidate.options}
     if not Path(candidate.family).exists():
@@ -93,7 +92,7 @@ def tried(candidate: Candidate) -> dict[str, Any]:
         found |= {
             "row": one["value"]["why"],
             "same": [sum(a == b for a, b in zip(got, expected, strict=True)) for got in other["value"]["tokens"]],
-            "graphs": other["value"]["after"],
+            "graphs": other["value"]["graphs"],
         }
     return found
 

@@ -87,7 +87,7 @@ class Policy:
         self.asked: Counter[Shape] = Counter()
         self.batches = 0
         self._last = -BATCHES_BETWEEN
-        self._slept = -1
+        self._gaps_from = 0  # gaps are left alone until so many batches
         self._not_before: dict[Shape, int] = {}
         self._without: Counter[tuple[str, int]] = Counter()
 
@@ -103,7 +103,8 @@ class Policy:
         self.asked[best] += 1
         if best in self.captured:
             return Plan(None, best)
-        near = [s for s in compatible if s.tokens >= best.tokens and self._pays(s, best)]
+        without = self._time_without(best)
+        near = [s for s in compatible if s.tokens >= best.tokens and self._pays(s, best, without)]
         larger = min(near, key=lambda s: (s.kind != FULL, s.tokens), default=None)
         if larger is None:
             self._without[_sizes(best)] += 1
@@ -115,12 +116,16 @@ class Policy:
         waits = best in self.barred or self.batches < self._not_before.get(best, 0)
         return Plan(best if due and apart and not waits else None, larger)
 
-    def _pays(self, larger: Shape, best: Shape) -> bool:
-        """Whether a batch for which stock has `best` is faster on the graph of `larger` than without one."""
+    def _time_without(self, best: Shape) -> int | None:
+        """Microseconds without a graph of the next smaller step of this kind that was measured; None if none was."""
         smaller = [s for s in self.times if s.kind == best.kind and s.tokens <= best.tokens]
-        if larger not in self.times or not smaller:
+        return self.times[max(smaller, key=lambda s: s.tokens)].without if smaller else None
+
+    def _pays(self, larger: Shape, best: Shape, without: int | None) -> bool:
+        """Whether a batch for which stock has `best` is faster on the graph of `larger` than `without` one."""
+        if larger not in self.times or without is None:
             return _near(larger, best)
-        return self.times[larger].graph <= self.times[max(smaller, key=lambda s: s.tokens)].without
+        return self.times[larger].graph <= without
 
     def next_in_gap(self, *, everything: bool) -> Shape | None:
         """What to capture while there are no requests, the likeliest first; a captured shape is to be measured.
@@ -128,9 +133,7 @@ class Policy:
         That is what traffic asked for, in this start or earlier ones; in a model's first start, sizes that are powers
         of two; or `everything`.  The most used first, then decode steps, then from small to large.
         """
-        if self.batches < max(self._not_before.values(), default=0):  # no memory for another, not long ago
-            return None
-        if self.batches == self._slept:
+        if self.batches < self._gaps_from:
             return None
         known = self.remembered + self.asked
         shapes = [s for s in self.left if everything or self._is_likely(s)]
@@ -149,11 +152,11 @@ class Policy:
 
     def sleep(self) -> None:
         """Leave gaps alone until the next batch."""
-        self._slept = self.batches
+        self._gaps_from = max(self._gaps_from, self.batches + 1)
 
     def postpone(self, shape: Shape) -> None:
-        """Try `shape` again many batches later: there is no memory for it now."""
-        self._not_before[shape] = self.batches + BATCHES_POSTPONED
+        """Try `shape` again many batches later, and none in gaps until then: there is no memory for it now."""
+        self._not_before[shape] = self._gaps_from = self.batches + BATCHES_POSTPONED
 
     def bar(self, shapes: Iterable[Shape], reason: str) -> None:
         """Never capture these in this process."""
